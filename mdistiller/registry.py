@@ -1,0 +1,80 @@
+"""The tables everything is looked up in by name, and the error for what a user got wrong.
+
+This module imports nothing of the package, so that every other module may import it. The tables are
+dictionaries: ``distiller_dict["KD"]`` is the class, and both ways of adding an entry work, the
+decorators of the packages and plain assignment (``distiller_dict["MINE"] = Mine``).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave: configuration, command line, data or files.
+
+    The commands in ``tools/`` print its message and exit with code 2, without a traceback; any other
+    exception is a fault of ours and keeps its traceback. The message says what was found, what is
+    allowed and what to do.
+    """
+
+
+class UnknownName(InputError, KeyError):
+    """A name that a table does not hold. Also a ``KeyError``, because tables are dictionaries."""
+
+    __str__ = Exception.__str__  # KeyError would show the repr of the message
+
+
+def closest(name: str, allowed: Iterable[str], count: int = 3) -> list[str]:
+    """The allowed names most like ``name``, best first; letter case is ignored."""
+    by_lower: dict[str, str] = {}
+    for candidate in allowed:
+        by_lower.setdefault(candidate.lower(), candidate)
+    found = difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.5)
+    return [by_lower[match] for match in found]
+
+
+def suggestion(name: str, allowed: Iterable[str]) -> str:
+    """``"closest: A, B"``, or everything allowed where nothing is close."""
+    allowed = sorted(allowed)
+    near = closest(name, allowed)
+    if near:
+        return "closest: " + ", ".join(near)
+    return "known: " + (", ".join(allowed) or "none")
+
+
+class Registry(dict):
+    """A dictionary from names to things of one kind, whose missing key says what is close.
+
+    Args:
+        kind: what an entry is, for messages: ``"distiller"``.
+    """
+
+    def __init__(self, kind: str, entries: dict[str, Any] | None = None) -> None:
+        super().__init__(entries or {})
+        self.kind = kind
+
+    def __missing__(self, name: str) -> Any:
+        raise UnknownName(f"no {self.kind} named {name!r}; {suggestion(str(name), self)}")
+
+    def add(self, name: str, entry: Any) -> None:
+        """Enter ``entry``; a second, different entry of the same name is refused."""
+        if name in self and self[name] is not entry:
+            raise ValueError(f"{self.kind} {name!r} is registered already, as {self[name]!r}")
+        self[name] = entry
+
+
+distiller_dict = Registry("distiller")
+cifar_model_dict = Registry("CIFAR model")
+tiny_imagenet_model_dict = Registry("Tiny-ImageNet model")
+imagenet_model_dict = Registry("ImageNet model")
+dataset_dict = Registry("data set")
+
+# What DATASET_CLASS.model_family names.
+MODEL_FAMILIES = {
+    "cifar": cifar_model_dict,
+    "tiny_imagenet": tiny_imagenet_model_dict,
+    "imagenet": imagenet_model_dict,
+}

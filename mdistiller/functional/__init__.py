@@ -1,0 +1,5 @@
+"""Maths shared by the methods: tensors in, tensors out."""
+
+from .precision import at_least_float32
+
+__all__ = ["at_least_float32"]

@@ -1,0 +1,26 @@
+"""Data sets, views and loaders; one file per data set. ``get_dataset(cfg)`` is mdistiller's entry."""
+
+from mdistiller.registry import dataset_dict
+
+from .base import DataSet, Split, register_dataset
+from .build import Loaders, Splits, build_loaders, get_dataset, load_splits
+from .cifar100 import CIFAR100
+from .digits import Digits
+from .fields import batch_fields
+from .loader import Loader
+
+__all__ = [
+    "CIFAR100",
+    "DataSet",
+    "Digits",
+    "Loader",
+    "Loaders",
+    "Split",
+    "Splits",
+    "batch_fields",
+    "build_loaders",
+    "dataset_dict",
+    "get_dataset",
+    "load_splits",
+    "register_dataset",
+]

@@ -1,0 +1,128 @@
+"""CIFAR-100: 50,000 training and 10,000 test photographs of 32x32 pixels in 100 classes.
+
+Krizhevsky. Learning Multiple Layers of Features from Tiny Images. 2009.
+https://www.cs.toronto.edu/~kriz/cifar.html: the files are that page's "python version", in
+``<root>/cifar-100-python``; torchvision fetches and verifies them.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
+
+from mdistiller.registry import InputError
+
+from .base import DataSet, Split, register_dataset, resize_images
+from .randaugment import RandAugment
+from .views import Cutout, HorizontalFlip, RandomCrop, View
+
+logger = logging.getLogger(__name__)
+
+OFFICIAL = datasets.CIFAR100
+FOLDER = OFFICIAL.base_folder
+MD5 = dict(OFFICIAL.train_list + OFFICIAL.test_list)  # of the files "train" and "test"
+
+
+@register_dataset("cifar100")
+class CIFAR100(DataSet):
+    """Views as in mdistiller (weak) and in VRM's supplement 8.2 (strong)."""
+
+    num_classes = 100
+    image_size = 32
+    mean = (0.5071, 0.4867, 0.4408)
+    std = (0.2675, 0.2565, 0.2761)
+    model_family = "cifar"
+    views: ClassVar[dict[str, View]] = {
+        "weak": (RandomCrop(), HorizontalFlip()),
+        "strong": (RandomCrop(), HorizontalFlip(), RandAugment(n=2), Cutout()),
+    }
+
+    @classmethod
+    def load(cls, root: Path, image_size: int, download: bool) -> tuple[Split, Split]:
+        folder = root / FOLDER
+        missing = [name for name in MD5 if not (folder / name).is_file()]
+        if missing and not download:
+            raise InputError(
+                f"CIFAR-100: {folder / missing[0]} is missing and DATASET.DOWNLOAD is off; turn it on, or "
+                f"{_how_to_get(folder)}"
+            )
+        if missing:
+            _download(root)
+        train, test = _read_split(folder / "train"), _read_split(folder / "test")
+        if not all(check_integrity(folder / name, md5) for name, md5 in MD5.items()):
+            logger.warning(
+                f"{folder} does not hold the official CIFAR-100 files, which have 50000 and 10000 images; "
+                f"using the {len(train)} training and {len(test)} test images found there"
+            )
+        return (
+            Split(resize_images(train.images, image_size), train.labels),
+            Split(resize_images(test.images, image_size), test.labels),
+        )
+
+
+def _how_to_get(folder: Path) -> str:
+    return (
+        "download the python version of CIFAR-100 from https://www.cs.toronto.edu/~kriz/cifar.html and "
+        f"unpack it, so that the files are {folder}/train and {folder}/test, or set DATASET.ROOT to the "
+        f"folder that holds {FOLDER}"
+    )
+
+
+def _download(root: Path) -> None:
+    try:
+        OFFICIAL(root, download=True)
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: what came is damaged
+        raise InputError(
+            f"CIFAR-100 is not in {root / FOLDER} and could not be downloaded ({error}); {_how_to_get(root / FOLDER)}"
+        ) from error
+
+
+def _read_split(path: Path) -> Split:
+    """One of the two files: a pickled dictionary with ``data``, ``(N, 3072)`` uint8, and ``fine_labels``."""
+    try:
+        with path.open("rb") as file:
+            entry = _DataUnpickler(file, encoding="latin1").load()
+        data, labels = entry["data"], entry["fine_labels"]
+        if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and len(data)):
+            raise ValueError("'data' is not a filled table of bytes")
+        if data.shape[1] != 3 * 32 * 32 or len(labels) != len(data):
+            raise ValueError(f"'data' is {data.shape}, with {len(labels)} labels; expected (N, 3072) and N")
+        labels = torch.tensor(labels)
+        if labels.dtype != torch.int64 or labels.min() < 0 or labels.max() > 99:
+            raise ValueError("'fine_labels' are not integers from 0 to 99")
+    except Exception as error:  # a damaged pickle can raise anything
+        raise InputError(
+            f"CIFAR-100: cannot read {path}: {type(error).__name__}: {error}; delete {path.parent} and "
+            f"{_how_to_get(path.parent)}"
+        ) from error
+    return Split(torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), labels)
+
+
+class _DataUnpickler(pickle.Unpickler):
+    """Reads containers, strings, numbers and numpy arrays, and refuses a pickle that asks for more."""
+
+    ALLOWED = frozenset(
+        {("numpy", "ndarray"), ("numpy", "dtype")}
+        | {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
+        | {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}
+    )
+
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in protocols 0 to 2
+            return _encode_latin1
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which image data does not need")
+        return super().find_class(module, name)
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    return text.encode("latin1")

@@ -1,0 +1,162 @@
+"""From images in memory to batches: whole batches are drawn, augmented and normalised at once.
+
+The sampler hands out requests ``(epoch, indices)`` and the data set answers each with a finished batch. The
+epoch is part of the request, so worker processes that live through all epochs know it; and since the
+augmentation is a pure function of the request, their number changes nothing but the speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mdistiller.functional import draws
+
+from .base import Split
+from .views import Draws, View, apply_view, name_key, normalize
+
+Request = tuple[int, Tensor]
+Batch = dict[str, Tensor]
+
+
+class BatchedImages(Dataset):
+    """Answers ``(epoch, indices)`` with a batch.
+
+    Args:
+        split: the images; an index is a position in it.
+        views: for each image field of the batch the name and the recipe of its view.
+        mean, std: of the three channels, where white is 1.
+        seed: of the augmentation.
+        with_index: also deliver ``index``.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        views: dict[str, tuple[str, View]],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        seed: int = 0,
+        with_index: bool = False,
+    ) -> None:
+        self.split = split
+        self.views = views
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
+        self.seed = seed
+        self.with_index = with_index
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, request: Request) -> Batch:
+        """``{field: (B, 3, H, W) float32, "target": (B,) int64}``, and ``"index": (B,) int64`` if wanted."""
+        epoch, index = request
+        images = self.split.images.index_select(0, index)
+        batch = {}
+        for field, (name, view) in self.views.items():
+            rng = Draws.of_view(name, self.seed, epoch, index)
+            batch[field] = normalize(apply_view(view, images, rng), self.mean, self.std)
+        batch["target"] = self.split.labels.index_select(0, index)
+        if self.with_index:
+            batch["index"] = index
+        return batch
+
+
+class EpochSampler(Sampler[Request]):
+    """The requests of one epoch, from its step ``start_step`` on; see :class:`Loader`."""
+
+    def __init__(self, num_data: int, batch_size: int, shuffle: bool, seed: int, drop_last: bool) -> None:
+        self.num_data = num_data
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.epoch = 1
+        self.start_step = 0
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.num_data, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def order(self, epoch: int) -> Tensor:
+        """All indices in the order of this epoch."""
+        if not self.shuffle:
+            return torch.arange(self.num_data)
+        return draws.permutation(self.num_data, self.seed, name_key("order of images"), epoch)
+
+    def __iter__(self) -> Iterator[Request]:
+        # Not a generator: one would read the epoch only when the first batch is asked for.
+        batches = self.order(self.epoch).split(self.batch_size)[self.start_step : len(self)]
+        return iter([(self.epoch, indices) for indices in batches])
+
+
+class Loader:
+    """Batches, epoch after epoch.
+
+    Iterating gives the batches of the current epoch and moves on to the next one; epochs count from 1. To
+    repeat an epoch or to go on in the middle of one, call :meth:`set_epoch` before. Order and augmentation
+    depend on the seed and the epoch only.
+
+    Args:
+        dataset: what answers the requests.
+        batch_size: images per batch; the last batch may be smaller.
+        shuffle: a new order in each epoch; otherwise the order of the data set.
+        seed: of the order.
+        drop_last: leave out a last batch that is smaller.
+        num_workers: processes that prepare batches; 0: this one. They are started once and kept.
+    """
+
+    def __init__(
+        self,
+        dataset: BatchedImages,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        num_workers: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.num_data = len(dataset)
+        self.sampler = EpochSampler(self.num_data, batch_size, shuffle, seed, drop_last)
+        self._batches = DataLoader(
+            dataset,
+            batch_size=None,  # the sampler's items are whole batches
+            sampler=self.sampler,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),  # or each iteration would advance the global one
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return len(self.sampler)
+
+    @property
+    def last_batch_size(self) -> int:
+        """Images in the last batch of an epoch: a method with BatchNorm cannot train on a single one."""
+        rest = self.num_data % self.batch_size
+        return self.batch_size if self.sampler.drop_last or rest == 0 else rest
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """The next iteration gives epoch ``epoch`` (from 1) without its first ``start_step`` batches."""
+        if not 0 <= start_step <= len(self):
+            raise ValueError(f"start_step={start_step}, but an epoch has {len(self)} batches")
+        self.sampler.epoch = epoch
+        self.sampler.start_step = start_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self._batches)
+        self.set_epoch(self.sampler.epoch + 1)
+        return batches
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,78 @@
+"""KD: match the teacher's temperature-softened class distribution.
+
+Hinton, Vinyals, Dean. Distilling the Knowledge in a Neural Network. arXiv:1503.02531.
+Departs from the paper: the weights of the two terms are free (mdistiller: 0.1 and 0.9).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.functional import at_least_float32
+
+from ._base import Distiller, register_distiller
+
+DEFAULTS = {"TEMPERATURE": 4.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
+PAPER = "Hinton et al., arXiv:1503.02531"
+
+
+def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(teacher || student) of the softened classes, mean over the batch.
+
+    Half-precision logits are taken to float32 first.
+
+    Args:
+        logits_student: ``(B, K)`` raw scores; gradient flows.
+        logits_teacher: ``(B, K)`` raw scores; gradient flows where they carry one.
+        temperature: T > 0. The factor T^2 keeps the size of the gradient roughly independent of T (Sec. 2).
+
+    Returns:
+        Scalar ``()``, zero for equal logits.
+    """
+    log_p_student = F.log_softmax(at_least_float32(logits_student) / temperature, dim=1)
+    log_p_teacher = F.log_softmax(at_least_float32(logits_teacher) / temperature, dim=1)
+    return F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+@register_distiller("KD", DEFAULTS, paper=PAPER, family="logit")
+class KD(Distiller):
+    """Cross-entropy on the labels plus :func:`kd_loss` on the logits."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        self.temperature = cfg.KD.TEMPERATURE
+        self.ce_weight = cfg.KD.LOSS.CE_WEIGHT
+        self.kd_weight = cfg.KD.LOSS.KD_WEIGHT
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, _ = self.student(image)
+        with torch.no_grad():
+            logits_teacher, _ = self.teacher(image)
+        return logits_student, {
+            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.kd_weight * kd_loss(logits_student, logits_teacher, self.temperature),
+        }
+
+
+@register_distiller("KD_TWO_VIEWS", DEFAULTS, section="KD", paper=PAPER, family="logit")
+class KDTwoViews(KD):
+    """KD on a weak and a strong view: each term is the sum over both (as MLLD and VRM sum theirs).
+
+    The fair opponent of the methods that see two views. The frozen teacher takes both views in one pass;
+    the student takes them one by one, so that BatchNorm doesn't mix their statistics.
+    """
+
+    def forward_train(
+        self, image_weak: Tensor, image_strong: Tensor, target: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        weak, _ = self.student(image_weak)
+        strong, _ = self.student(image_strong)
+        with torch.no_grad():
+            teacher_weak, teacher_strong = self.teacher(torch.cat([image_weak, image_strong]))[0].chunk(2)
+        ce = F.cross_entropy(weak, target) + F.cross_entropy(strong, target)
+        kd = kd_loss(weak, teacher_weak, self.temperature) + kd_loss(strong, teacher_strong, self.temperature)
+        return weak, {"loss_ce": self.ce_weight * ce, "loss_kd": self.kd_weight * kd}

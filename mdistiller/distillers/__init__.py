@@ -1,0 +1,8 @@
+"""The methods. One file each; the import is what registers it."""
+
+from mdistiller.registry import distiller_dict
+
+from ._base import Distiller, Vanilla, register_distiller
+from .KD import KD, KDTwoViews
+
+__all__ = ["KD", "Distiller", "KDTwoViews", "Vanilla", "distiller_dict", "register_distiller"]

@@ -1,0 +1,139 @@
+"""From a configuration to networks, distiller and trainer: the only place where these are created."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+import mdistiller.models  # noqa: F401  fills the model tables
+from mdistiller.distillers import distiller_dict
+from mdistiller.registry import MODEL_FAMILIES, Registry, dataset_dict
+
+from .checkpoint import CheckpointError, check_fit, load_weights
+
+TEACHER_RELEASE = "https://github.com/megvii-research/mdistiller/releases/tag/checkpoints"
+
+
+def model_table(cfg: Any) -> Registry:
+    """The models that belong to the data set."""
+    return MODEL_FAMILIES[dataset_dict[cfg.DATASET.TYPE].model_family]
+
+
+def build_model(table: Registry, name: str, num_classes: int) -> nn.Module:
+    """A network of the table with fresh weights.
+
+    Raises:
+        InputError: no such model; the closest names are given.
+    """
+    entry = table[name]
+    constructor = entry[0] if isinstance(entry, tuple) else entry
+    return constructor(num_classes=num_classes)
+
+
+def build_student(cfg: Any, num_classes: int) -> nn.Module:
+    """The network that ``DISTILLER.STUDENT`` names. Its weights depend on ``EXPERIMENT.SEED`` alone, so that
+    methods are compared from one start."""
+    torch.manual_seed(cfg.EXPERIMENT.SEED)
+    return build_model(model_table(cfg), cfg.DISTILLER.STUDENT, num_classes)
+
+
+def needs_teacher(cfg: Any) -> bool:
+    """Whether the method's constructor asks for a teacher."""
+    return "teacher" in inspect.signature(distiller_dict[cfg.DISTILLER.TYPE].__init__).parameters
+
+
+def build_teacher(cfg: Any, num_classes: int) -> nn.Module:
+    """The network that ``DISTILLER.TEACHER`` names, with the weights of ``DISTILLER.TEACHER_CKPT`` or, where that
+    is empty, of the model's public checkpoint.
+
+    Raises:
+        InputError: no such model; no weights, with how to get or train them; weights that don't fit.
+    """
+    name, table = cfg.DISTILLER.TEACHER, model_table(cfg)
+    entry = table[name]
+    if not cfg.DISTILLER.TEACHER_CKPT and not isinstance(entry, tuple):
+        return entry(pretrained=True)  # torchvision's weights
+    path = teacher_checkpoint(cfg)
+    teacher = build_model(table, name, num_classes)
+    state = load_weights(path)
+    _check_class_count(teacher, state, path, cfg)
+    check_fit(teacher.state_dict(), state, f"checkpoint {path} for teacher {name}")
+    teacher.load_state_dict(state)
+    return teacher
+
+
+def teacher_checkpoint(cfg: Any) -> Path:
+    """Where the teacher's weights lie.
+
+    Raises:
+        InputError: nowhere; says which file, how to get it and how to train it.
+    """
+    name = cfg.DISTILLER.TEACHER
+    given = cfg.DISTILLER.TEACHER_CKPT
+    entry = model_table(cfg)[name]
+    public = entry[1] if isinstance(entry, tuple) else None
+    path = Path(given or public or "")
+    if (given or public) and path.is_file():
+        return path
+    if given:
+        problem = f"teacher {name}: DISTILLER.TEACHER_CKPT {given} does not exist (seen from {Path.cwd()})"
+    elif public:
+        problem = f"teacher {name}: its public checkpoint {path} does not exist"
+    else:
+        problem = f"teacher {name} has no public checkpoint and DISTILLER.TEACHER_CKPT is empty"
+    ways = []
+    if public and cfg.DATASET.TYPE in str(public).replace("cifar_", "cifar100_"):
+        ways.append(f"get it: download the teachers of {TEACHER_RELEASE} and unpack them to download_ckpts/")
+    recipe = training_recipe(cfg.DATASET.TYPE, name)
+    if recipe:
+        ways.append(f"train it: python tools/train.py --cfg {recipe}")
+    else:
+        ways.append(
+            f"train it: python tools/train.py DISTILLER.STUDENT {name} DATASET.TYPE {cfg.DATASET.TYPE}, "
+            "which writes student_last into its folder"
+        )
+    ways.append("or name another file with DISTILLER.TEACHER_CKPT FILE")
+    raise CheckpointError("; ".join([problem, *ways]))
+
+
+def training_recipe(dataset: str, student: str) -> Path | None:
+    """The config below ``configs/`` that trains ``student`` plainly on ``dataset``, if there is one."""
+    for path in sorted(Path("configs").glob(f"{dataset}/vanilla/*.yaml")):
+        content = yaml.safe_load(path.read_text()) or {}
+        if content.get("DISTILLER", {}).get("STUDENT") == student:
+            return path
+    return None
+
+
+def _check_class_count(model: nn.Module, state: dict[str, torch.Tensor], path: Path, cfg: Any) -> None:
+    """A checkpoint of another data set differs in the classifier alone; say that instead of listing shapes."""
+    own = model.state_dict()
+    differing = [k for k in own if k in state and own[k].shape != state[k].shape]
+    if own.keys() == state.keys() and differing and all(own[k].shape[1:] == state[k].shape[1:] for k in differing):
+        raise CheckpointError(
+            f"teacher {cfg.DISTILLER.TEACHER} in {path} has {len(state[differing[0]])} classes, data set "
+            f"{cfg.DATASET.TYPE} has {len(own[differing[0]])}; a teacher must be trained on the same classes"
+        )
+
+
+def build_distiller(cfg: Any, student: nn.Module, teacher: nn.Module | None = None, num_data: int = 0) -> nn.Module:
+    """The method that ``DISTILLER.TYPE`` names; its constructor's parameters say what it is given.
+
+    Args:
+        cfg: the configuration.
+        student: see :func:`build_student`.
+        teacher: see :func:`build_teacher`; methods without one are not given any.
+        num_data: number of training images.
+    """
+    method = distiller_dict[cfg.DISTILLER.TYPE]
+    available = {"student": student, "teacher": teacher, "cfg": cfg, "num_data": num_data}
+    asked = [name for name in inspect.signature(method.__init__).parameters if name != "self"]
+    unknown = [name for name in asked if name not in available]
+    if unknown:
+        raise TypeError(f"{method.__name__}.__init__ asks for {unknown}; a method may ask for {list(available)}")
+    return method(**{name: available[name] for name in asked})

@@ -1,0 +1,181 @@
+"""The configuration: every key, its default and its meaning.
+
+``CFG`` is the tree of defaults (mdistiller's keys and values where it has them). Each method's section comes
+from its own file. ``load_config`` makes a checked copy; mdistiller's way, ``CFG.merge_from_file(...)`` on the
+global tree, works too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from mdistiller.distillers import distiller_dict
+from mdistiller.registry import InputError, dataset_dict, suggestion
+
+from .config_node import ConfigNode as CN
+from .utils import log_msg
+
+CFG = CN()
+
+CFG.EXPERIMENT = CN()
+CFG.EXPERIMENT.PROJECT = "distill"  # a run's folder is LOG.PREFIX/PROJECT/(NAME or TAG)
+CFG.EXPERIMENT.NAME = ""
+CFG.EXPERIMENT.TAG = "default"  # comma-separated words
+CFG.EXPERIMENT.SEED = 0  # weights, order of images, augmentation, splits
+
+CFG.DATASET = CN()
+CFG.DATASET.TYPE = "cifar100"
+CFG.DATASET.ROOT = "./data"
+CFG.DATASET.DOWNLOAD = True  # fetch what is missing, where the data set can be fetched
+CFG.DATASET.IMAGE_SIZE = 0  # pixels a side; 0: the data set's own
+CFG.DATASET.NUM_WORKERS = 2  # processes that prepare batches; 0: the training process itself
+CFG.DATASET.TRAIN_FRACTION = 1.0  # share of the training images that is used, the same of each class
+CFG.DATASET.TRAIN_PER_CLASS = 0  # or: this many of each class; 0: all
+CFG.DATASET.VAL_FRACTION = 0.0  # share of the training images held out to pick the best epoch on
+CFG.DATASET.TEST = CN()
+CFG.DATASET.TEST.BATCH_SIZE = 64
+
+CFG.DISTILLER = CN()
+CFG.DISTILLER.TYPE = "NONE"  # plain training
+CFG.DISTILLER.TEACHER = "ResNet50"
+CFG.DISTILLER.TEACHER_CKPT = ""  # the teacher's weights; empty: where its public weights are unpacked
+CFG.DISTILLER.STUDENT = "resnet32"
+
+CFG.SOLVER = CN()
+CFG.SOLVER.TRAINER = "base"
+CFG.SOLVER.BATCH_SIZE = 64
+CFG.SOLVER.DROP_LAST = False  # leave out the last batch of an epoch where it is smaller
+CFG.SOLVER.EPOCHS = 240
+CFG.SOLVER.TYPE = "SGD"  # SGD, AdamW, RMSProp
+CFG.SOLVER.LR = 0.05
+CFG.SOLVER.MOMENTUM = 0.9  # SGD, RMSProp
+CFG.SOLVER.NESTEROV = False  # SGD
+CFG.SOLVER.BETAS = (0.9, 0.999)  # AdamW
+CFG.SOLVER.ALPHA = 0.99  # RMSProp: decay of the squared gradients
+CFG.SOLVER.EPS = 1e-8  # AdamW, RMSProp
+CFG.SOLVER.WEIGHT_DECAY = 0.0001
+CFG.SOLVER.LR_SCHEDULE = "step"  # step, cosine, exponential
+CFG.SOLVER.LR_DECAY_STAGES = [150, 180, 210]  # step: the epochs after which the rate falls
+CFG.SOLVER.LR_DECAY_RATE = 0.1  # step: factor at each stage; exponential: factor at each epoch
+CFG.SOLVER.LR_MIN = 0.0  # cosine: rate at the end
+CFG.SOLVER.WARMUP_EPOCHS = 0  # linear, step by step, from WARMUP_LR up to LR
+CFG.SOLVER.WARMUP_LR = 0.0
+CFG.SOLVER.DEVICE = "auto"  # auto: the GPU where there is one; else as torch names it: cpu, cuda, cuda:1
+CFG.SOLVER.AMP = "off"  # off: float32; bf16; fp16 (GPU only)
+CFG.SOLVER.CHANNELS_LAST = False  # memory layout NHWC: faster convolutions, above all with AMP
+CFG.SOLVER.EMA_DECAY = 0.0  # exponential moving average of the student's weights, per step; 0: none
+
+CFG.LOG = CN()
+CFG.LOG.PREFIX = "./output"
+CFG.LOG.EVAL_FREQ = 1  # evaluate every so many epochs, and after the last
+CFG.LOG.MEAN_OF_LAST = 5  # results.json gives the mean accuracy of the last so many evaluations
+CFG.LOG.SAVE_CHECKPOINT_FREQ = 40  # keep epoch_N and student_N every so many epochs; 0: never
+CFG.LOG.TENSORBOARD_FREQ = 500  # besides the values of each epoch, loss and rate every so many steps; 0: never
+CFG.LOG.PROGRESS = "auto"  # progress bar; auto: on a terminal only; on; off
+CFG.LOG.WANDB = False
+
+
+def _collect_method_sections() -> None:
+    """One section for each method that has defaults, as its file states them."""
+    for method in distiller_dict.values():
+        if method.defaults is not None and method.section not in CFG:
+            CFG[method.section] = CN(copy.deepcopy(method.defaults))
+
+
+_collect_method_sections()
+
+
+def load_config(path: str = "", options: Sequence[str] = ()) -> CN:
+    """A checked, frozen configuration: defaults, then the file, then ``KEY VALUE`` options.
+
+    Raises:
+        InputError: see :meth:`ConfigNode.merge_from_file` and :func:`check_config`.
+    """
+    cfg = CFG.clone()
+    cfg.defrost()
+    if path:
+        cfg.merge_from_file(path)
+    cfg.merge_from_list(list(options))
+    check_config(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def show_cfg(cfg: CN) -> None:
+    """Print the sections that this run reads."""
+    print(log_msg(f"CONFIG:\n{relevant_part(cfg).dump()}", "INFO"))
+
+
+def relevant_part(cfg: CN) -> CN:
+    """The configuration without the sections of other methods."""
+    part = CN({key: cfg[key] for key in ("EXPERIMENT", "DATASET", "DISTILLER", "SOLVER", "LOG")})
+    section = getattr(distiller_dict.get(cfg.DISTILLER.TYPE), "section", cfg.DISTILLER.TYPE)
+    if section in cfg:
+        part[section] = cfg[section]
+    return part
+
+
+def experiment_name(cfg: CN) -> str:
+    """``PROJECT/NAME``, or ``PROJECT/TAG`` where no name is given."""
+    return f"{cfg.EXPERIMENT.PROJECT}/{cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG}"
+
+
+OPTIMIZERS = ("SGD", "AdamW", "RMSProp")
+SCHEDULES = ("step", "cosine", "exponential")
+PRECISIONS = ("off", "bf16", "fp16")
+
+
+def check_config(cfg: CN) -> None:
+    """Refuse values that no run can start with.
+
+    Raises:
+        InputError: names the key, the value found and what is allowed.
+    """
+    _one_of(cfg, "DISTILLER.TYPE", distiller_dict, "method")
+    _one_of(cfg, "DATASET.TYPE", dataset_dict, "data set")
+    _one_of(cfg, "SOLVER.TYPE", OPTIMIZERS, "optimiser")
+    _one_of(cfg, "SOLVER.LR_SCHEDULE", SCHEDULES, "schedule")
+    _one_of(cfg, "SOLVER.AMP", PRECISIONS, "precision")
+    _one_of(cfg, "LOG.PROGRESS", ("auto", "on", "off"), "choice")
+    positive = ("SOLVER.BATCH_SIZE", "SOLVER.EPOCHS", "DATASET.TEST.BATCH_SIZE", "LOG.EVAL_FREQ", "LOG.MEAN_OF_LAST")
+    _each(cfg, positive, lambda v: v >= 1, "at least 1")
+    _each(cfg, ("SOLVER.LR", "SOLVER.LR_DECAY_RATE", "SOLVER.EPS"), lambda v: v > 0, "above 0")
+    not_negative = (
+        "SOLVER.WEIGHT_DECAY", "SOLVER.LR_MIN", "SOLVER.WARMUP_EPOCHS", "SOLVER.WARMUP_LR",
+        "DATASET.NUM_WORKERS", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_PER_CLASS",
+        "LOG.SAVE_CHECKPOINT_FREQ", "LOG.TENSORBOARD_FREQ",
+    )  # fmt: skip
+    _each(cfg, not_negative, lambda v: v >= 0, "0 or more")
+    _each(cfg, ("DATASET.TRAIN_FRACTION",), lambda v: 0 < v <= 1, "above 0 and at most 1")
+    below_one = ("DATASET.VAL_FRACTION", "SOLVER.EMA_DECAY", "SOLVER.MOMENTUM", "SOLVER.ALPHA")
+    _each(cfg, below_one, lambda v: 0 <= v < 1, "0 or more and below 1")
+    _each(cfg, ("EXPERIMENT.SEED",), lambda v: 0 <= v < 2**63, "from 0 to 2^63 - 1")
+    if not (cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG):
+        raise InputError("EXPERIMENT.NAME and EXPERIMENT.TAG are both empty; one must name the run")
+    if cfg.SOLVER.EPOCHS <= cfg.SOLVER.WARMUP_EPOCHS:
+        raise InputError(
+            f"SOLVER.WARMUP_EPOCHS is {cfg.SOLVER.WARMUP_EPOCHS}, which leaves nothing of "
+            f"SOLVER.EPOCHS {cfg.SOLVER.EPOCHS}"
+        )
+
+
+def value_of(cfg: CN, key: str) -> Any:
+    """The value under a dotted key."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def _one_of(cfg: CN, key: str, allowed: Iterable[str], kind: str) -> None:
+    value = value_of(cfg, key)
+    if value not in allowed:
+        raise InputError(f"{key}: no {kind} named {value!r}; {suggestion(str(value), allowed)}")
+
+
+def _each(cfg: CN, keys: Iterable[str], holds: Callable[[Any], bool], allowed: str) -> None:
+    for key in keys:
+        value = value_of(cfg, key)
+        if not holds(value):
+            raise InputError(f"{key} must be {allowed}, got {value}")

@@ -1,0 +1,73 @@
+"""Accuracy of a network on a split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.registry import InputError
+
+from .batch import to_batch
+from .precision import Precision
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Top-1 and top-5 accuracy in percent, mean cross-entropy, number of images.
+
+    With fewer than five classes, top-5 is 100 by definition.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    count: int
+
+
+def hits_at(output: Tensor, target: Tensor, topk: tuple[int, ...]) -> list[Tensor]:
+    """For each k, ``(B,)`` booleans: is the target among the k highest of ``output`` ``(B, K)``?"""
+    widest = min(max(topk), output.shape[1])
+    found = output.topk(widest, dim=1).indices == target[:, None]
+    return [found[:, :k].any(dim=1) for k in topk]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Iterable[Any], precision: Precision | None = None) -> Evaluation:
+    """Run ``model`` over ``loader`` in eval mode; its mode is restored.
+
+    Args:
+        model: a distiller, or a network that returns ``(logits, features)`` or logits.
+        loader: batches with ``image`` and ``target``, as dictionaries or tuples.
+        precision: device and number format; by default float32 where the model's parameters lie.
+
+    Raises:
+        InputError: the loader yields nothing.
+    """
+    precision = precision or Precision(device=next(model.parameters()).device)
+    was_training = model.training
+    model.eval()
+    partial, count = [], 0
+    for item in loader:
+        batch = to_batch(item, precision)
+        with precision.autocast():
+            logits = _logits(model, batch["image"]).float()
+        top1, top5 = hits_at(logits, batch["target"], (1, 5))
+        loss = F.cross_entropy(logits, batch["target"], reduction="sum")
+        partial.append(torch.stack([top1.sum().float(), top5.sum().float(), loss]))  # read once, at the end
+        count += len(batch["target"])
+    model.train(was_training)
+    if not count:
+        raise InputError("nothing to evaluate on: the split is empty")
+    sums = torch.stack(partial).double().sum(dim=0) / count
+    return Evaluation(100 * sums[0].item(), 100 * sums[1].item(), sums[2].item(), count)
+
+
+def _logits(model: nn.Module, image: Tensor) -> Tensor:
+    inner = getattr(model, "module", model)
+    output = model(image=image) if hasattr(inner, "forward_test") else model(image)
+    return output[0] if isinstance(output, tuple) else output

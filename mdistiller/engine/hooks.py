@@ -1,0 +1,472 @@
+"""What happens around the steps: one small class each, in the order of :func:`default_hooks`.
+
+A hook's methods are called by the trainer at the moments they name. Hooks with a state save it with the run.
+They talk to each other through the trainer only: ``trainer.row`` is the epoch's line in the logs,
+``trainer.results`` becomes ``results.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from .batch import images_of
+from .checkpoint import check_fit, load_into, save_checkpoint, write_atomically
+from .evaluate import Evaluation, evaluate, hits_at
+from .solver import learning_rate
+from .utils import log_msg
+from .writers import CsvWriter, TensorboardWriter, WandbWriter, WorklogWriter
+
+if TYPE_CHECKING:
+    from .trainer import BaseTrainer, StepOutput
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became infinite or NaN; training on would destroy the weights."""
+
+
+class Hook:
+    """Base: does nothing at any moment and has no state."""
+
+    def __init__(self, trainer: BaseTrainer) -> None:
+        self.trainer = trainer
+
+    def before_train(self) -> None: ...
+    def before_epoch(self) -> None: ...
+    def data_arrived(self, seconds: float) -> None: ...
+    def before_step(self) -> None: ...
+    def after_step(self, output: StepOutput) -> None: ...
+    def after_epoch(self) -> None: ...
+    def epoch_done(self) -> None: ...
+    def after_train(self) -> None: ...
+    def close(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class LearningRate(Hook):
+    """Sets the rate of every parameter group before each step."""
+
+    def before_step(self) -> None:
+        trainer = self.trainer
+        rate = learning_rate(trainer.cfg.SOLVER, trainer.epoch, trainer.step_in_epoch / trainer.steps_per_epoch)
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        trainer.row["lr"] = rate
+
+
+class NonFiniteGuard(Hook):
+    """Stops at a loss that is infinite or NaN. On a GPU it looks every 50 steps, to avoid waiting for each."""
+
+    def before_train(self) -> None:
+        self.interval = 50 if self.trainer.precision.device.type == "cuda" else 1
+        self.unchecked: list[tuple[int, float, StepOutput]] = []
+
+    def after_step(self, output: StepOutput) -> None:
+        self.unchecked.append((self.trainer.step, self.trainer.row["lr"], output))
+        if len(self.unchecked) >= self.interval:
+            self.check()
+
+    def after_epoch(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Look at the steps since the last look.
+
+        Raises:
+            NonFiniteLossError: with step, terms, learning rate and the indices of the images.
+        """
+        unchecked, self.unchecked = self.unchecked, []
+        if not unchecked:
+            return
+        totals = torch.stack([output.total for _, _, output in unchecked])
+        bad = (~torch.isfinite(totals)).nonzero()
+        if len(bad):
+            step, rate, output = unchecked[int(bad[0])]
+            terms = ", ".join(f"{name} {value.item():g}" for name, value in output.losses.items())
+            index = output.batch.get("index")
+            images = "" if index is None else f"; images {index.tolist()}"
+            raise NonFiniteLossError(
+                f"the loss is not finite at step {step} (epoch {self.trainer.epoch}): {terms}; learning rate "
+                f"{rate:g}{images}. {self.trainer.folder / 'latest'} holds the last good state; "
+                "a lower SOLVER.LR, SOLVER.WARMUP_EPOCHS or SOLVER.AMP off may help"
+            )
+
+
+class Meters(Hook):
+    """Training loss, its terms and the accuracy, averaged over the epoch's images, kept on the device."""
+
+    def __init__(self, trainer: BaseTrainer) -> None:
+        super().__init__(trainer)
+        self.names: list[str] = []
+        self.sums: Tensor | None = None  # total, top-1, top-5, then the terms, each times images
+        self.count = self.images_seen = 0
+
+    def before_epoch(self) -> None:
+        if self.trainer.step_in_epoch == 0:
+            self.sums, self.count = None, 0
+
+    def after_step(self, output: StepOutput) -> None:
+        target = output.batch["target"]
+        top1, top5 = hits_at(output.logits, target, (1, 5))
+        per_image = [
+            output.total,
+            100 * top1.float().mean(),
+            100 * top5.float().mean(),
+            *output.losses.values(),
+        ]
+        values = torch.stack([value.float() for value in per_image]).double() * len(target)
+        self.names = list(output.losses)
+        self.sums = values if self.sums is None else self.sums.to(values.device) + values
+        self.count += len(target)
+        self.images_seen += sum(len(image) for image in images_of(output.batch))
+
+    def averages(self) -> dict[str, float]:
+        """The epoch so far; waits for the device."""
+        if self.sums is None:
+            return {}
+        loss, top1, top5, *terms = (self.sums / self.count).tolist()
+        named = {f"loss/{name}": value for name, value in zip(self.names, terms, strict=True)}
+        return {"train_acc": top1, "train_acc_top5": top5, "train_loss": loss, **named}
+
+    def after_epoch(self) -> None:
+        self.trainer.row.update(self.averages())
+        self.trainer.results["images_seen"] = self.images_seen
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = None if self.sums is None else self.sums.cpu()
+        return {"names": self.names, "sums": sums, "count": self.count, "images_seen": self.images_seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class Clock(Hook):
+    """Where the seconds go: waiting for data, training, evaluating. Sums survive a resume."""
+
+    def __init__(self, trainer: BaseTrainer) -> None:
+        super().__init__(trainer)
+        self.seconds = {"data": 0.0, "train": 0.0, "evaluation": 0.0}
+        self.epoch_start = self.data_in_epoch = 0.0
+
+    def before_epoch(self) -> None:
+        self.epoch_start, self.data_in_epoch = time.perf_counter(), 0.0
+
+    def data_arrived(self, seconds: float) -> None:
+        self.seconds["data"] += seconds
+        self.data_in_epoch += seconds
+
+    def after_epoch(self) -> None:
+        self.seconds["train"] += time.perf_counter() - self.epoch_start
+        self.trainer.results["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seconds.update(state.get("seconds", {}))
+
+
+class WeightAverage(Hook):
+    """Exponential moving average of the student (``SOLVER.EMA_DECAY``), BatchNorm statistics included."""
+
+    def __init__(self, trainer: BaseTrainer) -> None:
+        super().__init__(trainer)
+        decay = trainer.cfg.SOLVER.EMA_DECAY
+        self.average = AveragedModel(
+            trainer.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
+        )
+
+    @property
+    def student(self) -> torch.nn.Module:
+        return self.average.module
+
+    def after_step(self, output: StepOutput) -> None:
+        self.average.update_parameters(self.trainer.distiller.student)
+
+    def after_train(self) -> None:
+        save_checkpoint({"model": self.student.state_dict()}, self.trainer.folder / "student_ema")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            check_fit(self.average.state_dict(), state["average"], "the saved moving average")
+            self.average.load_state_dict(state["average"])
+
+
+class Evaluate(Hook):
+    """Scores the student every ``LOG.EVAL_FREQ`` epochs and after the last, and keeps last, best and mean.
+
+    *Last* is the honest headline. *Best* is picked on the validation split where there is one, else on the
+    test split, and says so.
+    """
+
+    def __init__(self, trainer: BaseTrainer, weight_average: WeightAverage | None, clock: Clock) -> None:
+        super().__init__(trainer)
+        self.weight_average = weight_average
+        self.clock = clock
+        self.scores: list[tuple[float, float]] = []  # top-1 and top-5 of each evaluation
+        self.prefix = "val" if trainer.test_loader is not None else "test"
+        self.is_best = False
+
+    def after_epoch(self) -> None:
+        trainer, self.is_best = self.trainer, False
+        if trainer.epoch % trainer.cfg.LOG.EVAL_FREQ and trainer.epoch != trainer.cfg.SOLVER.EPOCHS:
+            return
+        start = time.perf_counter()
+        result = self.score(trainer.val_loader)
+        trainer.row.update(
+            {
+                f"{self.prefix}_acc": result.top1,
+                f"{self.prefix}_acc_top5": result.top5,
+                f"{self.prefix}_loss": result.loss,
+            }
+        )
+        if self.weight_average is not None:
+            ema = evaluate(self.weight_average.student, trainer.val_loader, trainer.precision)
+            trainer.row[f"{self.prefix}_acc_ema"] = ema.top1
+            trainer.results["ema"] = _as_dict(ema, trainer.epoch, self.prefix)
+        self.clock.seconds["evaluation"] += time.perf_counter() - start
+        self._keep(result)
+
+    def score(self, loader: Any) -> Evaluation:
+        return evaluate(self.trainer.distiller, loader, self.trainer.precision)
+
+    def _keep(self, result: Evaluation) -> None:
+        trainer = self.trainer
+        self.scores.append((result.top1, result.top5))
+        trainer.results["last"] = _as_dict(result, trainer.epoch, self.prefix)
+        if result.top1 >= trainer.results.get("best", {}).get(
+            "top1", -1.0
+        ):  # a tie goes to the later, as in mdistiller
+            self.is_best = True
+            trainer.results["best"] = _as_dict(result, trainer.epoch, self.prefix)
+        recent = [top1 for top1, _ in self.scores[-trainer.cfg.LOG.MEAN_OF_LAST :]]
+        trainer.results["mean_of_last"] = {
+            "evaluations": len(recent),
+            "top1": statistics.fmean(recent),
+            "std": statistics.stdev(recent) if len(recent) > 1 else 0.0,
+        }
+
+    def after_train(self) -> None:
+        trainer = self.trainer
+        if trainer.test_loader is None:
+            return
+        last = self.score(trainer.test_loader)
+        best_epoch = trainer.results["best"]["epoch"]
+        current = {k: v.clone() for k, v in trainer.distiller.student.state_dict().items()}
+        load_into(trainer.distiller.student, trainer.folder / "student_best", "student")
+        best = self.score(trainer.test_loader)
+        trainer.distiller.student.load_state_dict(current)
+        trainer.results["validation"] = {key: trainer.results[key] for key in ("last", "best")}
+        trainer.results["last"] = _as_dict(last, trainer.cfg.SOLVER.EPOCHS, "test")
+        trainer.results["best"] = _as_dict(best, best_epoch, "test") | {"picked_on": "validation"}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": self.scores}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scores = [tuple(score) for score in state.get("scores", [])]
+
+
+def _as_dict(result: Evaluation, epoch: int, split: str) -> dict[str, Any]:
+    scores = {
+        "top1": result.top1,
+        "top5": result.top5,
+        "loss": result.loss,
+        "epoch": epoch,
+        "images": result.count,
+    }
+    return {**scores, "split": "validation" if split == "val" else "test"}
+
+
+class Writers(Hook):
+    """Gives each epoch's line to the log writers and keeps ``results.json`` up to date."""
+
+    def __init__(self, trainer: BaseTrainer) -> None:
+        super().__init__(trainer)
+        self.rows: list[dict[str, float]] = []
+        self.writers: list[Any] = []
+
+    def before_train(self) -> None:
+        trainer = self.trainer
+        self.writers = [
+            CsvWriter(trainer.folder / "metrics.csv"),
+            WorklogWriter(trainer.folder / "worklog.txt"),
+            TensorboardWriter(trainer.folder / "train.events", trainer.cfg.LOG.TENSORBOARD_FREQ),
+        ]
+        if trainer.cfg.LOG.WANDB:
+            self.writers.append(WandbWriter(trainer.cfg, trainer.folder))
+        for writer in self.writers:
+            writer.start(self.rows, trainer.step)
+        self._write_results("running")
+
+    def after_step(self, output: StepOutput) -> None:
+        for writer in self.writers:
+            writer.write_step(self.trainer.step, output.total, self.trainer.row["lr"])
+
+    def after_epoch(self) -> None:
+        row = dict(self.trainer.row)
+        self.rows.append(row)
+        for writer in self.writers:
+            writer.write_epoch(row)
+
+    def epoch_done(self) -> None:
+        self._write_results("running")
+
+    def after_train(self) -> None:
+        results = self.trainer.results
+        seconds = results.get("seconds", {})
+        if seconds.get("train"):
+            results["images_per_second"] = round(results["images_seen"] / seconds["train"], 1)
+        device = self.trainer.precision.device
+        if device.type == "cuda":
+            results["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+        for writer in self.writers:
+            writer.finish(results)
+        self._write_results("finished")
+
+    def _write_results(self, status: str) -> None:
+        content = {"status": status, **{k: v for k, v in self.trainer.results.items() if k != "status"}}
+        self.trainer.results["status"] = status
+        content |= {"epochs": self.trainer.epoch - 1, "steps": self.trainer.step}
+        write_atomically(self.trainer.folder / "results.json", json.dumps(content, indent=1) + "\n")
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows = state.get("rows", [])
+
+
+class Checkpoints(Hook):
+    """Saves mdistiller's files after each epoch, and ``student_last`` at the end."""
+
+    def __init__(self, trainer: BaseTrainer, evaluation: Evaluate) -> None:
+        super().__init__(trainer)
+        self.evaluation = evaluation
+
+    def epoch_done(self) -> None:
+        trainer, finished = self.trainer, self.trainer.epoch - 1
+        names = ["latest"]
+        if trainer.cfg.LOG.SAVE_CHECKPOINT_FREQ and finished % trainer.cfg.LOG.SAVE_CHECKPOINT_FREQ == 0:
+            names.append(str(finished))
+        if self.evaluation.is_best:
+            names.append("best")
+        state, student = trainer.state_dict(), {"model": trainer.distiller.student.state_dict()}
+        for name in reversed(names):  # latest last: what it says has happened is on the disk then
+            save_checkpoint(student, trainer.folder / f"student_{name}")
+            save_checkpoint(state, trainer.folder / (f"epoch_{name}" if name.isdigit() else name))
+
+    def after_train(self) -> None:
+        save_checkpoint({"model": self.trainer.distiller.student.state_dict()}, self.trainer.folder / "student_last")
+
+
+class Console(Hook):
+    """Progress bar and the line of each evaluated epoch."""
+
+    def __init__(self, trainer: BaseTrainer, meters: Meters, clock: Clock) -> None:
+        super().__init__(trainer)
+        self.meters, self.clock = meters, clock
+        self.bar: tqdm | None = None
+        self.shown_at = 0.0
+
+    def before_epoch(self) -> None:
+        wanted = self.trainer.cfg.LOG.PROGRESS
+        if wanted == "on" or (wanted == "auto" and sys.stderr.isatty()):
+            self.bar = tqdm(
+                total=self.trainer.steps_per_epoch,
+                initial=self.trainer.step_in_epoch,
+                leave=False,
+                dynamic_ncols=True,
+            )
+
+    def after_step(self, output: StepOutput) -> None:
+        if self.bar is None:
+            return
+        self.bar.update()
+        now = time.perf_counter()
+        if now - self.shown_at < 0.5:  # reading the meters waits for the device
+            return
+        self.shown_at = now
+        steps = self.bar.n - self.bar.initial
+        data = self.clock.data_in_epoch / steps
+        whole = (now - self.clock.epoch_start) / steps
+        means = self.meters.averages()
+        self.bar.set_description(
+            log_msg(
+                f"Epoch:{self.trainer.epoch}| Time(data):{data:.3f}| Time(train):{whole:.3f}| "
+                f"Loss:{means['train_loss']:.4f}| Top-1:{means['train_acc']:.3f}| Top-5:{means['train_acc_top5']:.3f}",
+                "TRAIN",
+            )
+        )
+
+    def after_epoch(self) -> None:
+        self.close()
+        row = self.trainer.row
+        for split in ("val", "test"):
+            if f"{split}_acc" in row:
+                print(
+                    log_msg(
+                        f"Epoch {self.trainer.epoch}/{self.trainer.cfg.SOLVER.EPOCHS}| lr {row['lr']:.4g}| "
+                        f"train loss {row['train_loss']:.4f}, top-1 {row['train_acc']:.2f}| "
+                        f"{split} loss {row[f'{split}_loss']:.4f}, top-1 {row[f'{split}_acc']:.2f}, "
+                        f"top-5 {row[f'{split}_acc_top5']:.2f}",
+                        "EVAL",
+                    ),
+                    flush=True,
+                )
+
+    def after_train(self) -> None:
+        results = self.trainer.results
+        if "last" not in results:
+            return
+        picked = results["best"].get("picked_on", results["best"]["split"])
+        print(
+            log_msg(
+                f"Last: top-1 {results['last']['top1']:.2f} on {results['last']['images']} {results['last']['split']} "
+                f"images| best (epoch {results['best']['epoch']}, picked on the {picked} split): "
+                f"{results['best']['top1']:.2f}| all of it in {self.trainer.folder}",
+                "EVAL",
+            ),
+            flush=True,
+        )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def default_hooks(trainer: BaseTrainer) -> list[Hook]:
+    """The hooks of a run, in the order in which they are called."""
+    meters, clock = Meters(trainer), Clock(trainer)
+    average = WeightAverage(trainer) if trainer.cfg.SOLVER.EMA_DECAY else None
+    evaluation = Evaluate(trainer, average, clock)
+    hooks: list[Hook] = [clock, LearningRate(trainer), NonFiniteGuard(trainer), meters]
+    hooks += [average] if average is not None else []
+    return [
+        *hooks,
+        evaluation,
+        Writers(trainer),
+        Checkpoints(trainer, evaluation),
+        Console(trainer, meters, clock),
+    ]

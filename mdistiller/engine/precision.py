@@ -1,0 +1,84 @@
+"""Where and in which number format the networks run; the same code for CPU and GPU."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.registry import InputError
+
+AUTOCAST_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Device, autocast type and memory layout of a run.
+
+    Args:
+        device: where networks and batches lie.
+        autocast_dtype: the type in which autocast computes; ``None``: float32 throughout.
+        channels_last: NHWC layout of images and convolution weights.
+    """
+
+    device: torch.device
+    autocast_dtype: torch.dtype | None = None
+    channels_last: bool = False
+
+    @classmethod
+    def from_cfg(cls, cfg: Any) -> Precision:
+        """Read ``SOLVER.DEVICE``, ``SOLVER.AMP`` and ``SOLVER.CHANNELS_LAST``.
+
+        Raises:
+            InputError: a device that this machine lacks; fp16 without a GPU.
+        """
+        device = resolve_device(cfg.SOLVER.DEVICE)
+        if cfg.SOLVER.AMP == "fp16" and device.type == "cpu":
+            raise InputError("SOLVER.AMP fp16 needs a GPU; on the CPU use SOLVER.AMP bf16")
+        return cls(device, AUTOCAST_DTYPES[cfg.SOLVER.AMP], cfg.SOLVER.CHANNELS_LAST)
+
+    def autocast(self) -> AbstractContextManager:
+        """Context in which the networks run."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move a network to the device and the memory layout."""
+        layout = torch.channels_last if self.channels_last else torch.preserve_format
+        return module.to(self.device, memory_format=layout)
+
+    def place_tensor(self, tensor: Tensor) -> Tensor:
+        """Move a tensor; images ``(B, C, H, W)`` take the memory layout, other integers keep their type."""
+        if tensor.ndim == 4 and self.channels_last:
+            return tensor.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        return tensor.to(self.device, non_blocking=True)
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that the clock tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling; it does nothing unless fp16 is on."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype is torch.float16)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that ``SOLVER.DEVICE`` names; ``auto`` is the GPU where there is one.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"SOLVER.DEVICE {name!r} cannot be used here: {reason}; use auto, cpu or cuda") from None
+    return device

@@ -1,0 +1,216 @@
+"""One run from a configuration to results in a folder: what ``tools/train.py`` calls, for use in Python."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import mdistiller
+from mdistiller.dataset import Loaders, build_loaders
+from mdistiller.registry import InputError
+
+from .build import build_distiller, build_student, build_teacher, needs_teacher, teacher_checkpoint
+from .cfg import experiment_name, relevant_part
+from .checkpoint import write_atomically
+from .evaluate import evaluate
+from .precision import Precision
+from .random_state import seed_everything
+from .trainer import BaseTrainer, trainer_dict
+from .utils import log_msg
+
+# A resumed run would be another experiment if one of these changed.
+FIXED_ON_RESUME = (
+    "DATASET.TYPE", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_FRACTION", "DATASET.TRAIN_PER_CLASS", "DATASET.VAL_FRACTION",
+    "DISTILLER.TYPE", "DISTILLER.TEACHER", "DISTILLER.STUDENT", "EXPERIMENT.SEED",
+    "SOLVER.TYPE", "SOLVER.TRAINER", "SOLVER.BATCH_SIZE", "SOLVER.DROP_LAST",
+)  # fmt: skip
+
+
+def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train, evaluate and write the run's folder.
+
+    Args:
+        cfg: a checked configuration, see :func:`mdistiller.engine.cfg.load_config`.
+        resume: go on where the folder's ``latest`` stands; from the start where there is none.
+        overwrite: delete what an earlier run left in the folder.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        InputError: anything about the configuration, the data or the files that keeps the run from starting.
+    """
+    folder = run_folder(cfg)
+    resume = check_folder(folder, cfg, resume, overwrite)
+    trainer, facts = build_run(cfg)
+    if overwrite:
+        _clear(folder)
+    _make(folder)
+    write_atomically(folder / "config.yaml", cfg.dump())
+    write_atomically(folder / "environment.json", json.dumps(_environment(cfg, trainer), indent=1) + "\n")
+    trainer.results.update(facts)
+    return trainer.train(resume=resume)
+
+
+def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
+    """Data, networks, method and trainer, and the facts about them for ``results.json``."""
+    seed_everything(cfg.EXPERIMENT.SEED)
+    if needs_teacher(cfg):
+        teacher_checkpoint(cfg)  # before the data: a missing teacher is the likelier mistake
+    loaders = build_loaders(cfg)
+    student = build_student(cfg, loaders.num_classes)
+    facts: dict[str, Any] = {
+        "experiment": experiment_name(cfg),
+        "method": cfg.DISTILLER.TYPE,
+        "student": cfg.DISTILLER.STUDENT,
+        "dataset": cfg.DATASET.TYPE,
+        "seed": cfg.EXPERIMENT.SEED,
+        "training_images": loaders.num_data,
+    }
+    teacher = None
+    if needs_teacher(cfg):
+        teacher = build_teacher(cfg, loaders.num_classes)
+        facts["teacher"] = score_teacher(cfg, teacher, loaders)
+    torch.manual_seed(cfg.EXPERIMENT.SEED)  # a method's own modules do not depend on the teacher's size
+    distiller = build_distiller(cfg, student, teacher, loaders.num_data)
+    facts["extra_parameters"] = distiller.get_extra_parameters() if teacher is not None else 0
+    compared_on = loaders.test if loaders.val is None else loaders.val
+    trainer = trainer_dict[cfg.SOLVER.TRAINER](
+        experiment_name(cfg),
+        distiller,
+        loaders.train,
+        compared_on,
+        cfg,
+        test_loader=None if loaders.val is None else loaders.test,
+    )
+    return trainer, facts
+
+
+def score_teacher(cfg: Any, teacher: torch.nn.Module, loaders: Loaders) -> dict[str, Any]:
+    """The teacher's accuracy on the test split, printed: a wrong checkpoint shows before the first step."""
+    precision = Precision.from_cfg(cfg)
+    result = evaluate(precision.place(teacher), loaders.test, precision)
+    name = cfg.DISTILLER.TEACHER
+    checkpoint = cfg.DISTILLER.TEACHER_CKPT or "its public weights"
+    print(
+        log_msg(
+            f"Teacher {name} ({checkpoint}): top-1 {result.top1:.2f}, top-5 {result.top5:.2f} "
+            f"on {result.count} test images",
+            "INFO",
+        )
+    )
+    return {"name": name, "checkpoint": checkpoint, "top1": result.top1, "top5": result.top5}
+
+
+def run_folder(cfg: Any) -> Path:
+    """``LOG.PREFIX/PROJECT/(NAME or TAG)``."""
+    return Path(cfg.LOG.PREFIX) / experiment_name(cfg)
+
+
+def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool) -> bool:
+    """Refuse to mix two runs; returns whether there is something to resume.
+
+    Raises:
+        InputError: the folder holds another run, or something that is no run.
+    """
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        if resume:
+            print(log_msg(f"nothing to resume in {folder}; starting from the beginning", "INFO"))
+        return False
+    if not (folder / "config.yaml").is_file():
+        raise InputError(
+            f"{folder} exists and is no run's folder (it holds no config.yaml); name another with EXPERIMENT.NAME"
+        )
+    if resume:
+        _check_same_experiment(folder, cfg)
+        return (folder / "latest").is_file()
+    if not overwrite:
+        raise InputError(
+            f"{folder} holds a run already; go on with it by --resume, replace it by --overwrite, or name "
+            "another folder with EXPERIMENT.NAME"
+        )
+    return False
+
+
+def _check_same_experiment(folder: Path, cfg: Any) -> None:
+    before, now = flatten(yaml.safe_load((folder / "config.yaml").read_text())), flatten(relevant_part(cfg))
+    changed = [key for key in now if key in before and before[key] != now[key]]
+    refused = [key for key in changed if key in FIXED_ON_RESUME]
+    if refused:
+        listed = ", ".join(f"{key} was {before[key]}, is {now[key]}" for key in refused)
+        raise InputError(f"{folder} holds another experiment and cannot be resumed as this one: {listed}")
+    for key in changed:
+        print(log_msg(f"resuming with {key} {now[key]} (was {before[key]})", "INFO"))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"A": {"B": 1}}`` as ``{"A.B": 1}``; tuples become lists, as YAML keeps them."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _clear(folder: Path) -> None:
+    """Delete a run's files; folders below it may be other runs and stay."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.is_file():
+            path.unlink()
+    shutil.rmtree(folder / "train.events", ignore_errors=True)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another place with LOG.PREFIX") from None
+
+
+def _environment(cfg: Any, trainer: BaseTrainer) -> dict[str, Any]:
+    device = trainer.precision.device
+    return {
+        "command": shlex.join(sys.argv),
+        "mdistiller": mdistiller.__version__,
+        "git": _git_hash(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "machine": platform.platform(),
+        "seed": cfg.EXPERIMENT.SEED,
+    }
+
+
+def _git_hash() -> str | None:
+    """The commit of the code, with ``+`` where files were changed; ``None`` outside a checkout."""
+    root = Path(mdistiller.__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

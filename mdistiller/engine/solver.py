@@ -1,0 +1,74 @@
+"""Optimisers and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from mdistiller.registry import InputError
+
+
+def build_optimizer(cfg: Any, distiller: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser that ``SOLVER.TYPE`` names, over everything the method trains.
+
+    A method that defines ``parameter_groups(cfg)`` decides groups and their ``lr``; the schedule then scales
+    each group's rate alike.
+    """
+    solver = cfg.SOLVER
+    groups = _groups(cfg, distiller)
+    common = {"lr": solver.LR, "weight_decay": solver.WEIGHT_DECAY}
+    if solver.TYPE == "SGD":
+        return torch.optim.SGD(groups, momentum=solver.MOMENTUM, nesterov=_nesterov(solver), **common)
+    if solver.TYPE == "AdamW":
+        return torch.optim.AdamW(groups, betas=tuple(solver.BETAS), eps=solver.EPS, **common)
+    if solver.TYPE == "RMSProp":
+        return torch.optim.RMSprop(groups, momentum=solver.MOMENTUM, alpha=solver.ALPHA, eps=solver.EPS, **common)
+    raise InputError(f"SOLVER.TYPE: no optimiser named {solver.TYPE!r}; known: SGD, AdamW, RMSProp")
+
+
+def _nesterov(solver: Any) -> bool:
+    if solver.NESTEROV and not solver.MOMENTUM:
+        raise InputError("SOLVER.NESTEROV needs SOLVER.MOMENTUM above 0")
+    return solver.NESTEROV
+
+
+def _groups(cfg: Any, distiller: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups without repeats; ``lr_scale`` is a group's rate as a share of ``SOLVER.LR``."""
+    if hasattr(distiller, "parameter_groups"):
+        groups = [dict(group) for group in distiller.parameter_groups(cfg)]
+    else:
+        groups = [{"params": distiller.get_learnable_parameters()}]
+    seen: set[int] = set()
+    for group in groups:
+        group["params"] = [p for p in group["params"] if not (id(p) in seen or seen.add(id(p)))]
+        group["lr_scale"] = group.get("lr", cfg.SOLVER.LR) / cfg.SOLVER.LR
+    return groups
+
+
+def learning_rate(solver: Any, epoch: int, done: float = 0.0) -> float:
+    """The rate of ``SOLVER.LR_SCHEDULE`` at a step.
+
+    Args:
+        solver: the ``SOLVER`` section.
+        epoch: counts from 1.
+        done: share of the epoch's steps that lie behind, in [0, 1).
+
+    Returns:
+        ``step``: LR * LR_DECAY_RATE^s with s the number of stages below ``epoch`` (mdistiller's rule: the first
+        decayed epoch of stage 150 is 151). ``exponential``: LR * LR_DECAY_RATE^(epochs behind, warm-up not
+        counted). ``cosine``: half a wave from LR to LR_MIN over the epochs after the warm-up, step by step. In
+        the first WARMUP_EPOCHS: linear from WARMUP_LR to LR, step by step.
+    """
+    if epoch <= solver.WARMUP_EPOCHS:
+        share = (epoch - 1 + done) / solver.WARMUP_EPOCHS
+        return solver.WARMUP_LR + (solver.LR - solver.WARMUP_LR) * share
+    if solver.LR_SCHEDULE == "step":
+        return solver.LR * solver.LR_DECAY_RATE ** sum(epoch > stage for stage in solver.LR_DECAY_STAGES)
+    behind = epoch - 1 - solver.WARMUP_EPOCHS
+    if solver.LR_SCHEDULE == "exponential":
+        return solver.LR * solver.LR_DECAY_RATE**behind
+    share = (behind + done) / (solver.EPOCHS - solver.WARMUP_EPOCHS)
+    return solver.LR_MIN + (solver.LR - solver.LR_MIN) * 0.5 * (1 + math.cos(math.pi * share))

@@ -1,0 +1,240 @@
+"""The training loop. Everything beside forward, backward and step is a hook."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.registry import InputError, Registry
+
+from .batch import to_batch
+from .checkpoint import CheckpointError, check_fit, load_checkpoint
+from .hooks import Hook, default_hooks
+from .precision import Precision
+from .random_state import random_state, restore_random_state
+from .solver import build_optimizer
+
+trainer_dict = Registry("trainer")
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step leaves for the hooks; tensors are detached and stay on the device.
+
+    Args:
+        batch: the named tensors that went in.
+        logits: the student's, ``(B, K)``.
+        losses: the method's weighted terms by name.
+        total: their sum, ``()``.
+    """
+
+    batch: dict[str, Tensor]
+    logits: Tensor
+    losses: dict[str, Tensor]
+    total: Tensor
+
+
+class BaseTrainer:
+    """Trains a distiller and keeps its run's folder ``LOG.PREFIX/experiment_name``.
+
+    Args:
+        experiment_name: the folder below ``LOG.PREFIX``.
+        distiller: the method with its networks; a DataParallel wrapper is taken off.
+        train_loader: yields dictionaries or mdistiller's tuples.
+        val_loader: what the epochs are compared on.
+        cfg: the configuration.
+        test_loader: where ``val_loader`` is a validation split: the test split, which last and best are scored
+            on once, at the end.
+    """
+
+    def __init__(
+        self,
+        experiment_name: str,
+        distiller: nn.Module,
+        train_loader: Any,
+        val_loader: Any,
+        cfg: Any,
+        test_loader: Any = None,
+    ) -> None:
+        self.cfg = cfg
+        self.precision = Precision.from_cfg(cfg)
+        self.distiller = self.precision.place(getattr(distiller, "module", distiller))
+        self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
+        self.optimizer = self.init_optimizer(cfg)
+        self.scaler = self.precision.scaler()
+        self.folder = Path(cfg.LOG.PREFIX) / experiment_name
+        self.epoch = 1  # the one in progress
+        self.step_in_epoch = 0  # steps of it that are done
+        self.step = 0  # steps done since the start
+        self.row: dict[str, float] = {}  # the epoch's line in the logs, filled by the hooks
+        self.results: dict[str, Any] = {}  # results.json, filled by the hooks
+        self.hooks: list[Hook] = default_hooks(self)
+        check_batches(self.distiller, train_loader)
+
+    def init_optimizer(self, cfg: Any) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, self.distiller)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_loader)
+
+    def train(self, resume: bool = False) -> dict[str, Any]:
+        """Run all epochs and return the results.
+
+        Args:
+            resume: go on from ``latest`` in the run's folder.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if resume:
+            self.load_state(load_checkpoint(self.folder / "latest"))
+        try:
+            self._call("before_train")
+            while self.epoch <= self.cfg.SOLVER.EPOCHS:
+                self.run_epoch()
+            self._call("after_train")
+        finally:
+            for hook in self.hooks:
+                hook.close()
+        return self.results
+
+    def run_epoch(self) -> None:
+        self.distiller.train()
+        self.row = {"epoch": self.epoch}
+        if hasattr(self.distiller, "on_epoch_start"):
+            self.distiller.on_epoch_start(self.epoch)
+        self._call("before_epoch")
+        for item in self._items():
+            self._call("before_step")
+            output = self.run_step(to_batch(item, self.precision))
+            self.step += 1
+            self.step_in_epoch += 1
+            self._call("after_step", output)
+        self.precision.synchronize()
+        self._call("after_epoch")
+        self.epoch += 1
+        self.step_in_epoch = 0
+        self._call("epoch_done")
+
+    def run_step(self, batch: dict[str, Tensor]) -> StepOutput:
+        with self.precision.autocast():
+            logits, losses = self.distiller(**batch, epoch=self.epoch)
+        losses = {name: loss.mean() for name, loss in losses.items()}  # some methods return shape (1,)
+        self.update(losses)
+        detached = {name: loss.detach() for name, loss in losses.items()}
+        return StepOutput(batch, logits.detach(), detached, sum(detached.values()))
+
+    def update(self, losses: dict[str, Tensor]) -> None:
+        """One optimiser step down the sum of the losses."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(sum(losses.values())).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _items(self) -> Iterator[Any]:
+        """The rest of the epoch's items; how long each kept the loop waiting is told to the hooks."""
+        if hasattr(self.train_loader, "set_epoch"):
+            self.train_loader.set_epoch(self.epoch, self.step_in_epoch)
+        iterator = iter(self.train_loader)
+        while True:
+            start = time.perf_counter()
+            item = next(iterator, None)
+            if item is None:
+                return
+            self._call("data_arrived", time.perf_counter() - start)
+            yield item
+
+    def _call(self, moment: str, *args: Any) -> None:
+        for hook in self.hooks:
+            getattr(hook, moment)(*args)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on exactly where it stands; the frozen teacher isn't part of it."""
+        return {
+            "epoch": self.epoch - 1,  # epochs finished, as mdistiller counts
+            "step_in_epoch": self.step_in_epoch,
+            "step": self.step,
+            "model": trained_state(self.distiller),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_state(),
+            "hooks": {type(hook).__name__: state for hook in self.hooks if (state := hook.state_dict())},
+            "results": self.results,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over a state; mdistiller's ``latest`` files (model, optimiser, epoch, best_acc) work too.
+
+        Raises:
+            CheckpointError: a state without its parts, or of another model or method.
+        """
+        missing = {"epoch", "model", "optimizer"} - set(state)
+        if missing:
+            raise CheckpointError(f"{self.folder / 'latest'} cannot be resumed from: it lacks {sorted(missing)}")
+        load_trained_state(self.distiller, state["model"], f"{self.folder / 'latest'}")
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise CheckpointError(f"the optimiser state in {self.folder / 'latest'} does not fit: {error}") from None
+        self.epoch = state["epoch"] + 1
+        self.step_in_epoch = state.get("step_in_epoch", 0)
+        self.step = state.get("step", state["epoch"] * self.steps_per_epoch)
+        self.results.update(state.get("results", {}))
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+        for hook in self.hooks:
+            hook.load_state_dict(state.get("hooks", {}).get(type(hook).__name__, {}))
+        restore_random_state(state.get("random", {}))
+
+
+trainer_dict["base"] = BaseTrainer
+trainer_dict["crd"] = BaseTrainer  # mdistiller's name for the loop with an index in the batch
+
+
+def trained_state(distiller: nn.Module) -> dict[str, Tensor]:
+    """The distiller's state dict without what is frozen of the teacher."""
+    trained = set()
+    if getattr(distiller, "teacher", None) is not None:
+        moving = {id(p) for p in distiller.teacher_parameters()}
+        trained = {f"teacher.{name}" for name, p in distiller.teacher.named_parameters() if id(p) in moving}
+    state = distiller.state_dict()
+    return {key: value for key, value in state.items() if not key.startswith("teacher.") or key in trained}
+
+
+def load_trained_state(distiller: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Take over what :func:`trained_state` gave; mdistiller's ``module.`` prefix and saved teacher are skipped.
+
+    Raises:
+        CheckpointError: names or shapes differ; nothing is changed then.
+    """
+    own = trained_state(distiller)
+    given = {key.removeprefix("module."): value for key, value in state.items()}
+    given = {key: value for key, value in given.items() if key in own or not key.startswith("teacher.")}
+    check_fit(own, given, f"the model in {source}")
+    distiller.load_state_dict(given, strict=False)
+
+
+def check_batches(distiller: nn.Module, loader: Any) -> None:
+    """Refuse an epoch without steps, and a last batch of one image where BatchNorm needs several.
+
+    Raises:
+        InputError: what was found and which key to change.
+    """
+    if not len(loader):
+        raise InputError(
+            "an epoch has no step: there are fewer training images than SOLVER.BATCH_SIZE and SOLVER.DROP_LAST "
+            "is on; lower SOLVER.BATCH_SIZE or turn SOLVER.DROP_LAST off"
+        )
+    smallest = getattr(loader, "last_batch_size", None)
+    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in distiller.student.modules())
+    if smallest == 1 and batch_norm:
+        raise InputError(
+            f"the last batch of an epoch holds a single image ({loader.num_data} training images, "
+            f"SOLVER.BATCH_SIZE {loader.batch_size}), from which BatchNorm cannot take statistics; "
+            "use another SOLVER.BATCH_SIZE, at least 2, or set SOLVER.DROP_LAST True"
+        )

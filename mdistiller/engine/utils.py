@@ -1,0 +1,60 @@
+"""Small things that the engine and mdistiller's users share."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .evaluate import evaluate, hits_at
+
+__all__ = ["AverageMeter", "accuracy", "load_checkpoint", "log_msg", "save_checkpoint", "validate"]
+
+COLORS = {"INFO": 36, "TRAIN": 32, "EVAL": 31}
+
+
+def log_msg(msg: str, mode: str = "INFO") -> str:
+    """``[MODE] msg``, on a terminal in the colour of the mode (``INFO``, ``TRAIN`` or ``EVAL``)."""
+    if not sys.stdout.isatty():
+        return f"[{mode}] {msg}"
+    return f"\033[{COLORS[mode]}m[{mode}] {msg}\033[0m"
+
+
+class AverageMeter:
+    """Last value and running mean of what it is given; tensors stay on their device."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.val = self.avg = self.sum = self.count = 0
+
+    def update(self, val: float | Tensor, n: int = 1) -> None:
+        """Take in ``val``, the mean of ``n`` values."""
+        self.val = val
+        self.sum = self.sum + val * n
+        self.count += n
+        self.avg = self.sum / self.count
+
+
+@torch.no_grad()
+def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[Tensor]:
+    """Share of targets among the k highest scores, in percent.
+
+    Args:
+        output: ``(B, K)`` scores.
+        target: ``(B,)`` class numbers.
+        topk: the k's; one above K counts as K.
+
+    Returns:
+        One ``(1,)`` tensor for each k.
+    """
+    return [100.0 * hits.float().mean(dim=0, keepdim=True) for hits in hits_at(output, target, topk)]
+
+
+def validate(val_loader, distiller) -> tuple[float, float, float]:
+    """Top-1 and top-5 accuracy in percent and mean cross-entropy of the student, as mdistiller gives them."""
+    result = evaluate(distiller, val_loader)
+    return result.top1, result.top5, result.loss

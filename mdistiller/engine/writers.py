@@ -1,0 +1,159 @@
+"""Where the numbers of a run go: CSV, mdistiller's worklog, TensorBoard, Weights & Biases.
+
+A writer gets each epoch's line as a flat dictionary. After a resume it is started with the lines up to the
+checkpoint, and whatever the file held beyond them is dropped: no line twice, none missing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .checkpoint import write_atomically
+from .utils import log_msg
+
+Row = dict[str, float]
+# mdistiller's tags; the rest of a row goes to TensorBoard under its own name.
+WORKLOG_KEYS = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")
+
+
+class Writer:
+    """Base: takes everything and writes nothing."""
+
+    def start(self, rows: list[Row], step: int) -> None: ...
+    def write_step(self, step: int, loss: Tensor, rate: float) -> None: ...
+    def write_epoch(self, row: Row) -> None: ...
+    def finish(self, results: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class CsvWriter(Writer):
+    """``metrics.csv``: a line for each epoch; a cell is empty where an epoch has no such value."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        self.columns: list[str] = []
+
+    def start(self, rows: list[Row], step: int) -> None:
+        self.rows = list(rows)
+        self._rewrite()
+
+    def write_epoch(self, row: Row) -> None:
+        self.rows.append(row)
+        if set(row) - set(self.columns):
+            self._rewrite()  # a column more, at the first evaluation
+        else:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns, restval="").writerow(row)
+
+    def _rewrite(self) -> None:
+        self.columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, restval="")
+        if self.columns:
+            writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.path, text.getvalue())
+
+
+class WorklogWriter(Writer):
+    """``worklog.txt`` in mdistiller's form, except that small learning rates keep their digits."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def start(self, rows: list[Row], step: int) -> None:
+        write_atomically(self.path, "".join(map(self.render, rows)))
+
+    def write_epoch(self, row: Row) -> None:
+        with self.path.open("a") as file:
+            file.write(self.render(row))
+
+    def finish(self, results: dict[str, Any]) -> None:
+        if "best" in results:
+            with self.path.open("a") as file:
+                file.write(f"best_acc\t{results['best']['top1']:.2f}")
+
+    @staticmethod
+    def render(row: Row) -> str:
+        line = "-" * 25
+        named = [f"{key}: {row[key]:.2f}" for key in WORKLOG_KEYS if key in row]
+        return "\n".join([line, f"epoch: {row['epoch']}", f"lr: {row['lr']:.6g}", *named, line]) + "\n"
+
+
+class TensorboardWriter(Writer):
+    """``train.events``: each epoch's values by epoch; loss and rate by step, every ``frequency`` steps."""
+
+    def __init__(self, folder: Path, frequency: int) -> None:
+        self.folder, self.frequency = folder, frequency
+        self.events: Any = None
+
+    def start(self, rows: list[Row], step: int) -> None:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            print(log_msg("no TensorBoard files: tensorboardX is not installed (pip install tensorboardX)"))
+            return
+        self.events = SummaryWriter(str(self.folder), purge_step=len(rows) + 1 if rows else None)
+
+    def write_step(self, step: int, loss: Tensor, rate: float) -> None:
+        if self.events is not None and self.frequency and step % self.frequency == 0:
+            self.events.add_scalar("step/train_loss", loss.item(), step)
+            self.events.add_scalar("step/lr", rate, step)
+
+    def write_epoch(self, row: Row) -> None:
+        if self.events is None:
+            return
+        for key, value in row.items():
+            if key != "epoch":
+                self.events.add_scalar(key, value, row["epoch"])
+        self.events.flush()
+
+    def close(self) -> None:
+        if self.events is not None:
+            self.events.close()
+
+
+class WandbWriter(Writer):
+    """Weights & Biases, imported only when asked for; a run goes on without it where it fails."""
+
+    def __init__(self, cfg: Any, folder: Path) -> None:
+        self.cfg, self.folder = cfg, folder
+        self.run: Any = None
+
+    def start(self, rows: list[Row], step: int) -> None:
+        experiment = self.cfg.EXPERIMENT
+        try:
+            import wandb
+
+            self.run = wandb.init(
+                project=experiment.PROJECT,
+                name=experiment.NAME or experiment.TAG,
+                tags=[tag for tag in experiment.TAG.split(",") if tag],
+                dir=str(self.folder),
+                config=_plain(self.cfg),
+            )
+        except Exception as error:  # any of its failures: no network, no account, no package
+            print(log_msg(f"LOG.WANDB is on, but wandb failed; going on without it: {error}"))
+
+    def write_epoch(self, row: Row) -> None:
+        if self.run is not None:
+            self.run.log({"current lr": row["lr"], **row})
+
+    def finish(self, results: dict[str, Any]) -> None:
+        if self.run is not None and "best" in results:
+            self.run.summary["best_acc"] = results["best"]["top1"]
+            self.run.summary["last_acc"] = results["last"]["top1"]
+
+    def close(self) -> None:
+        if self.run is not None:
+            self.run.finish()
+
+
+def _plain(node: Any) -> Any:
+    return {key: _plain(value) for key, value in node.items()} if isinstance(node, dict) else node

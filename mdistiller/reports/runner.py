@@ -1,0 +1,117 @@
+"""Running a plan: what is done stays done, what was interrupted goes on, the rest runs in processes side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+import torch
+import yaml
+
+from mdistiller.engine.precision import resolve_device
+from mdistiller.engine.run import flatten, run
+from mdistiller.registry import InputError
+
+from .plan import Cell, Plan
+
+
+def run_plan(
+    plan: Plan, jobs: int = 0, say: Callable[[str], None] = print
+) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Run what of the plan is not done yet and return all results.
+
+    Args:
+        plan: the plan.
+        jobs: processes side by side; 0: one for each core on a CPU, one on a GPU. The cores are shared out.
+        say: where a line about each run goes.
+
+    Returns:
+        What each run's ``results.json`` holds, by (method, pair, seed).
+
+    Raises:
+        InputError: some runs failed; says which and where their messages are. The others are kept.
+    """
+    teachers, cells = list(plan.teachers().values()), plan.cells()
+    jobs = jobs or _default_jobs(cells[0])
+    for stage in (teachers, cells):
+        todo = [cell for cell in stage if finished_results(cell) is None]
+        if len(todo) < len(stage):
+            say(f"{len(stage) - len(todo)} of {len(stage)} runs are done already")
+        _run_all(todo, min(jobs, len(todo)), say)
+    return {(cell.method, cell.pair, cell.seed): finished_results(cell) for cell in cells}
+
+
+def finished_results(cell: Cell) -> dict[str, Any] | None:
+    """The results of a cell that ran to its end with the very configuration it has now."""
+    try:
+        results = json.loads((cell.folder / "results.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return results if results.get("status") == "finished" and _same_config(cell) else None
+
+
+def _same_config(cell: Cell) -> bool:
+    try:
+        before = yaml.safe_load((cell.folder / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return False
+    return isinstance(before, dict) and flatten(before) == flatten(cell.cfg)
+
+
+def _default_jobs(cell: Cell) -> int:
+    return _cores() if resolve_device(cell.cfg.SOLVER.DEVICE).type == "cpu" else 1
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run_all(cells: list[Cell], jobs: int, say: Callable[[str], None]) -> None:
+    failed = []
+    for number, (cell, seconds, problem) in enumerate(_in_processes(cells, jobs), start=1):
+        place = f"[{number}/{len(cells)}] {cell.method}, {cell.pair}, seed {cell.seed}"
+        if problem:
+            failed.append(f"{cell.method}, {cell.pair}, seed {cell.seed}: {problem} ({cell.folder / 'console.txt'})")
+            say(f"{place}: failed: {problem}")
+        else:
+            score = finished_results(cell)["last"]["top1"]
+            say(f"{place}: {score:.2f} % after the last epoch, {seconds:.0f} s")
+    if failed:
+        raise InputError("some runs failed:\n  " + "\n  ".join(failed))
+
+
+def _in_processes(cells: list[Cell], jobs: int) -> Iterable[tuple[Cell, float, str]]:
+    if not cells:
+        return
+    threads = max(1, _cores() // jobs)
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+        futures = {pool.submit(_run_cell, cell): cell for cell in cells}
+        for future in as_completed(futures):
+            yield futures[future], *future.result()
+
+
+def _run_cell(cell: Cell) -> tuple[float, str]:
+    """Run one cell in a worker process; its output goes to ``console.txt``. Returns seconds and what went wrong."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    start, same = time.perf_counter(), _same_config(cell)
+    problem = ""
+    with (
+        (cell.folder / "console.txt").open("a" if same else "w") as console,
+        contextlib.redirect_stdout(console),
+        contextlib.redirect_stderr(console),
+    ):
+        try:
+            known = (cell.folder / "config.yaml").is_file()
+            run(cell.cfg, resume=same, overwrite=known and not same)
+        except Exception as error:  # a failing run must not end the others
+            traceback.print_exc()
+            problem = str(error).split("\n")[0] or type(error).__name__
+    return time.perf_counter() - start, problem

@@ -1,0 +1,134 @@
+"""Loaders: what a batch holds, and that workers, views and interruptions change nothing in it."""
+
+import pytest
+import torch
+
+from mdistiller.dataset import Split
+from mdistiller.dataset.cifar100 import CIFAR100
+from mdistiller.dataset.loader import BatchedImages, Loader
+
+SPLIT = Split(
+    torch.randint(0, 256, (53, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+    torch.arange(53) % 5,
+)
+WEAK, STRONG = (("weak", CIFAR100.views["weak"]), ("strong", CIFAR100.views["strong"]))
+TWO_VIEWS = {"image_weak": WEAK, "image_strong": STRONG}
+
+
+def make_loader(views=TWO_VIEWS, seed=0, **options):
+    dataset = BatchedImages(SPLIT, views, CIFAR100.mean, CIFAR100.std, seed, with_index=True)
+    return Loader(dataset, 8, shuffle=True, seed=seed, **options)
+
+
+def assert_same(batches, others):
+    batches, others = list(batches), list(others)
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        assert all(torch.equal(batch[key], other[key]) for key in batch)
+
+
+def images_by_index(batches, field):
+    return {int(i): image for batch in batches for i, image in zip(batch["index"], batch[field], strict=True)}
+
+
+def test_what_a_batch_holds():
+    loader = make_loader()
+    batches = list(loader)
+    assert [len(batch["target"]) for batch in batches] == [8] * 6 + [5]
+    assert (len(loader), loader.num_data, loader.batch_size, loader.last_batch_size) == (7, 53, 8, 5)
+    for batch in batches:
+        assert list(batch) == ["image_weak", "image_strong", "target", "index"]
+        assert batch["image_weak"].dtype == torch.float32
+        assert batch["image_weak"].shape == batch["image_strong"].shape == (len(batch["index"]), 3, 16, 16)
+        assert torch.equal(batch["target"], SPLIT.labels[batch["index"]])
+    seen = torch.cat([batch["index"] for batch in batches])
+    assert seen.sort().values.tolist() == list(range(53))
+
+
+def test_drop_last():
+    loader = make_loader(drop_last=True)
+    assert (len(loader), len(list(loader)), loader.last_batch_size) == (6, 6, 8)
+
+
+def test_without_views_and_shuffling():
+    loader = Loader(BatchedImages(SPLIT, {"image": ("test", ())}, (0, 0, 0), (1, 1, 1)), 20)
+    batches = list(loader)
+    assert list(batches[0]) == ["image", "target"]
+    assert torch.equal(torch.cat([batch["image"] for batch in batches]), SPLIT.images / 255)
+    assert_same(batches, loader)
+
+
+def test_epochs_differ_and_can_be_repeated():
+    loader = make_loader()
+    first, second = list(loader), list(loader)
+    assert not torch.equal(first[0]["index"], second[0]["index"])
+    image = images_by_index(first, "image_weak"), images_by_index(second, "image_weak")
+    assert sum(torch.equal(image[0][i], image[1][i]) for i in range(53)) < 5
+    loader.set_epoch(1)
+    assert_same(loader, first)
+    assert_same(loader, second)
+
+
+def test_seeds_differ():
+    assert not torch.equal(next(iter(make_loader(seed=1)))["index"], next(iter(make_loader(seed=2)))["index"])
+
+
+@pytest.mark.parametrize("start_step", [0, 3, 7])
+def test_resumed_in_the_middle(start_step):
+    loader = make_loader()
+    loader.set_epoch(4)
+    whole = list(loader)
+    loader.set_epoch(4, start_step)
+    assert_same(loader, whole[start_step:])
+    assert len(list(loader)) == 7  # the next epoch is whole again
+
+
+def test_start_step_beyond_the_epoch():
+    with pytest.raises(ValueError, match="start_step=8, but an epoch has 7 batches"):
+        make_loader().set_epoch(1, 8)
+
+
+def test_workers_change_nothing():
+    alone, helped = make_loader(), make_loader(num_workers=2)
+    assert_same(alone, helped)
+    next(iter(helped))  # an epoch broken off must not leak into the next
+    alone.set_epoch(3)
+    assert_same(alone, helped)
+    for loader in (alone, helped):
+        loader.set_epoch(9, start_step=2)
+    assert_same(alone, helped)
+
+
+def test_a_view_is_the_same_beside_others_and_alone():
+    both, weak, strong = (list(make_loader(v)) for v in (TWO_VIEWS, {"image": WEAK}, {"image": STRONG}))
+    for batch, batch_weak, batch_strong in zip(both, weak, strong, strict=True):
+        assert torch.equal(batch["image_weak"], batch_weak["image"])
+        assert torch.equal(batch["image_strong"], batch_strong["image"])
+
+
+def test_an_image_is_the_same_in_any_batch():
+    small, large = make_loader(), Loader(make_loader().dataset, 50)
+    for field in TWO_VIEWS:
+        one, other = images_by_index(small, field), images_by_index(large, field)
+        assert all(torch.equal(one[i], other[i]) for i in range(53))
+        small.set_epoch(1)
+        large.set_epoch(1)
+
+
+def test_the_epoch_is_read_when_the_iteration_starts():
+    loader = make_loader()
+    loader.set_epoch(5)
+    iteration = iter(loader)
+    loader.set_epoch(8)
+    expected = make_loader()
+    expected.set_epoch(5)
+    assert_same(iteration, expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_global_generator_is_left_alone(num_workers):
+    """Otherwise a run continued in mid-epoch would draw other dropout masks."""
+    before = torch.get_rng_state()
+    list(make_loader(num_workers=num_workers))
+    assert torch.equal(torch.get_rng_state(), before)

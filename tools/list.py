@@ -1,0 +1,71 @@
+"""What there is: methods, models, data sets, configs.
+
+python tools/list.py [methods|models|datasets|configs ...]
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from mdistiller.dataset import dataset_dict
+from mdistiller.distillers import distiller_dict
+from mdistiller.engine.cli import command
+from mdistiller.models import cifar_model_dict, imagenet_model_dict, tiny_imagenet_model_dict
+
+
+def methods() -> list[tuple[str, ...]]:
+    rows = [("METHOD", "FAMILY", "PAPER", "")]
+    for name, cls in sorted(distiller_dict.items()):
+        summary = (cls.__doc__ or "").strip().split("\n")[0]
+        rows.append((name, getattr(cls, "family", "") or "-", getattr(cls, "paper", "") or "-", summary))
+    return rows
+
+
+def models() -> list[tuple[str, ...]]:
+    rows = [("MODEL", "FOR", "PARAMETERS", "PUBLIC TEACHER")]
+    tables = {
+        "cifar": cifar_model_dict,
+        "tiny_imagenet": tiny_imagenet_model_dict,
+        "imagenet": imagenet_model_dict,
+    }
+    for family, table in tables.items():
+        for name, entry in table.items():
+            constructor, checkpoint = entry if isinstance(entry, tuple) else (entry, "torchvision")
+            with torch.device("meta"):  # shapes without memory
+                count = sum(p.numel() for p in constructor().parameters())
+            rows.append((name, family, f"{count:,}", "yes" if checkpoint else "-"))
+    return rows
+
+
+def datasets() -> list[tuple[str, ...]]:
+    rows = [("DATA SET", "CLASSES", "PIXELS", "MODELS", "VIEWS")]
+    for name, cls in sorted(dataset_dict.items()):
+        size = f"{cls.image_size}x{cls.image_size}"
+        rows.append((name, str(cls.num_classes), size, cls.model_family, ", ".join(cls.views)))
+    return rows
+
+
+def configs() -> list[tuple[str, ...]]:
+    return [
+        ("CONFIG",),
+        *((str(path),) for path in sorted(Path("configs").rglob("*.yaml")) if path.name[0] != "_"),
+    ]
+
+
+SECTIONS = {"methods": methods, "models": models, "datasets": datasets, "configs": configs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=[*SECTIONS, []], help="default: all", metavar="SECTION")
+    for name in parser.parse_args().what or SECTIONS:
+        rows = SECTIONS[name]()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print()
+
+
+if __name__ == "__main__":
+    command(main)

@@ -46,6 +46,11 @@ class Cell:
     def folder(self) -> Path:
         return run_folder(self.cfg)
 
+    @property
+    def console(self) -> Path:
+        """What the run prints, beside its folder."""
+        return self.folder.with_name(self.folder.name + ".log")
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -78,7 +78,7 @@ def _run_all(cells: list[Cell], jobs: int, say: Callable[[str], None]) -> None:
     for number, (cell, seconds, problem) in enumerate(_in_processes(cells, jobs), start=1):
         place = f"[{number}/{len(cells)}] {cell.method}, {cell.pair}, seed {cell.seed}"
         if problem:
-            failed.append(f"{cell.method}, {cell.pair}, seed {cell.seed}: {problem} ({cell.folder / 'console.txt'})")
+            failed.append(f"{cell.method}, {cell.pair}, seed {cell.seed}: {problem} ({cell.console})")
             say(f"{place}: failed: {problem}")
         else:
             score = finished_results(cell)["last"]["top1"]
@@ -99,12 +99,12 @@ def _in_processes(cells: list[Cell], jobs: int) -> Iterable[tuple[Cell, float, s
 
 
 def _run_cell(cell: Cell) -> tuple[float, str]:
-    """Run one cell in a worker process; its output goes to ``console.txt``. Returns seconds and what went wrong."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
+    """Run one cell in a worker process, its output in ``cell.console``. Returns seconds and what went wrong."""
+    cell.console.parent.mkdir(parents=True, exist_ok=True)
     start, same = time.perf_counter(), _same_config(cell)
     problem = ""
     with (
-        (cell.folder / "console.txt").open("a" if same else "w") as console,
+        cell.console.open("a" if same else "w") as console,
         contextlib.redirect_stdout(console),
         contextlib.redirect_stderr(console),
     ):

@@ -64,7 +64,7 @@ def summarize(plan: Plan, results: Results) -> list[Summary]:
 def render(rows: list[Summary]) -> str:
     """The table in Markdown, columns aligned so that it reads well as plain text too."""
     lines = [COLUMNS, *(row.cells() for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     aligned = [
         [
             cell.ljust(width) if i < 2 else cell.rjust(width)

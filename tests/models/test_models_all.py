@@ -21,6 +21,7 @@ TABLES = {
 NATIVE_SIZE = {"cifar": 32, "tiny_imagenet": 64, "imagenet": 224}
 ALL = [(family, name) for family, table in TABLES.items() for name in table]
 NOT_IN_REFERENCE = {("imagenet", "ResNet152")}
+DEEP = {("imagenet", "ResNet101"), ("imagenet", "ResNet152")}  # ResNet50 with more blocks
 
 
 def parametrise(models: Iterable[tuple[str, str]], slow: Collection[tuple[str, str]] = ()):
@@ -127,7 +128,7 @@ def test_golden_interface(family: str, name: str) -> None:
         assert net.get_stage_channels() == golden["stage_channels"]
 
 
-@every_golden()
+@every_golden(slow=DEEP)
 def test_golden_eval(family: str, name: str) -> None:
     golden = all_golden()[family, name]
     with torch.no_grad():
@@ -143,7 +144,7 @@ def test_golden_eval(family: str, name: str) -> None:
             assert_same_map(actual, stats)
 
 
-@every_golden(slow=[("imagenet", "ResNet50"), ("imagenet", "ResNet101")])
+@every_golden(slow={*DEEP, ("imagenet", "ResNet50")})
 def test_golden_train(family: str, name: str) -> None:
     golden = all_golden()[family, name]
     train_golden = golden["train_mode_float64"]
@@ -230,7 +231,7 @@ def test_bn_before_relu_fits_the_deepest_maps(family: str, name: str) -> None:
     assert [bn.num_features for bn in norms] == net.get_stage_channels()[-len(norms) :]
 
 
-@every_model()
+@every_model(slow=DEEP)
 def test_a_training_step_reaches_everything_once(family: str, name: str) -> None:
     """Every parameter gets a gradient from the logits, every map does, every batch norm runs once."""
     net = build(family, name, num_classes=10).train()
@@ -244,7 +245,7 @@ def test_a_training_step_reaches_everything_once(family: str, name: str) -> None
     assert set(tracked.values()) == {1}, {key: n for key, n in tracked.items() if n != 1}
 
 
-@every_model()
+@every_model(slow=DEEP)
 def test_other_sizes(family: str, name: str) -> None:
     net = build(family, name, num_classes=10).eval()
     sizes = (32, 128) if family == "imagenet" else (16, 64)
@@ -255,7 +256,7 @@ def test_other_sizes(family: str, name: str) -> None:
         assert [f.shape[1] for f in features["feats"]] == net.get_stage_channels()
 
 
-@every_model()
+@every_model(slow=DEEP)
 def test_maps_are_not_changed_afterwards(family: str, name: str) -> None:
     """Where the maps are post- and pre-activation of each other, they stay so until forward has ended."""
     net = build(family, name, num_classes=10).eval()
@@ -279,7 +280,7 @@ def test_default_classes(family: str, name: str) -> None:
     assert logits.shape == (1, expected)
 
 
-@every_model()
+@every_model(slow=DEEP)
 def test_channels_last_is_equal(family: str, name: str) -> None:
     net = build(family, name, num_classes=10).eval()
     x = small_input(family)
@@ -292,7 +293,7 @@ def test_channels_last_is_equal(family: str, name: str) -> None:
         assert_close(a, b)
 
 
-@every_model()
+@every_model(slow=DEEP)
 def test_pickle_and_state_dict_round_trip(family: str, name: str) -> None:
     net = build(family, name, num_classes=10).eval()
     x = small_input(family, batch=1)
@@ -304,7 +305,7 @@ def test_pickle_and_state_dict_round_trip(family: str, name: str) -> None:
         assert torch.equal(pickle.loads(pickle.dumps(net))(x)[0], expected)
 
 
-@every_model()
+@every_model(slow=DEEP)
 def test_traces_symbolically(family: str, name: str) -> None:
     """By torch.fx, which folding and export tools stand on."""
     net = build(family, name, num_classes=10).eval()
@@ -323,7 +324,7 @@ def test_compiles_as_one_graph(family: str, name: str) -> None:
         assert_close(torch.compile(net, backend="eager", fullgraph=True)(x)[0], net(x)[0])
 
 
-@every_model()
+@every_model(slow=DEEP)
 def test_bfloat16_and_autocast(family: str, name: str) -> None:
     net = build(family, name, num_classes=10).eval()
     x = small_input(family, batch=1)

@@ -56,14 +56,26 @@ def _stage(in_channels: int, out_channels: int, num_blocks: int, groups: int) ->
 
 
 class ShuffleNet(FeatureNet):
-    """Stem and three stages. ``cfg``: ``out_planes`` and ``num_blocks`` of each stage, ``groups``."""
+    """Stem and three stages.
 
-    def __init__(self, cfg: dict[str, Any], num_classes: int = 100) -> None:
+    Args:
+        widths: output channels of the stages.
+        num_blocks: blocks of the stages, the striding ones included.
+        groups: of the 1x1 convolutions.
+        num_classes: K.
+    """
+
+    def __init__(
+        self,
+        widths: tuple[int, int, int],
+        num_blocks: tuple[int, int, int],
+        groups: int,
+        num_classes: int = 100,
+    ) -> None:
         super().__init__()
-        self.stage_channels = [_STEM_CHANNELS, *cfg["out_planes"]]
+        self.stage_channels = [_STEM_CHANNELS, *widths]
         c0, c1, c2, c3 = self.stage_channels
-        n1, n2, n3 = cfg["num_blocks"]
-        groups = cfg["groups"]
+        n1, n2, n3 = num_blocks
         self.conv1 = nn.Conv2d(3, c0, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(c0)
         self.layer1 = _stage(c0, c1, n1, groups)
@@ -89,4 +101,4 @@ class ShuffleNet(FeatureNet):
 
 @register_model("cifar", "ShuffleV1")
 def ShuffleV1(**kwargs: Any) -> ShuffleNet:
-    return ShuffleNet({"out_planes": [240, 480, 960], "num_blocks": [4, 8, 4], "groups": 3}, **kwargs)
+    return ShuffleNet(widths=(240, 480, 960), num_blocks=(4, 8, 4), groups=3, **kwargs)

@@ -79,29 +79,29 @@ class ShuffleStage(ResidualStage):
 
 
 def _stage(in_channels: int, out_channels: int, num_blocks: int) -> ShuffleStage:
-    return ShuffleStage(DownBlock(in_channels, out_channels), *(BasicBlock(out_channels) for _ in range(num_blocks)))
+    first = DownBlock(in_channels, out_channels)
+    return ShuffleStage(first, *(BasicBlock(out_channels) for _ in range(num_blocks)))
 
 
-# Widths of the three stages and of the last 1x1 convolution; blocks behind each stage's first.
-configs = {
-    0.2: {"out_channels": (40, 80, 160, 512), "num_blocks": (3, 3, 3)},
-    0.3: {"out_channels": (40, 80, 160, 512), "num_blocks": (3, 7, 3)},
-    0.5: {"out_channels": (48, 96, 192, 1024), "num_blocks": (3, 7, 3)},
-    1: {"out_channels": (116, 232, 464, 1024), "num_blocks": (3, 7, 3)},
-    1.5: {"out_channels": (176, 352, 704, 1024), "num_blocks": (3, 7, 3)},
-    2: {"out_channels": (224, 488, 976, 2048), "num_blocks": (3, 7, 3)},
+# By the paper's size: widths of the three stages and of the last 1x1 convolution.
+_WIDTHS = {
+    0.5: (48, 96, 192, 1024),
+    1: (116, 232, 464, 1024),
+    1.5: (176, 352, 704, 1024),
+    2: (244, 488, 976, 2048),
 }
+_NUM_BLOCKS = (3, 7, 3)  # of each stage, behind its first, which strides
 
 
 class ShuffleNetV2(FeatureNet):
-    """Stem, three stages, a 1x1 convolution. ``net_size``: a key of :data:`configs`."""
+    """Stem, three stages, a 1x1 convolution. ``net_size`` scales the widths: 0.5, 1, 1.5 or 2."""
 
     def __init__(self, net_size: float, num_classes: int = 100) -> None:
         super().__init__()
-        *widths, last_channels = configs[net_size]["out_channels"]
+        *widths, last_channels = _WIDTHS[net_size]
         self.stage_channels = [_STEM_CHANNELS, *widths]
         c0, c1, c2, c3 = self.stage_channels
-        n1, n2, n3 = configs[net_size]["num_blocks"]
+        n1, n2, n3 = _NUM_BLOCKS
         self.conv1 = conv1x1(3, c0)
         self.bn1 = nn.BatchNorm2d(c0)
         self.layer1 = _stage(c0, c1, n1)

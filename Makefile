@@ -1,0 +1,31 @@
+# make demo: distil a student on real data and print the table. make test: the default tests.
+# Both create .venv from nothing; PYTHON names the interpreter (3.10 or later).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow check format clean
+
+demo: .venv/installed-plots
+	$(BIN)/python tools/reproduce.py --plan configs/plans/demo.yaml
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest -n auto
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv output .pytest_cache .ruff_cache
+
+.venv/installed-%: requirements.txt setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	touch $@

@@ -105,7 +105,8 @@ class BaseTrainer:
 
     def run_epoch(self) -> None:
         self.distiller.train()
-        self.row = {"epoch": self.epoch}
+        if self.step_in_epoch == 0:  # else the epoch goes on after a resume
+            self.row = {"epoch": self.epoch}
         if hasattr(self.distiller, "on_epoch_start"):
             self.distiller.on_epoch_start(self.epoch)
         self._call("before_epoch")
@@ -159,6 +160,7 @@ class BaseTrainer:
             "epoch": self.epoch - 1,  # epochs finished, as mdistiller counts
             "step_in_epoch": self.step_in_epoch,
             "step": self.step,
+            "row": self.row,
             "model": trained_state(self.distiller),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -184,6 +186,7 @@ class BaseTrainer:
         self.epoch = state["epoch"] + 1
         self.step_in_epoch = state.get("step_in_epoch", 0)
         self.step = state.get("step", state["epoch"] * self.steps_per_epoch)
+        self.row = state.get("row", {})
         self.results.update(state.get("results", {}))
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])

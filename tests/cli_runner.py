@@ -1,0 +1,36 @@
+"""Runs the commands of ``tools/`` inside the test's process: starting one anew costs seconds for importing torch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import runpy
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Outcome(NamedTuple):
+    """Exit code, and what was written to standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_tool(name: str, arguments: list[object]) -> Outcome:
+    """Run ``tools/NAME.py ARGUMENTS`` as ``python`` would, in the current folder."""
+    path = ROOT / "tools" / f"{name}.py"
+    out, err = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, [str(path), *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(path), run_name="__main__")
+        code: object = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.argv = argv
+    return Outcome(int(code or 0), out.getvalue(), err.getvalue())

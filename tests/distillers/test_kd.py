@@ -1,0 +1,111 @@
+"""KD's loss against the reference's values, a formula written out, and what it must be at the ends."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_data import golden_dir
+from method_cases import build, make_batch
+
+from mdistiller.distillers.KD import kd_loss
+
+
+def written_out(student, teacher, temperature):
+    """T^2 / B * sum_b sum_k p_t log(p_t / p_s), with Python floats."""
+    value = 0.0
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        exp_s, exp_t = ([math.exp(z / temperature) for z in row] for row in (s, t))
+        for a, b in zip(exp_s, exp_t, strict=True):
+            value += b / sum(exp_t) * math.log(b / sum(exp_t) / (a / sum(exp_s)))
+    return value * temperature**2 / len(student)
+
+
+def logits(rows=5, classes=7, seed=0, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [scale * torch.randn(rows, classes, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+
+def golden_cases():
+    cases = json.loads((golden_dir() / "losses" / "losses.json").read_text())
+    return [pytest.param(case, id=case["case"]) for case in cases if case["method"] == "kd"]
+
+
+def golden_total(case, student, teacher, target):
+    """What the case's reference computes, out of our function."""
+    given = case["hyperparameters"]
+    if "alpha" in given:  # soft cross-entropy: the KL plus the teacher's entropy, without cross-entropy on labels
+        soft = (teacher / given["temp"]).softmax(1)
+        entropy = -(soft * soft.log()).sum(1).mean()
+        return given["alpha"] * (kd_loss(student, teacher, given["temp"]) + given["temp"] ** 2 * entropy)
+    if "KD_WEIGHT" in given:
+        hard = given["CE_WEIGHT"] * F.cross_entropy(student, target)
+        return hard + given["KD_WEIGHT"] * kd_loss(student, teacher, given["TEMPERATURE"])
+    return kd_loss(student, teacher, given.get("temperature", given.get("T")))
+
+
+@pytest.mark.parametrize("case", golden_cases())
+def test_golden_values_and_gradients(case):
+    arrays = np.load(golden_dir() / "losses" / "kd.npz")
+    student, teacher = (
+        torch.from_numpy(arrays[f"{case['case']}/in/logits_{name}"]).double() for name in ("student", "teacher")
+    )
+    target = torch.from_numpy(arrays[f"{case['case']}/in/target"])
+    loss = golden_total(case, student.requires_grad_(), teacher, target)
+    loss.backward()
+    assert loss.item() == pytest.approx(case["outputs"]["loss"], rel=1e-7)
+    expected = torch.from_numpy(arrays[f"{case['case']}/grad/logits_student"]).double()
+    assert (student.grad - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+def test_equals_the_formula(temperature):
+    student, teacher = logits()
+    assert kd_loss(student, teacher, temperature).item() == pytest.approx(
+        written_out(student, teacher, temperature), rel=1e-12
+    )
+
+
+def test_gradient():
+    student, teacher = logits(rows=3, classes=4)
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: kd_loss(z, teacher, 2.0), (student,))
+
+
+def test_gradient_is_scaled_difference_of_probabilities():
+    student, teacher = logits()
+    student.requires_grad_()
+    kd_loss(student, teacher, 4.0).backward()
+    expected = 4.0 * ((student / 4).softmax(1) - (teacher / 4).softmax(1)) / len(student)
+    torch.testing.assert_close(student.grad, expected.detach())
+
+
+def test_zero_for_equal_logits_and_blind_to_a_shift():
+    student, teacher = logits()
+    assert kd_loss(student, student, 4.0).item() == pytest.approx(0.0, abs=1e-12)
+    torch.testing.assert_close(kd_loss(student + 5.0, teacher, 4.0), kd_loss(student, teacher, 4.0))
+
+
+def test_finite_at_extreme_logits():
+    student = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    loss = kd_loss(student, -student.detach(), 1.0)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    student, teacher = (z.to(dtype) for z in logits())
+    assert torch.equal(kd_loss(student, teacher, 4.0), kd_loss(student.float(), teacher.float(), 4.0))
+
+
+def test_two_views_sum_both_views():
+    two, one = build("KD_TWO_VIEWS"), build("KD")
+    one.load_state_dict(two.state_dict())
+    batch = make_batch("KD_TWO_VIEWS")
+    _, both = two(**batch, epoch=1)
+    singly = [one(image=batch[f"image_{view}"], target=batch["target"])[1] for view in ("weak", "strong")]
+    for name, loss in both.items():
+        torch.testing.assert_close(loss, singly[0][name] + singly[1][name])

@@ -1,0 +1,118 @@
+"""Files that come back whole or not at all."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from mdistiller.engine import checkpoint
+from mdistiller.engine.checkpoint import CheckpointError, load_checkpoint, load_into, load_weights, save_checkpoint
+
+
+def test_round_trip_and_replacement(tmp_path):
+    path = tmp_path / "latest"
+    for value in (1.0, 2.0):
+        save_checkpoint({"model": {"w": torch.full((3,), value)}, "epoch": 5}, path)
+    assert torch.equal(load_checkpoint(path)["model"]["w"], torch.full((3,), 2.0))
+    assert [p.name for p in tmp_path.iterdir()] == ["latest"]
+
+
+def test_a_failing_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
+    path = tmp_path / "latest"
+    save_checkpoint({"epoch": 1}, path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint({"epoch": 2}, path)
+    assert load_checkpoint(path) == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["latest"]
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        save_checkpoint({}, tmp_path / "file")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "zeroed", "empty", "text"])
+def test_damaged_files_are_refused(tmp_path, damage):
+    path = tmp_path / "file"
+    save_checkpoint({"model": {"w": torch.randn(1000)}}, path)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    if damage == "flipped":
+        content[middle] ^= 4
+    elif damage == "zeroed":
+        content[middle : middle + 100] = bytes(100)
+    else:
+        content = {"truncated": content[:middle], "empty": b"", "text": b"hello"}[damage]
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="file is damaged"):
+        load_checkpoint(path)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda obj, path: path.write_bytes(pickle.dumps(obj))])
+def test_a_file_that_would_execute_code_is_not_executed(tmp_path, write):
+    write({"model": Bomb(tmp_path / "pwned")}, tmp_path / "file")
+    with pytest.raises(CheckpointError, match=r"not loaded|no checkpoint"):
+        load_checkpoint(tmp_path / "file")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_old_format_is_read(tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "old", _use_new_zipfile_serialization=False)
+    assert torch.equal(load_checkpoint(tmp_path / "old")["model"]["w"], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": {"weight": torch.ones(2, 2), "bias": torch.ones(2)}, "epoch": 240, "accuracy": torch.tensor(70.0)},
+        {"state_dict": {"weight": torch.ones(2, 2), "bias": torch.ones(2)}},
+        {"module.weight": torch.ones(2, 2), "module.bias": torch.ones(2)},
+    ],
+    ids=["mdistiller", "state_dict", "bare DataParallel"],
+)
+def test_forms_of_weights(tmp_path, content):
+    save_checkpoint(content, tmp_path / "file")
+    model = nn.Linear(2, 2)
+    load_into(model, tmp_path / "file", "linear model")
+    assert torch.equal(model.bias.detach(), torch.ones(2))
+
+
+def test_what_does_not_fit_is_listed_and_nothing_changes(tmp_path):
+    save_checkpoint({"model": {"weight": torch.ones(3, 2), "extra": torch.ones(1)}}, tmp_path / "file")
+    model = nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    with pytest.raises(
+        CheckpointError, match=r"missing: bias; not in the model: extra; other shape: weight is \(3, 2\), .* \(2, 2\)"
+    ):
+        load_into(model, tmp_path / "file", "linear model")
+    assert torch.equal(model.weight.detach(), before)
+
+
+def test_a_file_without_weights_says_what_it_holds(tmp_path):
+    save_checkpoint({"epoch": 3}, tmp_path / "file")
+    with pytest.raises(CheckpointError, match=r"no state dict .* found: \['epoch'\]"):
+        load_weights(tmp_path / "file")
+
+
+def test_missing_file():
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        checkpoint.load_checkpoint("nowhere/latest")

@@ -1,0 +1,66 @@
+"""Learning-rate schedules against numbers by hand; optimisers and their parameter groups."""
+
+import math
+
+import pytest
+import torch
+from runs import tiny_config
+from torch import nn
+
+from mdistiller.distillers import Vanilla
+from mdistiller.engine.solver import build_optimizer, learning_rate
+
+
+def solver(tmp_path, **values):
+    return tiny_config(tmp_path, **{f"SOLVER__{key}": value for key, value in values.items()}).SOLVER
+
+
+def test_step_decays_after_its_stages(tmp_path):
+    s = solver(tmp_path, EPOCHS=240, LR=0.05, LR_DECAY_STAGES=[150, 180, 210])
+    rates = {epoch: learning_rate(s, epoch, 0.9) for epoch in (1, 150, 151, 180, 181, 211, 240)}
+    assert rates == pytest.approx({1: 0.05, 150: 0.05, 151: 5e-3, 180: 5e-3, 181: 5e-4, 211: 5e-5, 240: 5e-5})
+
+
+def test_cosine_ends_at_its_minimum(tmp_path):
+    s = solver(tmp_path, EPOCHS=10, LR=1.0, LR_MIN=0.1, LR_SCHEDULE="cosine")
+    assert learning_rate(s, 1) == 1.0
+    assert learning_rate(s, 6) == pytest.approx(0.55)
+    assert learning_rate(s, 3, 0.5) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    assert learning_rate(s, 10, 1.0) == pytest.approx(0.1)
+
+
+def test_exponential_decays_each_epoch(tmp_path):
+    s = solver(tmp_path, EPOCHS=10, LR=2.0, LR_DECAY_RATE=0.5, LR_SCHEDULE="exponential", WARMUP_EPOCHS=1)
+    assert [learning_rate(s, epoch, 0.5) for epoch in (2, 3, 4)] == [2.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine", "exponential"])
+def test_warm_up_is_linear_and_ends_at_the_rate(tmp_path, schedule):
+    s = solver(tmp_path, EPOCHS=10, LR=1.0, LR_SCHEDULE=schedule, WARMUP_EPOCHS=2, WARMUP_LR=0.2, LR_DECAY_STAGES=[9])
+    assert [learning_rate(s, *at) for at in ((1, 0.0), (1, 0.5), (2, 0.0), (2, 0.5), (3, 0.0))] == pytest.approx(
+        [0.2, 0.4, 0.6, 0.8, 1.0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "cls"), [("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW), ("RMSProp", torch.optim.RMSprop)]
+)
+def test_optimisers_take_their_settings(tmp_path, kind, cls):
+    cfg = tiny_config(tmp_path, SOLVER__TYPE=kind, SOLVER__LR=0.3, SOLVER__WEIGHT_DECAY=0.01, SOLVER__MOMENTUM=0.7)
+    optimizer = build_optimizer(cfg, Vanilla(nn.Linear(2, 2)))
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is cls
+    assert (group["lr"], group["weight_decay"]) == (0.3, 0.01)
+    if kind != "AdamW":
+        assert group["momentum"] == 0.7
+
+
+def test_groups_keep_their_share_of_the_rate_and_no_parameter_comes_twice(tmp_path):
+    class Two(Vanilla):
+        def parameter_groups(self, cfg):
+            return [{"params": [self.student.weight], "lr": 0.01}, {"params": list(self.student.parameters())}]
+
+    optimizer = build_optimizer(tiny_config(tmp_path, SOLVER__LR=0.1), Two(nn.Linear(2, 2)))
+    first, second = optimizer.param_groups
+    assert (first["lr"], first["lr_scale"], second["lr_scale"]) == (0.01, pytest.approx(0.1), 1.0)
+    assert len(second["params"]) == 1

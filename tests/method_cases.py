@@ -1,0 +1,78 @@
+"""How the registry-wide tests build a method, feed it and switch its terms on and off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from mdistiller.dataset import batch_fields
+from mdistiller.engine.build import build_distiller
+from mdistiller.engine.cfg import CFG
+from mdistiller.models import cifar_model_dict
+from mdistiller.registry import distiller_dict
+
+CLASSES, SIZE, IMAGES = 10, 16, 8
+METHODS = sorted(distiller_dict)
+TEACHER_METHODS = [name for name in METHODS if name not in ("NONE", "NONE_TWO_VIEWS")]
+
+
+def config(method: str, values: dict[str, Any] | None = None) -> CfgNode:
+    """Defaults for ``method``, with ``{"KD.TEMPERATURE": 2.0}`` merged."""
+    cfg = CFG.clone()
+    cfg.merge_from_list(["DISTILLER.TYPE", method])
+    cfg.merge_from_list([part for item in (values or {}).items() for part in item])
+    return cfg
+
+
+def build(method: str, values: dict[str, Any] | None = None, seed: int = 0) -> nn.Module:
+    """The method on a small student and teacher with settled BatchNorm statistics, in training mode."""
+    torch.manual_seed(seed)
+    student, teacher = (cifar_model_dict[name][0](num_classes=CLASSES) for name in ("resnet8", "resnet14"))
+    with torch.no_grad():
+        for _ in range(5):
+            teacher(torch.randn(32, 3, SIZE, SIZE))
+    return build_distiller(config(method, values), student, teacher, num_data=IMAGES).train()
+
+
+def make_batch(
+    method: str, images: int = IMAGES, seed: int = 1, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Random images in every view that the method asks for."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = {
+        field: torch.randn(images, 3, SIZE, SIZE, generator=generator).to(dtype)
+        for field in batch_fields(distiller_dict[method])
+    }
+    batch["target"] = torch.arange(images) % CLASSES
+    batch["index"] = torch.arange(images)
+    return batch
+
+
+def total(distiller: nn.Module, batch: dict[str, Tensor], epoch: int = 1) -> Tensor:
+    """The loss that a step minimises."""
+    _, losses = distiller(**batch, epoch=epoch)
+    return sum(loss.mean() for loss in losses.values())
+
+
+def weights(method: str, ce: float, own: float) -> dict[str, float]:
+    """Values for all weights of a method: those of cross-entropies, and those of its own terms.
+
+    Weights are the keys of its section that end in ``_WEIGHT``; those of cross-entropies begin with ``CE``.
+    """
+    cls = distiller_dict[method]
+    found = {}
+    for key in _leaves(cls.defaults or {}):
+        last = key.split(".")[-1]
+        if last.endswith("_WEIGHT"):
+            found[f"{cls.section}.{key}"] = ce if last.startswith("CE") else own
+    return found
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in tree.items():
+        keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+    return keys

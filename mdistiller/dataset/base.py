@@ -45,6 +45,7 @@ class DataSet:
     mean: ClassVar[tuple[float, float, float]]  # of the training images, where white is 1
     std: ClassVar[tuple[float, float, float]]
     model_family: ClassVar[str]  # key of registry.MODEL_FAMILIES
+    public_teachers: ClassVar[bool] = False  # whether the checkpoints in the model table were trained on it
     views: ClassVar[dict[str, View]]  # "weak" is what a method gets that asks for plain "image"
 
     @classmethod

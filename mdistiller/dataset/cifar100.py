@@ -41,6 +41,7 @@ class CIFAR100(DataSet):
     mean = (0.5071, 0.4867, 0.4408)
     std = (0.2675, 0.2565, 0.2761)
     model_family = "cifar"
+    public_teachers = True
     views: ClassVar[dict[str, View]] = {
         "weak": (RandomCrop(), HorizontalFlip()),
         "strong": (RandomCrop(), HorizontalFlip(), RandAugment(n=2), Cutout()),

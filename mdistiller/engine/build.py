@@ -55,10 +55,9 @@ def build_teacher(cfg: Any, num_classes: int) -> nn.Module:
         InputError: no such model; no weights, with how to get or train them; weights that don't fit.
     """
     name, table = cfg.DISTILLER.TEACHER, model_table(cfg)
-    entry = table[name]
-    if not cfg.DISTILLER.TEACHER_CKPT and not isinstance(entry, tuple):
-        return entry(pretrained=True)  # torchvision's weights
     path = teacher_checkpoint(cfg)
+    if path is None:
+        return table[name](pretrained=True)
     teacher = build_model(table, name, num_classes)
     state = load_weights(path)
     _check_class_count(teacher, state, path, cfg)
@@ -67,8 +66,8 @@ def build_teacher(cfg: Any, num_classes: int) -> nn.Module:
     return teacher
 
 
-def teacher_checkpoint(cfg: Any) -> Path:
-    """Where the teacher's weights lie.
+def teacher_checkpoint(cfg: Any) -> Path | None:
+    """Where the teacher's weights lie; ``None``: torchvision fetches them.
 
     Raises:
         InputError: nowhere; says which file, how to get it and how to train it.
@@ -76,7 +75,9 @@ def teacher_checkpoint(cfg: Any) -> Path:
     name = cfg.DISTILLER.TEACHER
     given = cfg.DISTILLER.TEACHER_CKPT
     entry = model_table(cfg)[name]
-    public = entry[1] if isinstance(entry, tuple) else None
+    if not given and not isinstance(entry, tuple):
+        return None
+    public = entry[1] if dataset_dict[cfg.DATASET.TYPE].public_teachers else None
     path = Path(given or public or "")
     if (given or public) and path.is_file():
         return path
@@ -85,9 +86,9 @@ def teacher_checkpoint(cfg: Any) -> Path:
     elif public:
         problem = f"teacher {name}: its public checkpoint {path} does not exist"
     else:
-        problem = f"teacher {name} has no public checkpoint and DISTILLER.TEACHER_CKPT is empty"
+        problem = f"teacher {name} has no public checkpoint for {cfg.DATASET.TYPE} and DISTILLER.TEACHER_CKPT is empty"
     ways = []
-    if public and cfg.DATASET.TYPE in str(public).replace("cifar_", "cifar100_"):
+    if public:
         ways.append(f"get it: download the teachers of {TEACHER_RELEASE} and unpack them to download_ckpts/")
     recipe = training_recipe(cfg.DATASET.TYPE, name)
     if recipe:

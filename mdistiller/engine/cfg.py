@@ -15,6 +15,7 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.registry import InputError, dataset_dict, suggestion
 
 from .config_node import ConfigNode as CN
+from .trainer import trainer_dict
 from .utils import log_msg
 
 CFG = CN()
@@ -119,7 +120,7 @@ def relevant_part(cfg: CN) -> CN:
 
 def experiment_name(cfg: CN) -> str:
     """``PROJECT/NAME``, or ``PROJECT/TAG`` where no name is given."""
-    return f"{cfg.EXPERIMENT.PROJECT}/{cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG}"
+    return "/".join(filter(None, [cfg.EXPERIMENT.PROJECT, cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG]))
 
 
 OPTIMIZERS = ("SGD", "AdamW", "RMSProp")
@@ -135,6 +136,7 @@ def check_config(cfg: CN) -> None:
     """
     _one_of(cfg, "DISTILLER.TYPE", distiller_dict, "method")
     _one_of(cfg, "DATASET.TYPE", dataset_dict, "data set")
+    _one_of(cfg, "SOLVER.TRAINER", trainer_dict, "trainer")
     _one_of(cfg, "SOLVER.TYPE", OPTIMIZERS, "optimiser")
     _one_of(cfg, "SOLVER.LR_SCHEDULE", SCHEDULES, "schedule")
     _one_of(cfg, "SOLVER.AMP", PRECISIONS, "precision")
@@ -152,6 +154,7 @@ def check_config(cfg: CN) -> None:
     below_one = ("DATASET.VAL_FRACTION", "SOLVER.EMA_DECAY", "SOLVER.MOMENTUM", "SOLVER.ALPHA")
     _each(cfg, below_one, lambda v: 0 <= v < 1, "0 or more and below 1")
     _each(cfg, ("EXPERIMENT.SEED",), lambda v: 0 <= v < 2**63, "from 0 to 2^63 - 1")
+    _each(cfg, ("SOLVER.BETAS",), lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1")
     if not (cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG):
         raise InputError("EXPERIMENT.NAME and EXPERIMENT.TAG are both empty; one must name the run")
     if cfg.SOLVER.EPOCHS <= cfg.SOLVER.WARMUP_EPOCHS:

@@ -1,14 +1,16 @@
 """A yacs node that forgives number types and explains what it refuses.
 
 yacs itself refuses ``DKD.BETA 8`` where the default is 8.0, and answers an unknown key with a ``KeyError``.
-Here numbers convert where nothing is lost, an unknown key is refused with the closest known ones, and a
-YAML file may build on others by ``_BASE_``.
+Here numbers convert where nothing is lost, an unknown key is refused with the closest known ones, a YAML
+file may build on others by ``_BASE_``, and ``AMP: off`` in it is the word that it looks like.
 """
 
 from __future__ import annotations
 
 import ast
+import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,44 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-from mdistiller.registry import InputError, suggestion
+from mdistiller.registry import InputError, closest, suggestion
 
 BASE_KEY = "_BASE_"
+WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which only ``true`` and ``false`` are booleans, and in which no key may stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        InputError: it cannot be read; says where in it the trouble is.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
 
 
 class ConfigNode(CfgNode):
@@ -41,8 +78,11 @@ class ConfigNode(CfgNode):
                 f"options come in pairs KEY VALUE; {cfg_list[-1]!r} has no value "
                 f"(given: {' '.join(map(str, cfg_list))})"
             )
-        for key, value in zip(cfg_list[::2], cfg_list[1::2], strict=True):
-            tree: Any = _literal(value)
+        for key, word in zip(cfg_list[::2], cfg_list[1::2], strict=True):
+            value = _literal(word)
+            if isinstance(word, str) and not isinstance(value, str) and isinstance(self._get(str(key)), str):
+                value = word  # a text that looks like a number or a list: NAME 1e3
+            tree: Any = value
             for part in reversed(str(key).split(".")):
                 tree = {part: tree}
             self._merge(tree, source="command line")
@@ -50,6 +90,13 @@ class ConfigNode(CfgNode):
     def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
         """Merge another node; the same checks as for a file."""
         self._merge(cfg_other, source="merged node")
+
+    def _get(self, key: str) -> Any:
+        """The value under a dotted key, or ``None``."""
+        node: Any = self
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, CfgNode) else None
+        return node
 
     def _merge(self, tree: Any, source: str, prefix: str = "", root: ConfigNode | None = None) -> None:
         if not isinstance(tree, dict):
@@ -59,8 +106,7 @@ class ConfigNode(CfgNode):
             full_key = f"{prefix}{key}"
             if key not in self:
                 if not self.is_new_allowed():
-                    near = suggestion(full_key, _leaves(root))
-                    raise InputError(f"{source}: unknown config key {full_key}; {near}")
+                    raise InputError(f"{source}: unknown config key {full_key!r}; {_keys_nearby(full_key, root)}")
                 self[key] = ConfigNode(value) if isinstance(value, dict) else value
             elif isinstance(self[key], CfgNode):
                 self[key]._merge(value, source, f"{full_key}.", root)
@@ -78,14 +124,16 @@ def convert(value: Any, default: Any, key: str, source: str) -> Any:
     if kind is bool:
         if isinstance(value, bool):
             return value
-        if str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
+        if str(value).lower() in WORDS_FOR_BOOL:
+            return WORDS_FOR_BOOL[str(value).lower()]
     elif kind in (int, float) and not isinstance(value, bool):
+        if kind is int and isinstance(value, int):
+            return value  # exact, however large
         try:
             number = float(value)  # YAML reads 1e-3 as a string
-            if kind is float:
+            if kind is float and math.isfinite(number):
                 return number
-            if number.is_integer():
+            if kind is int and number.is_integer():
                 return int(number)
         except (TypeError, ValueError, OverflowError):
             pass
@@ -116,10 +164,19 @@ def _literal(value: Any) -> Any:
         return value
 
 
-def _leaves(node: CfgNode, prefix: str = "") -> list[str]:
+def _keys_nearby(key: str, root: CfgNode) -> str:
+    """The keys of the same last word (``LR`` for ``SOLVER.LR``), else the most similar, else the sections."""
+    keys = _keys(root)
+    near = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]] or closest(key, keys)
+    return f"closest: {', '.join(near)}" if near else f"sections: {', '.join(root)}"
+
+
+def _keys(node: CfgNode, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for key, value in node.items():
-        keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [f"{prefix}{key}"]
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, CfgNode):
+            keys += _keys(value, f"{prefix}{key}.")
     return keys
 
 
@@ -130,22 +187,23 @@ def _read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> list[tuple[Pat
     if resolved in [p.resolve() for p in below]:
         raise InputError(f"{path}{where} inherits from itself: {' -> '.join(map(str, [*below, path]))}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path)
     except FileNotFoundError:
-        raise InputError(f"no config file {path}{where}; {_files_nearby(path)}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read config file {path}{where}: {error}") from None
+        raise InputError(f"no config file {path}{where}; {files_nearby(path)}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise InputError(f"config file {path}{where} must hold keys, not {type(tree).__name__}")
-    bases = tree.pop(BASE_KEY, [])
+    bases = tree.pop(BASE_KEY, None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise InputError(f"config file {path}{where}: {BASE_KEY} takes a file or a list of files, got {bases!r}")
     files: list[tuple[Path, dict[str, Any]]] = []
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         files += _read_with_bases(path.parent / base, (*below, path))
     return [*files, (path, tree)]
 
 
-def _files_nearby(path: Path) -> str:
+def files_nearby(path: Path) -> str:
     """What lies where the file was looked for."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} (seen from {Path.cwd()})"

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from .batch import images_of
 from .checkpoint import check_fit, load_into, save_checkpoint, write_atomically
@@ -386,12 +385,14 @@ class Console(Hook):
     def __init__(self, trainer: BaseTrainer, meters: Meters, clock: Clock) -> None:
         super().__init__(trainer)
         self.meters, self.clock = meters, clock
-        self.bar: tqdm | None = None
+        self.bar: Any = None
         self.shown_at = 0.0
 
     def before_epoch(self) -> None:
         wanted = self.trainer.cfg.LOG.PROGRESS
         if wanted == "on" or (wanted == "auto" and sys.stderr.isatty()):
+            from tqdm import tqdm
+
             self.bar = tqdm(
                 total=self.trainer.steps_per_epoch,
                 initial=self.trainer.step_in_epoch,

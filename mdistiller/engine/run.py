@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shlex
@@ -12,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import mdistiller
 from mdistiller.dataset import Loaders, build_loaders
-from mdistiller.registry import InputError
+from mdistiller.registry import InputError, dataset_dict
 
 from .build import build_distiller, build_student, build_teacher, needs_teacher, teacher_checkpoint
 from .cfg import experiment_name, relevant_part
-from .checkpoint import write_atomically
+from .checkpoint import load_checkpoint, write_atomically
+from .config_node import read_yaml
 from .evaluate import evaluate
 from .precision import Precision
 from .random_state import seed_everything
@@ -52,22 +53,32 @@ def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str,
     folder = run_folder(cfg)
     resume = check_folder(folder, cfg, resume, overwrite)
     trainer, facts = build_run(cfg)
+    if resume:
+        _load_latest(trainer)
     if overwrite:
         _clear(folder)
     _make(folder)
     write_atomically(folder / "config.yaml", cfg.dump())
     write_atomically(folder / "environment.json", json.dumps(_environment(cfg, trainer), indent=1) + "\n")
     trainer.results.update(facts)
-    return trainer.train(resume=resume)
+    return trainer.train()
+
+
+def _load_latest(trainer: BaseTrainer) -> None:
+    trainer.load_state(load_checkpoint(trainer.folder / "latest"))
+    done, wanted = trainer.epoch - 1, trainer.cfg.SOLVER.EPOCHS
+    if done > wanted:
+        raise InputError(f"{trainer.folder} has {done} epochs behind it already, more than SOLVER.EPOCHS {wanted}")
 
 
 def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
     """Data, networks, method and trainer, and the facts about them for ``results.json``."""
     seed_everything(cfg.EXPERIMENT.SEED)
-    if needs_teacher(cfg):
-        teacher_checkpoint(cfg)  # before the data: a missing teacher is the likelier mistake
+    Precision.from_cfg(cfg)  # before the data, like the networks: nothing is downloaded for a run that cannot start
+    num_classes = dataset_dict[cfg.DATASET.TYPE].num_classes
+    student = build_student(cfg, num_classes)
+    teacher = build_teacher(cfg, num_classes) if needs_teacher(cfg) else None
     loaders = build_loaders(cfg)
-    student = build_student(cfg, loaders.num_classes)
     facts: dict[str, Any] = {
         "experiment": experiment_name(cfg),
         "method": cfg.DISTILLER.TYPE,
@@ -76,9 +87,7 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
         "seed": cfg.EXPERIMENT.SEED,
         "training_images": loaders.num_data,
     }
-    teacher = None
-    if needs_teacher(cfg):
-        teacher = build_teacher(cfg, loaders.num_classes)
+    if teacher is not None:
         facts["teacher"] = score_teacher(cfg, teacher, loaders)
     torch.manual_seed(cfg.EXPERIMENT.SEED)  # a method's own modules do not depend on the teacher's size
     distiller = build_distiller(cfg, student, teacher, loaders.num_data)
@@ -108,7 +117,14 @@ def score_teacher(cfg: Any, teacher: torch.nn.Module, loaders: Loaders) -> dict[
             "INFO",
         )
     )
-    return {"name": name, "checkpoint": checkpoint, "top1": result.top1, "top5": result.top5}
+    path = teacher_checkpoint(cfg)
+    digest = file_digest(path) if path is not None else None
+    return {"name": name, "checkpoint": checkpoint, "sha256": digest, "top1": result.top1, "top5": result.top5}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal: tells whether a checkpoint is still the one that was used."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def run_folder(cfg: Any) -> Path:
@@ -144,7 +160,10 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool) -> bool:
 
 
 def _check_same_experiment(folder: Path, cfg: Any) -> None:
-    before, now = flatten(yaml.safe_load((folder / "config.yaml").read_text())), flatten(relevant_part(cfg))
+    content = read_yaml(folder / "config.yaml")
+    if not isinstance(content, dict):
+        raise InputError(f"{folder / 'config.yaml'} holds no configuration; replace the run by --overwrite")
+    before, now = flatten(content), flatten(relevant_part(cfg))
     changed = [key for key in now if key in before and before[key] != now[key]]
     refused = [key for key in changed if key in FIXED_ON_RESUME]
     if refused:

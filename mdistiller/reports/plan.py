@@ -23,14 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mdistiller.engine.cfg import load_config
+from mdistiller.engine.config_node import files_nearby, read_yaml
 from mdistiller.engine.run import run_folder
 from mdistiller.registry import InputError, suggestion
 
-REQUIRED = ("TITLE", "OUTPUT", "SEEDS", "PAIRS", "METHODS")
-OPTIONAL = ("OPTIONS", "CLAIMS", "HOW_TO_READ")
+REQUIRED = {"TITLE": str, "OUTPUT": str, "SEEDS": list, "PAIRS": dict, "METHODS": dict}
+OPTIONAL = {"OPTIONS": dict, "CLAIMS": list, "HOW_TO_READ": str}
+KINDS = {str: "a text", list: "a list", dict: "keys with values"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Plan:
                     if "TEACHER" in facts:
                         checkpoint = teachers[facts["TEACHER"]].folder / "student_last"
                         options["DISTILLER.TEACHER_CKPT"] = str(checkpoint)
-                    config = recipe["CONFIG"].format(pair=pair)
+                    config = recipe["CONFIG"].replace("{pair}", pair)
                     cells.append(self._cell(method, pair, seed, config, options))
         return cells
 
@@ -94,47 +94,77 @@ class Plan:
             "EXPERIMENT.SEED": seed,
         }
         merged = {**self.options, **options, **own}
-        return Cell(method, pair, seed, load_config(config, [part for item in merged.items() for part in item]))
+        try:
+            cfg = load_config(config, [part for item in merged.items() for part in item])
+        except InputError as error:
+            raise InputError(f"{method}, {pair}: {error}") from None
+        return Cell(method, pair, seed, cfg)
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read and check a plan.
+    """Read and check a plan, the configurations of all its runs included.
 
     Raises:
-        InputError: a missing or unreadable file, missing or unknown keys, a claim about no row.
+        InputError: a missing or unreadable file; keys that are missing, unknown or hold the wrong thing; a claim
+            about no row; a run that its configuration keeps from starting, or that would share another's folder.
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path)
     except FileNotFoundError:
-        raise InputError(
-            f"no plan {path}; {suggestion(path.name, [p.name for p in path.parent.glob('*.yaml')])}"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read plan {path}: {error}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"plan {path} must hold the keys {', '.join(REQUIRED)}")
-    for key in tree:
-        if key not in REQUIRED + OPTIONAL:
-            raise InputError(f"plan {path}: unknown key {key}; {suggestion(str(key), REQUIRED + OPTIONAL)}")
-    missing = [key for key in REQUIRED if not tree.get(key)]
-    if missing:
-        raise InputError(f"plan {path} lacks {', '.join(missing)}")
-    for method, recipe in tree["METHODS"].items():
-        if not isinstance(recipe, dict) or "CONFIG" not in recipe or set(recipe) - {"CONFIG", "OPTIONS"}:
-            raise InputError(f"plan {path}: METHODS {method!r} must hold CONFIG and may hold OPTIONS, not {recipe!r}")
-    claims = [tuple(claim) for claim in tree.get("CLAIMS", [])]
-    for claim in claims:
-        unknown = [name for name in claim if name not in tree["METHODS"]]
-        if len(claim) != 2 or unknown:
-            raise InputError(f"plan {path}: a claim names two of {list(tree['METHODS'])}, not {list(claim)}")
-    return Plan(
+        raise InputError(f"no plan {path}; {files_nearby(path)}") from None
+    try:
+        return _plan_from(tree)
+    except InputError as error:
+        raise InputError(f"plan {path}: {error}") from None
+
+
+def _plan_from(tree: Any) -> Plan:
+    _check_tree(tree)
+    plan = Plan(
         title=tree["TITLE"],
         output=Path(tree["OUTPUT"]),
-        seeds=[int(seed) for seed in tree["SEEDS"]],
+        seeds=tree["SEEDS"],
         pairs={name: facts or {} for name, facts in tree["PAIRS"].items()},
         methods=tree["METHODS"],
         options=tree.get("OPTIONS", {}),
-        claims=claims,
+        claims=[tuple(claim) for claim in tree.get("CLAIMS", [])],
         how_to_read=tree.get("HOW_TO_READ", ""),
     )
+    owners: dict[Path, Cell] = {}
+    for cell in [*plan.teachers().values(), *plan.cells()]:
+        other = owners.setdefault(cell.folder, cell)
+        if other is not cell:
+            raise InputError(f"{other.method!r} and {cell.method!r} on {cell.pair} share the folder {cell.folder}")
+    return plan
+
+
+def _check_tree(tree: Any) -> None:
+    if not isinstance(tree, dict):
+        raise InputError(f"it must hold the keys {', '.join(REQUIRED)}")
+    known = REQUIRED | OPTIONAL
+    for key, value in tree.items():
+        if key not in known:
+            raise InputError(f"unknown key {key}; {suggestion(str(key), known)}")
+        if not isinstance(value, known[key]):
+            raise InputError(f"{key} takes {KINDS[known[key]]}, not {value!r}")
+    missing = [key for key in REQUIRED if not tree.get(key)]
+    if missing:
+        raise InputError(f"it lacks {', '.join(missing)}")
+    if not all(type(seed) is int for seed in tree["SEEDS"]):
+        raise InputError(f"SEEDS takes whole numbers, not {tree['SEEDS']}")
+    _check_entries(tree, "PAIRS", {"TEACHER": str}, "nothing must")
+    for claim in tree.get("CLAIMS", []):
+        if not (isinstance(claim, list) and len(claim) == 2 and all(name in tree["METHODS"] for name in claim)):
+            raise InputError(f"a claim names two of {list(tree['METHODS'])}, not {claim}")
+    try:
+        tree.get("HOW_TO_READ", "").format(images=1, image_points=1.0)
+    except (LookupError, ValueError):
+        raise InputError("HOW_TO_READ may hold {images} and {image_points}, and no other braces") from None
+
+
+def _check_entries(tree: dict[str, Any], section: str, kinds: dict[str, type], rule: str) -> None:
+    for name, entry in tree[section].items():
+        fits = isinstance(entry, dict) and all(isinstance(v, kinds.get(k, ())) for k, v in entry.items())
+        if not (isinstance(name, str) and (fits or entry is None)):
+            raise InputError(f"{section} {name!r}: a text as name, which {rule}; not {entry!r}")

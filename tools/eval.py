@@ -5,7 +5,7 @@ python tools/eval.py -m resnet8x4 -c output/.../student_last -d cifar100
 
 import argparse
 
-from mdistiller.dataset import build_loaders
+from mdistiller.dataset import build_loaders, dataset_dict
 from mdistiller.engine.build import build_student, build_teacher
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.checkpoint import load_into
@@ -31,14 +31,13 @@ def main() -> None:
     given = {"DATASET.TYPE": args.dataset, "DATASET.TEST.BATCH_SIZE": args.batch_size,
              "DISTILLER.STUDENT": args.model, "DISTILLER.TEACHER": args.model}  # fmt: skip
     cfg = load_config(options=[part for pair in given.items() for part in pair] + args.opts)
-    loaders = build_loaders(cfg)
+    precision, num_classes = Precision.from_cfg(cfg), dataset_dict[cfg.DATASET.TYPE].num_classes
     if args.ckpt == "pretrain":
-        model = build_teacher(cfg, loaders.num_classes)
+        model = build_teacher(cfg, num_classes)
     else:
-        model = build_student(cfg, loaders.num_classes)
+        model = build_student(cfg, num_classes)
         load_into(model, args.ckpt, f"model {args.model}")
-    precision = Precision.from_cfg(cfg)
-    result = evaluate(precision.place(model), loaders.test, precision)
+    result = evaluate(precision.place(model), build_loaders(cfg).test, precision)
     print(
         f"{args.model} on {result.count} test images of {args.dataset}: "
         f"top-1 {result.top1:.2f}, top-5 {result.top5:.2f}, loss {result.loss:.4f}"

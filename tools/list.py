@@ -12,6 +12,7 @@ from mdistiller.dataset import dataset_dict
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cli import command
 from mdistiller.models import cifar_model_dict, imagenet_model_dict, tiny_imagenet_model_dict
+from mdistiller.registry import Registry
 
 
 def methods() -> list[tuple[str, ...]]:
@@ -53,14 +54,14 @@ def configs() -> list[tuple[str, ...]]:
     ]
 
 
-SECTIONS = {"methods": methods, "models": models, "datasets": datasets, "configs": configs}
+SECTIONS = Registry("section", {"methods": methods, "models": models, "datasets": datasets, "configs": configs})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=[*SECTIONS, []], help="default: all", metavar="SECTION")
-    for name in parser.parse_args().what or SECTIONS:
-        rows = SECTIONS[name]()
+    parser.add_argument("what", nargs="*", help="default: all", metavar="SECTION")
+    for section in [SECTIONS[name] for name in parser.parse_args().what or SECTIONS]:
+        rows = section()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

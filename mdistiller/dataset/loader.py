@@ -7,6 +7,8 @@ augmentation is a pure function of the request, their number changes nothing but
 
 from __future__ import annotations
 
+import signal
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -130,10 +132,13 @@ class Loader:
             sampler=self.sampler,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            worker_init_fn=_leave_signals_to_the_parent,
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # or each iteration would advance the global one
             pin_memory=torch.cuda.is_available(),
         )
+        # Python ends what is left of the workers by SIGTERM, to which they are deaf: end them before, in torch's way.
+        weakref.finalize(self, _end_workers, self._batches)
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
@@ -156,6 +161,18 @@ class Loader:
         batches = iter(self._batches)
         self.set_epoch(self.sampler.epoch + 1)
         return batches
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A Ctrl-C or a cluster's SIGTERM reaches every process of the job; the parent finishes its step with these."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_workers(batches: DataLoader) -> None:
+    iterator, batches._iterator = batches._iterator, None
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 def _as_it_is(batch: Batch) -> Batch:

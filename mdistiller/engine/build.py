@@ -89,7 +89,11 @@ def teacher_checkpoint(cfg: Any) -> Path | None:
         problem = f"teacher {name} has no public checkpoint for {cfg.DATASET.TYPE} and DISTILLER.TEACHER_CKPT is empty"
     ways = []
     if public:
-        ways.append(f"get it: download the teachers of {TEACHER_RELEASE} and unpack them to download_ckpts/")
+        collection = Path(public).parts[-3]
+        ways.append(
+            f"get it: sh download_ckpts.sh {collection} (by hand: unpack {collection}.tar of {TEACHER_RELEASE} "
+            "to download_ckpts/)"
+        )
     recipe = training_recipe(cfg.DATASET.TYPE, name)
     if recipe:
         ways.append(f"train it: python tools/train.py --cfg {recipe}")

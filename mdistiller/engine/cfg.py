@@ -11,8 +11,9 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from mdistiller.dataset import dataset_dict
 from mdistiller.distillers import distiller_dict
-from mdistiller.registry import InputError, dataset_dict, suggestion
+from mdistiller.registry import InputError, suggestion
 
 from .config_node import ConfigNode as CN
 from .trainer import trainer_dict
@@ -73,6 +74,8 @@ CFG.LOG.PREFIX = "./output"
 CFG.LOG.EVAL_FREQ = 1  # evaluate every so many epochs, and after the last
 CFG.LOG.MEAN_OF_LAST = 5  # results.json gives the mean accuracy of the last so many evaluations
 CFG.LOG.SAVE_CHECKPOINT_FREQ = 40  # keep epoch_N and student_N every so many epochs; 0: never
+CFG.LOG.SAVE_EVERY_STEPS = 0  # besides after each epoch, save latest every so many steps; 0: not
+CFG.LOG.SAVE_EVERY_MINUTES = 0.0  # or every so many minutes; 0: not
 CFG.LOG.TENSORBOARD_FREQ = 500  # besides the values of each epoch, loss and rate every so many steps; 0: never
 CFG.LOG.PROGRESS = "auto"  # progress bar; auto: on a terminal only; on; off
 CFG.LOG.WANDB = False
@@ -94,6 +97,7 @@ def load_config(path: str = "", options: Sequence[str] = ()) -> CN:
     Raises:
         InputError: see :meth:`ConfigNode.merge_from_file` and :func:`check_config`.
     """
+    _collect_method_sections()  # a script may have registered a method since the import
     cfg = CFG.clone()
     cfg.defrost()
     if path:
@@ -147,7 +151,7 @@ def check_config(cfg: CN) -> None:
     not_negative = (
         "SOLVER.WEIGHT_DECAY", "SOLVER.LR_MIN", "SOLVER.WARMUP_EPOCHS", "SOLVER.WARMUP_LR",
         "DATASET.NUM_WORKERS", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_PER_CLASS",
-        "LOG.SAVE_CHECKPOINT_FREQ", "LOG.TENSORBOARD_FREQ",
+        "LOG.SAVE_CHECKPOINT_FREQ", "LOG.SAVE_EVERY_STEPS", "LOG.SAVE_EVERY_MINUTES", "LOG.TENSORBOARD_FREQ",
     )  # fmt: skip
     _each(cfg, not_negative, lambda v: v >= 0, "0 or more")
     _each(cfg, ("DATASET.TRAIN_FRACTION",), lambda v: 0 < v <= 1, "above 0 and at most 1")

@@ -4,19 +4,30 @@ A file is written beside its final place, flushed to the disk and renamed, so th
 checkpoint. Reading checks the CRC of each member of the archive first (``torch.load`` checks none), then
 loads with ``weights_only=True``, which executes nothing. Weights are compared with the model, names and
 shapes, before anything of the model is changed.
+
+Besides tensors and plain values, files may hold numpy numbers and ``argparse.Namespace``, as those of
+mdistiller and RepDistiller do.
 """
 
 from __future__ import annotations
 
+import argparse
+import errno
 import io
 import os
 import pickle
+import re
+import shutil
+import tarfile
 import tempfile
+import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,27 +38,57 @@ class CheckpointError(InputError):
     """A checkpoint that is missing, damaged, not to be trusted or not of this model."""
 
 
-def save_checkpoint(obj: Any, path: str | os.PathLike[str]) -> None:
-    """Write ``obj`` with ``torch.save`` such that ``path`` holds either the old file or the whole new one."""
+class DiskFullError(RuntimeError):
+    """No space is left for a file; what stood in its place before still does."""
+
+
+def save_checkpoint(obj: Any, path: str | os.PathLike[str], *, keep_previous: bool = False) -> None:
+    """Write ``obj`` with ``torch.save`` such that ``path`` holds either the old file or the whole new one.
+
+    Args:
+        obj: tensors and plain values, nested.
+        path: the file.
+        keep_previous: keep what ``path`` held before as :func:`previous` of it, to fall back on.
+
+    Raises:
+        DiskFullError: says how much space is missing.
+    """
     buffer = io.BytesIO()
     torch.save(obj, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue(), keep_previous=keep_previous)
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Replace the content of ``path``: temporary file in the same folder, fsync, rename."""
+def previous(path: str | os.PathLike[str]) -> Path:
+    """Where ``save_checkpoint(..., keep_previous=True)`` keeps the file before the last one."""
+    return Path(f"{path}_previous")
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes | str, *, keep_previous: bool = False) -> None:
+    """Replace the content of ``path``: temporary file in the same folder, fsync, read back, rename.
+
+    Raises:
+        DiskFullError: says how much space is missing; ``path`` is as it was.
+    """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = None
     try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if Path(temporary).read_bytes() != data:
+            raise OSError(errno.EIO, "what was written reads back differently", str(path))
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it readable by the owner alone
+        if keep_previous and path.exists():
+            _link_over(path, previous(path))
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(_what_is_missing(path, len(data))) from None
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -56,17 +97,118 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
         os.close(folder)
 
 
+def _link_over(source: Path, target: Path) -> None:
+    """Make ``target`` another name of ``source``'s content, without a moment in which ``source`` is absent."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def _what_is_missing(path: Path, needed: int) -> str:
+    free = shutil.disk_usage(path.parent).free
+    missing = max(needed - free, 0) / 1e6
+    amount = f"{missing:.1f} MB are missing" if missing else "a quota is used up"
+    kept = f"the {path.name} that was there is intact" if path.exists() else "nothing was there before"
+    return (
+        f"no space left to write {path}: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free, {amount}; {kept}. "
+        "Free some space and go on with --resume"
+    )
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
+class _Dtype:
+    """Stands in for ``numpy.dtype``, which believes a file that gives numbers out as pointers: numbers only."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if re.fullmatch(r"[biufc]\d{1,2}", code) is None:
+            raise pickle.UnpicklingError(f"numpy data of type {code!r}; only numbers are read")
+        self.value = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        self.value = self.value.newbyteorder(state[1])  # what else the state holds concerns records, not numbers
+
+
+class _Scalar:
+    """Stands in for ``numpy.core.multiarray.scalar``: one number from its bytes."""
+
+    def __new__(cls, dtype: _Dtype, data: bytes) -> Any:
+        return np.frombuffer(data, dtype.value, count=1)[0]
+
+
+class _Array(np.ndarray):
+    """Stands in for ``numpy.ndarray``: empty, whatever is asked for, until its state brings shape and bytes."""
+
+    def __new__(cls, *_: object) -> _Array:
+        return super().__new__(cls, (0,))
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran_order, data = state
+        array = np.frombuffer(data, dtype.value).reshape(shape)  # refuses a shape that is not that of the bytes
+        super().__setstate__((1, array.shape, array.dtype, bool(fortran_order), bytes(data)))
+
+
+class _Reconstruct:
+    """Stands in for ``numpy.core.multiarray._reconstruct``: an empty array."""
+
+    def __new__(cls, kind: type[_Array], *_: object) -> _Array:
+        return kind.__new__(kind)
+
+
+def _under(full_name: str, stand_in: type) -> type:
+    """``stand_in`` under the name that files use: torch looks allowed names up in ``__module__`` and ``__name__``."""
+    module, _, name = full_name.rpartition(".")
+    return type(name, (stand_in,), {"__module__": module})
+
+
+_HARMLESS_GLOBALS = {
+    "argparse.Namespace": argparse.Namespace,
+    "numpy.dtype": _under("numpy.dtype", _Dtype),
+    "numpy.ndarray": _under("numpy.ndarray", _Array),
+    **{
+        f"numpy.{core}.multiarray.{name}": _under(f"numpy.{core}.multiarray.{name}", stand_in)
+        for core in ("core", "_core")  # before and since numpy 2
+        for name, stand_in in (("scalar", _Scalar), ("_reconstruct", _Reconstruct))
+    },
+}
+_GLOBALS_LOCK = threading.Lock()  # the list of allowed names is the process's
+
+
+@contextmanager
+def _harmless_globals() -> Iterator[None]:
+    """Let ``weights_only`` loading build what RepDistiller's and mdistiller's files hold besides tensors.
+
+    ``torch.serialization.safe_globals`` is not in torch 2.4, and where it is, it forgets at its end what
+    somebody had allowed before.
+    """
+    with _GLOBALS_LOCK:
+        before = torch.serialization.get_safe_globals()
+        names = [
+            entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}" for entry in before
+        ]
+        allowed = {**dict(zip(names, before, strict=True)), **_HARMLESS_GLOBALS}
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(list(allowed.values()))
+        try:
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(before)
+
+
 def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     """The object that ``torch.save`` wrote to ``path``, on the CPU.
 
-    Files of the archive format (torch 1.6 and later) are checked for damage, byte by byte; older files
-    carry no checksum, and only their structure can be checked.
+    Files of the archive format (torch 1.6 and later) are checked for damage, byte by byte; older files, such as
+    RepDistiller's, carry no checksum, and only their structure can be checked.
 
     Raises:
         CheckpointError: no such file, a damaged one, or one that would execute code when loaded.
@@ -80,23 +222,27 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
                 bad_member = archive.testzip()
             if bad_member is not None:
                 raise CheckpointError(f"checkpoint {path} is damaged: {bad_member} fails its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        elif tarfile.is_tarfile(path):  # torch before 2.6 executes code that it finds in one (CVE-2025-32434)
+            raise CheckpointError(f"checkpoint {path} is damaged or a tar archive, which must be unpacked first")
+        with _harmless_globals():
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_explain_unpickling(path, error)) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except Exception as error:  # damaged bytes end in anything: a wrong compression method, a huge allocation
         raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint: {error}") from None
 
 
 def _explain_unpickling(path: Path, error: Exception) -> str:
-    if "Unsupported global" in str(error) or "GLOBAL" in str(error):
-        reason = str(error).split("\n")[0][:300]
+    # torch puts advice around the reason: load without the check
+    reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:300]
+    if "Unsupported global" in reason or "GLOBAL" in reason:
         return (
-            f"checkpoint {path} holds more than tensors and plain values, and loading such a file may execute "
-            f"code, so it is not loaded ({reason})"
+            f"checkpoint {path} holds more than tensors, numbers and plain values, and loading such a file may "
+            f"execute code, so it is not loaded ({reason.split('. ')[0]})"
         )
-    return f"checkpoint {path} is damaged or no checkpoint: {str(error)[:300]}"
+    return f"checkpoint {path} is damaged or no checkpoint: {reason}"
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:

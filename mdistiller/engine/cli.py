@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
 from mdistiller.registry import InputError
 
-from .hooks import NonFiniteLossError
+from .checkpoint import DiskFullError
+from .hooks import NonFiniteLossError, StopRequested
 
 
 def command(main: Callable[[], int | None]) -> None:
-    """Run ``main`` and leave the process: 0, 2 for bad input, 1 for a run that failed."""
+    """Run ``main`` and leave the process: 0; 2 for bad input; 1 for a run that failed; 143 or 130 for one
+    that a signal stopped."""
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -22,7 +25,12 @@ def command(main: Callable[[], int | None]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, DiskFullError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         code = 1
+    except StopRequested as error:
+        print(error, file=sys.stderr)
+        code = 128 + error.number
+    except KeyboardInterrupt:  # before or after the training, which handles it itself
+        code = 128 + signal.SIGINT
     raise SystemExit(code)

@@ -51,7 +51,8 @@ def read_yaml(path: Path) -> Any:
         InputError: it cannot be read; says where in it the trouble is.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        with path.open(encoding="utf-8") as file:
+            return yaml.load(file, _Loader)
     except FileNotFoundError:
         raise
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -106,6 +107,7 @@ class ConfigNode(CfgNode):
             full_key = f"{prefix}{key}"
             if key not in self:
                 if not self.is_new_allowed():
+                    full_key = ".".join([full_key, *_only_path(value)])
                     raise InputError(f"{source}: unknown config key {full_key!r}; {_keys_nearby(full_key, root)}")
                 self[key] = ConfigNode(value) if isinstance(value, dict) else value
             elif isinstance(self[key], CfgNode):
@@ -144,7 +146,7 @@ def convert(value: Any, default: Any, key: str, source: str) -> Any:
         if isinstance(value, (list, tuple)):
             items = [convert(v, default[0], key, source) if default else v for v in value]
             return kind(items)
-    elif isinstance(value, kind):
+    elif kind is not int and isinstance(value, kind):  # a boolean is no number
         return value
     raise InputError(f"{source}: {key} takes {_name_of(kind)} (default {default!r}), got {value!r}")
 
@@ -165,10 +167,18 @@ def _literal(value: Any) -> Any:
 
 
 def _keys_nearby(key: str, root: CfgNode) -> str:
-    """The keys of the same last word (``LR`` for ``SOLVER.LR``), else the most similar, else the sections."""
+    """The keys that end in it (``SOLVER.LR`` for ``LR``), else the most similar, else the sections."""
     keys = _keys(root)
-    near = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]] or closest(key, keys)
+    near = [known for known in keys if known.endswith(f".{key}")] or closest(key, keys)
     return f"closest: {', '.join(near)}" if near else f"sections: {', '.join(root)}"
+
+
+def _only_path(tree: Any) -> list[str]:
+    """The keys down a tree as long as there is just one on each level, as on a command line."""
+    if not isinstance(tree, dict) or len(tree) != 1:
+        return []
+    ((key, below),) = tree.items()
+    return [str(key), *_only_path(below)]
 
 
 def _keys(node: CfgNode, prefix: str = "") -> list[str]:

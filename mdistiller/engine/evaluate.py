@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +37,19 @@ def hits_at(output: Tensor, target: Tensor, topk: tuple[int, ...]) -> list[Tenso
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Iterable[Any], precision: Precision | None = None) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    precision: Precision | None = None,
+    on_batch: Callable[[], None] | None = None,
+) -> Evaluation:
     """Run ``model`` over ``loader`` in eval mode; its mode is restored.
 
     Args:
         model: a distiller, or a network that returns ``(logits, features)`` or logits.
         loader: batches with ``image`` and ``target``, as dictionaries or tuples.
         precision: device and number format; by default float32 where the model's parameters lie.
+        on_batch: called after each batch; may raise to end the evaluation.
 
     Raises:
         InputError: the loader yields nothing.
@@ -60,6 +66,8 @@ def evaluate(model: nn.Module, loader: Iterable[Any], precision: Precision | Non
         loss = F.cross_entropy(logits, batch["target"], reduction="sum")
         partial.append(torch.stack([top1.sum().float(), top5.sum().float(), loss]))  # read once, at the end
         count += len(batch["target"])
+        if on_batch is not None:
+            on_batch()
     model.train(was_training)
     if not count:
         raise InputError("nothing to evaluate on: the split is empty")

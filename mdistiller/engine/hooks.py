@@ -8,9 +8,14 @@ They talk to each other through the trainer only: ``trainer.row`` is the epoch's
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
 import sys
+import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +35,19 @@ if TYPE_CHECKING:
 
 class NonFiniteLossError(RuntimeError):
     """The loss became infinite or NaN; training on would destroy the weights."""
+
+
+class StopRequested(RuntimeError):
+    """SIGTERM or SIGINT came and the state is saved.
+
+    Args:
+        number: of the signal; a shell expects the exit code 128 + number.
+        saved_to: the checkpoint.
+    """
+
+    def __init__(self, number: int, saved_to: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; --resume goes on from {saved_to}")
+        self.number = number
 
 
 class Hook:
@@ -218,6 +236,7 @@ class Evaluate(Hook):
         super().__init__(trainer)
         self.weight_average = weight_average
         self.clock = clock
+        self.on_batch: Callable[[], None] | None = None
         self.scores: list[tuple[float, float]] = []  # top-1 and top-5 of each evaluation
         self.prefix = "val" if trainer.test_loader is not None else "test"
         self.is_best = False
@@ -236,14 +255,14 @@ class Evaluate(Hook):
             }
         )
         if self.weight_average is not None:
-            ema = evaluate(self.weight_average.student, trainer.val_loader, trainer.precision)
+            ema = evaluate(self.weight_average.student, trainer.val_loader, trainer.precision, self.on_batch)
             trainer.row[f"{self.prefix}_acc_ema"] = ema.top1
             trainer.results["ema"] = _as_dict(ema, trainer.epoch, self.prefix)
         self.clock.seconds["evaluation"] += time.perf_counter() - start
         self._keep(result)
 
     def score(self, loader: Any) -> Evaluation:
-        return evaluate(self.trainer.distiller, loader, self.trainer.precision)
+        return evaluate(self.trainer.distiller, loader, self.trainer.precision, self.on_batch)
 
     def _keep(self, result: Evaluation) -> None:
         trainer = self.trainer
@@ -357,26 +376,86 @@ class Writers(Hook):
 
 
 class Checkpoints(Hook):
-    """Saves mdistiller's files after each epoch, and ``student_last`` at the end."""
+    """Saves mdistiller's files after each epoch, ``latest`` within epochs if asked for, ``student_last`` at the end."""
 
-    def __init__(self, trainer: BaseTrainer, evaluation: Evaluate) -> None:
+    def __init__(self, trainer: BaseTrainer, evaluation: Evaluate, guard: NonFiniteGuard) -> None:
         super().__init__(trainer)
-        self.evaluation = evaluation
+        self.evaluation, self.guard = evaluation, guard
+        self.saved_at = time.monotonic()
+
+    def after_step(self, output: StepOutput) -> None:
+        log = self.trainer.cfg.LOG
+        by_steps = log.SAVE_EVERY_STEPS and self.trainer.step % log.SAVE_EVERY_STEPS == 0
+        by_minutes = log.SAVE_EVERY_MINUTES and time.monotonic() - self.saved_at >= 60 * log.SAVE_EVERY_MINUTES
+        if by_steps or by_minutes:
+            self.save_latest()
+
+    def save_latest(self) -> None:
+        """Save the run as it stands; a state behind a loss that is not finite is never saved."""
+        self.guard.check()
+        save_checkpoint(self.trainer.state_dict(), self.trainer.folder / "latest", keep_previous=True)
+        self.saved_at = time.monotonic()
 
     def epoch_done(self) -> None:
         trainer, finished = self.trainer, self.trainer.epoch - 1
-        names = ["latest"]
+        names = []
         if trainer.cfg.LOG.SAVE_CHECKPOINT_FREQ and finished % trainer.cfg.LOG.SAVE_CHECKPOINT_FREQ == 0:
             names.append(str(finished))
         if self.evaluation.is_best:
             names.append("best")
         state, student = trainer.state_dict(), {"model": trainer.distiller.student.state_dict()}
-        for name in reversed(names):  # latest last: what it says has happened is on the disk then
+        for name in names:
             save_checkpoint(student, trainer.folder / f"student_{name}")
             save_checkpoint(state, trainer.folder / (f"epoch_{name}" if name.isdigit() else name))
+        save_checkpoint(student, trainer.folder / "student_latest")
+        self.save_latest()  # last: all that it says has happened is on the disk then
 
     def after_train(self) -> None:
         save_checkpoint({"model": self.trainer.distiller.student.state_dict()}, self.trainer.folder / "student_last")
+
+
+class StopSignals(Hook):
+    """SIGTERM and SIGINT: finish the step, save, leave; within an evaluation, after the batch. The second one kills."""
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, trainer: BaseTrainer, checkpoints: Checkpoints) -> None:
+        super().__init__(trainer)
+        self.checkpoints = checkpoints
+        self.received = 0
+        self.before: dict[int, Any] = {}
+
+    def before_train(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self.before = {number: signal.signal(number, self._receive) for number in self.NUMBERS}
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        message = f"{signal.Signals(number).name}: finishing the step and saving; once more to leave at once\n"
+        os.write(2, message.encode())  # standard error; print is not safe within a signal handler
+
+    def check(self) -> None:
+        """Leave if a signal has come.
+
+        Raises:
+            StopRequested: the state is saved.
+        """
+        if self.received:
+            self.checkpoints.save_latest()
+            raise StopRequested(self.received, self.trainer.folder / "latest")
+
+    def after_step(self, output: StepOutput) -> None:
+        self.check()
+
+    def epoch_done(self) -> None:
+        if self.trainer.epoch <= self.trainer.cfg.SOLVER.EPOCHS:  # a finished run needs no resuming
+            self.check()
+
+    def close(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Console(Hook):
@@ -462,12 +541,17 @@ def default_hooks(trainer: BaseTrainer) -> list[Hook]:
     meters, clock = Meters(trainer), Clock(trainer)
     average = WeightAverage(trainer) if trainer.cfg.SOLVER.EMA_DECAY else None
     evaluation = Evaluate(trainer, average, clock)
-    hooks: list[Hook] = [clock, LearningRate(trainer), NonFiniteGuard(trainer), meters]
+    guard = NonFiniteGuard(trainer)
+    checkpoints = Checkpoints(trainer, evaluation, guard)
+    stop = StopSignals(trainer, checkpoints)
+    evaluation.on_batch = stop.check
+    hooks: list[Hook] = [clock, LearningRate(trainer), guard, meters]
     hooks += [average] if average is not None else []
     return [
         *hooks,
         evaluation,
         Writers(trainer),
-        Checkpoints(trainer, evaluation),
+        checkpoints,
         Console(trainer, meters, clock),
+        stop,
     ]

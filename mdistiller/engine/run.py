@@ -20,20 +20,14 @@ from mdistiller.registry import InputError, dataset_dict
 
 from .build import build_distiller, build_student, build_teacher, needs_teacher, teacher_checkpoint
 from .cfg import experiment_name, relevant_part
-from .checkpoint import load_checkpoint, write_atomically
+from .checkpoint import write_atomically
 from .config_node import read_yaml
 from .evaluate import evaluate
+from .experiment import changed_keys
 from .precision import Precision
 from .random_state import seed_everything
 from .trainer import BaseTrainer, trainer_dict
 from .utils import log_msg
-
-# A resumed run would be another experiment if one of these changed.
-FIXED_ON_RESUME = (
-    "DATASET.TYPE", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_FRACTION", "DATASET.TRAIN_PER_CLASS", "DATASET.VAL_FRACTION",
-    "DISTILLER.TYPE", "DISTILLER.TEACHER", "DISTILLER.STUDENT", "EXPERIMENT.SEED",
-    "SOLVER.TYPE", "SOLVER.TRAINER", "SOLVER.BATCH_SIZE", "SOLVER.DROP_LAST",
-)  # fmt: skip
 
 
 def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -54,7 +48,10 @@ def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str,
     resume = check_folder(folder, cfg, resume, overwrite)
     trainer, facts = build_run(cfg)
     if resume:
-        _load_latest(trainer)
+        trainer.resume()
+        done, wanted = trainer.epoch - 1, cfg.SOLVER.EPOCHS
+        if done > wanted:
+            raise InputError(f"{folder} has {done} epochs behind it already, more than SOLVER.EPOCHS {wanted}")
     if overwrite:
         _clear(folder)
     _make(folder)
@@ -62,13 +59,6 @@ def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str,
     write_atomically(folder / "environment.json", json.dumps(_environment(cfg, trainer), indent=1) + "\n")
     trainer.results.update(facts)
     return trainer.train()
-
-
-def _load_latest(trainer: BaseTrainer) -> None:
-    trainer.load_state(load_checkpoint(trainer.folder / "latest"))
-    done, wanted = trainer.epoch - 1, trainer.cfg.SOLVER.EPOCHS
-    if done > wanted:
-        raise InputError(f"{trainer.folder} has {done} epochs behind it already, more than SOLVER.EPOCHS {wanted}")
 
 
 def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
@@ -140,7 +130,11 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool) -> bool:
     """
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    try:
+        filled = folder.is_dir() and any(folder.iterdir())
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    if not filled:
         if resume:
             print(log_msg(f"nothing to resume in {folder}; starting from the beginning", "INFO"))
         return False
@@ -163,25 +157,11 @@ def _check_same_experiment(folder: Path, cfg: Any) -> None:
     content = read_yaml(folder / "config.yaml")
     if not isinstance(content, dict):
         raise InputError(f"{folder / 'config.yaml'} holds no configuration; replace the run by --overwrite")
-    before, now = flatten(content), flatten(relevant_part(cfg))
-    changed = [key for key in now if key in before and before[key] != now[key]]
-    refused = [key for key in changed if key in FIXED_ON_RESUME]
-    if refused:
-        listed = ", ".join(f"{key} was {before[key]}, is {now[key]}" for key in refused)
-        raise InputError(f"{folder} holds another experiment and cannot be resumed as this one: {listed}")
-    for key in changed:
-        print(log_msg(f"resuming with {key} {now[key]} (was {before[key]})", "INFO"))
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"A": {"B": 1}}`` as ``{"A.B": 1}``; tuples become lists, as YAML keeps them."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
+    fatal, harmless = changed_keys(content, relevant_part(cfg))
+    if fatal:
+        raise InputError(f"{folder} holds another experiment and cannot be resumed as this one: {', '.join(fatal)}")
+    for change in harmless:
+        print(log_msg(f"resuming although {change}", "INFO"))
 
 
 def _clear(folder: Path) -> None:
@@ -201,7 +181,11 @@ def _make(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another place with LOG.PREFIX") from None
+        raise _unusable(folder, error) from None
+
+
+def _unusable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write to {folder}: {error.strerror}; choose another place with LOG.PREFIX")
 
 
 def _environment(cfg: Any, trainer: BaseTrainer) -> dict[str, Any]:

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
+import mdistiller
 from mdistiller.registry import InputError, Registry
 
 from .batch import to_batch
-from .checkpoint import CheckpointError, check_fit, load_checkpoint
+from .checkpoint import CheckpointError, check_fit, load_checkpoint, previous
+from .experiment import changed_keys
 from .hooks import Hook, default_hooks
 from .precision import Precision
 from .random_state import random_state, restore_random_state
 from .solver import build_optimizer
+from .utils import log_msg
 
 trainer_dict = Registry("trainer")
 
@@ -92,7 +96,7 @@ class BaseTrainer:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if resume:
-            self.load_state(load_checkpoint(self.folder / "latest"))
+            self.resume()
         try:
             self._call("before_train")
             while self.epoch <= self.cfg.SOLVER.EPOCHS:
@@ -161,6 +165,8 @@ class BaseTrainer:
             "step_in_epoch": self.step_in_epoch,
             "step": self.step,
             "row": self.row,
+            "config": self.cfg.dump(),
+            "versions": {"mdistiller": mdistiller.__version__, "torch": str(torch.__version__)},
             "model": trained_state(self.distiller),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -169,20 +175,39 @@ class BaseTrainer:
             "results": self.results,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over a state; mdistiller's ``latest`` files (model, optimiser, epoch, best_acc) work too.
+    def resume(self) -> None:
+        """Go on from ``latest``; if it is damaged or not of this run, from the checkpoint before it.
 
         Raises:
-            CheckpointError: a state without its parts, or of another model or method.
+            CheckpointError: neither can be used; says why for each.
         """
-        missing = {"epoch", "model", "optimizer"} - set(state)
-        if missing:
-            raise CheckpointError(f"{self.folder / 'latest'} cannot be resumed from: it lacks {sorted(missing)}")
-        load_trained_state(self.distiller, state["model"], f"{self.folder / 'latest'}")
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            raise CheckpointError(f"the optimiser state in {self.folder / 'latest'} does not fit: {error}") from None
+        latest, problems = self.folder / "latest", []
+        for path in (latest, previous(latest)):
+            try:
+                self.load_state(load_checkpoint(path), str(path))
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                print(log_msg(f"WARNING: {problem}; going on from {path} instead", "INFO"), flush=True)
+            done = f"{self.epoch - 1} epochs and {self.step_in_epoch} of {self.steps_per_epoch} steps"
+            print(log_msg(f"Resuming from {path}: {done} are done", "INFO"), flush=True)
+            return
+        raise CheckpointError("cannot resume: " + "; and ".join(problems))
+
+    def load_state(self, state: dict[str, Any], source: str = "the state") -> None:
+        """Take over a state; mdistiller's ``latest`` files (model, optimiser, epoch, best_acc) work too.
+
+        Args:
+            state: what :meth:`state_dict` gave.
+            source: names it in messages.
+
+        Raises:
+            CheckpointError: a state without its parts, or of another model, method or run; nothing is changed then.
+        """
+        model = self._check_state(state, source)
+        self.distiller.load_state_dict(model, strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
         self.epoch = state["epoch"] + 1
         self.step_in_epoch = state.get("step_in_epoch", 0)
         self.step = state.get("step", state["epoch"] * self.steps_per_epoch)
@@ -194,6 +219,20 @@ class BaseTrainer:
             hook.load_state_dict(state.get("hooks", {}).get(type(hook).__name__, {}))
         restore_random_state(state.get("random", {}))
 
+    def _check_state(self, state: Any, source: str) -> dict[str, Tensor]:
+        """All that can be wrong with a state, before any of it is used; returns the model's part."""
+        if not isinstance(state, dict) or not {"epoch", "model", "optimizer"} <= set(state):
+            found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            raise CheckpointError(
+                f"{source} cannot be resumed from: it must hold epoch, model and optimizer, and holds {found}"
+            )
+        if "config" in state:
+            fatal, _ = changed_keys(yaml.safe_load(state["config"]), self.cfg)
+            if fatal:
+                raise CheckpointError(f"{source} belongs to another experiment: {', '.join(fatal)}")
+        check_optimizer_fit(self.optimizer, state["optimizer"], source)
+        return fitting_state(self.distiller, state["model"], source)
+
 
 trainer_dict["base"] = BaseTrainer
 trainer_dict["crd"] = BaseTrainer  # mdistiller's name for the loop with an index in the batch
@@ -203,23 +242,46 @@ def trained_state(distiller: nn.Module) -> dict[str, Tensor]:
     """The distiller's state dict without what is frozen of the teacher."""
     trained = set()
     if getattr(distiller, "teacher", None) is not None:
-        moving = {id(p) for p in distiller.teacher_parameters()}
+        moving = {id(p) for p in getattr(distiller, "teacher_parameters", list)()}
         trained = {f"teacher.{name}" for name, p in distiller.teacher.named_parameters() if id(p) in moving}
     state = distiller.state_dict()
     return {key: value for key, value in state.items() if not key.startswith("teacher.") or key in trained}
 
 
-def load_trained_state(distiller: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Take over what :func:`trained_state` gave; mdistiller's ``module.`` prefix and saved teacher are skipped.
+def fitting_state(distiller: nn.Module, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Of a saved model what the distiller takes: mdistiller's ``module.`` prefix and saved teacher are dropped.
 
     Raises:
-        CheckpointError: names or shapes differ; nothing is changed then.
+        CheckpointError: names or shapes differ from :func:`trained_state`.
     """
     own = trained_state(distiller)
     given = {key.removeprefix("module."): value for key, value in state.items()}
     given = {key: value for key, value in given.items() if key in own or not key.startswith("teacher.")}
     check_fit(own, given, f"the model in {source}")
-    distiller.load_state_dict(given, strict=False)
+    return given
+
+
+def check_optimizer_fit(optimizer: torch.optim.Optimizer, state: dict[str, Any], source: str) -> None:
+    """Compare a saved optimiser state with the optimiser: groups, their sizes, the shapes of the moments.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    groups, saved = optimizer.param_groups, state.get("param_groups", [])
+    sizes, saved_sizes = ([len(group["params"]) for group in part] for part in (groups, saved))
+    if sizes != saved_sizes:
+        raise CheckpointError(
+            f"the optimiser in {source} does not fit: it has groups of {saved_sizes} parameters, this run {sizes}"
+        )
+    parameters = [p for group in groups for p in group["params"]]
+    numbers = [number for group in saved for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for name, value in state.get("state", {}).get(number, {}).items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"the optimiser in {source} does not fit: {name} of parameter {number} is {tuple(value.shape)}, "
+                    f"the parameter {tuple(parameter.shape)}"
+                )
 
 
 def check_batches(distiller: nn.Module, loader: Any) -> None:

@@ -153,7 +153,12 @@ def _check_tree(tree: Any) -> None:
         raise InputError(f"it lacks {', '.join(missing)}")
     if not all(type(seed) is int for seed in tree["SEEDS"]):
         raise InputError(f"SEEDS takes whole numbers, not {tree['SEEDS']}")
-    _check_entries(tree, "PAIRS", {"TEACHER": str}, "nothing must")
+    for name, entry in tree["PAIRS"].items():
+        if not (isinstance(name, str) and _fits({} if entry is None else entry, {"TEACHER": str})):
+            raise InputError(f"PAIRS: {name!r} must be a text and may hold TEACHER and a config, not {entry!r}")
+    for name, entry in tree["METHODS"].items():
+        if not (isinstance(name, str) and _fits(entry, {"CONFIG": str, "OPTIONS": dict}) and "CONFIG" in entry):
+            raise InputError(f"METHODS: {name!r} must be a text and hold CONFIG, and may hold OPTIONS, not {entry!r}")
     for claim in tree.get("CLAIMS", []):
         if not (isinstance(claim, list) and len(claim) == 2 and all(name in tree["METHODS"] for name in claim)):
             raise InputError(f"a claim names two of {list(tree['METHODS'])}, not {claim}")
@@ -163,8 +168,6 @@ def _check_tree(tree: Any) -> None:
         raise InputError("HOW_TO_READ may hold {images} and {image_points}, and no other braces") from None
 
 
-def _check_entries(tree: dict[str, Any], section: str, kinds: dict[str, type], rule: str) -> None:
-    for name, entry in tree[section].items():
-        fits = isinstance(entry, dict) and all(isinstance(v, kinds.get(k, ())) for k, v in entry.items())
-        if not (isinstance(name, str) and (fits or entry is None)):
-            raise InputError(f"{section} {name!r}: a text as name, which {rule}; not {entry!r}")
+def _fits(entry: Any, kinds: dict[str, type]) -> bool:
+    """Whether ``entry`` is a mapping that holds nothing but these keys, each with a value of its kind."""
+    return isinstance(entry, dict) and all(isinstance(value, kinds.get(key, ())) for key, value in entry.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mdistiller.engine.checkpoint import write_atomically
+from mdistiller.registry import InputError
 
 from .plan import Plan
 from .plots import learning_curves
@@ -20,16 +21,22 @@ class Report:
 
 
 def write_report(plan: Plan, results: Results) -> Report:
-    """Write ``table.md``, ``table.csv`` and ``curves.png`` into the plan's output folder."""
+    """Write ``table.md``, ``table.csv`` and, where matplotlib is installed, ``curves.png`` into the plan's output
+    folder."""
     rows = summarize(plan, results)
     verdicts = check_claims(plan, rows)
-    learning_curves(plan, plan.output / "curves.png")
     write_atomically(plan.output / "table.csv", to_csv(rows))
     images = next(iter(results.values()))["last"]["images"]
     parts = [render(rows), *(sentence for _, sentence in verdicts)]
     if plan.how_to_read:
         parts.append(plan.how_to_read.format(images=images, image_points=100 / images).rstrip())
-    parts.append(f"Table, curves and every run: {plan.output}/ (table.md, table.csv, curves.png)")
+    files = "table.md, table.csv"
+    try:
+        learning_curves(plan, plan.output / "curves.png")
+        files += ", curves.png"
+    except InputError as error:
+        parts.append(f"No curves.png: {error}")
+    parts.append(f"Tables, curves and every run: {plan.output}/ ({files})")
     text = "\n\n".join(parts)
     write_atomically(plan.output / "table.md", f"# {plan.title}\n\n{text}\n")
     return Report(text, all(holds for holds, _ in verdicts))

@@ -9,14 +9,17 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from mdistiller.engine.cfg import CFG
+from mdistiller.engine.config_node import read_yaml
+from mdistiller.engine.experiment import flatten
 from mdistiller.engine.precision import resolve_device
-from mdistiller.engine.run import flatten, run
+from mdistiller.engine.run import file_digest, run
 from mdistiller.registry import InputError
 
 from .plan import Cell, Plan
@@ -36,8 +39,11 @@ def run_plan(
         What each run's ``results.json`` holds, by (method, pair, seed).
 
     Raises:
-        InputError: some runs failed; says which and where their messages are. The others are kept.
+        InputError: ``jobs`` is negative; or some runs failed: says which and where their messages are. The others
+            are kept.
     """
+    if jobs < 0:
+        raise InputError(f"the number of jobs must be 0 or more, got {jobs}")
     teachers, cells = list(plan.teachers().values()), plan.cells()
     jobs = jobs or _default_jobs(cells[0])
     for stage in (teachers, cells):
@@ -49,20 +55,28 @@ def run_plan(
 
 
 def finished_results(cell: Cell) -> dict[str, Any] | None:
-    """The results of a cell that ran to its end with the very configuration it has now."""
+    """The results of a cell that ran to its end with the very configuration and teacher it has now."""
+    results = _results(cell)
+    return results if results.get("status") == "finished" and _same_run(cell) else None
+
+
+def _results(cell: Cell) -> dict[str, Any]:
     try:
-        results = json.loads((cell.folder / "results.json").read_text())
+        return json.loads((cell.folder / "results.json").read_text())
     except (OSError, ValueError):
-        return None
-    return results if results.get("status") == "finished" and _same_config(cell) else None
+        return {}
 
 
-def _same_config(cell: Cell) -> bool:
+def _same_run(cell: Cell) -> bool:
+    """Whether what lies in the cell's folder was run, to its end or not, as the cell would be run now."""
     try:
-        before = yaml.safe_load((cell.folder / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
+        before = read_yaml(cell.folder / "config.yaml")
+    except (OSError, InputError):
         return False
-    return isinstance(before, dict) and flatten(before) == flatten(cell.cfg)
+    if not isinstance(before, dict) or {**flatten(CFG), **flatten(before)} != flatten(cell.cfg):
+        return False  # a key that is newer than the run counts as its default
+    used, now = _results(cell).get("teacher", {}).get("sha256"), Path(cell.cfg.DISTILLER.TEACHER_CKPT)
+    return used is None or not now.is_file() or used == file_digest(now)
 
 
 def _default_jobs(cell: Cell) -> int:
@@ -84,7 +98,7 @@ def _run_all(cells: list[Cell], jobs: int, say: Callable[[str], None]) -> None:
             score = finished_results(cell)["last"]["top1"]
             say(f"{place}: {score:.2f} % after the last epoch, {seconds:.0f} s")
     if failed:
-        raise InputError("some runs failed:\n  " + "\n  ".join(failed))
+        raise InputError("some runs failed:\n  " + "\n  ".join(sorted(failed)))
 
 
 def _in_processes(cells: list[Cell], jobs: int) -> Iterable[tuple[Cell, float, str]]:
@@ -95,13 +109,17 @@ def _in_processes(cells: list[Cell], jobs: int) -> Iterable[tuple[Cell, float, s
     with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
         futures = {pool.submit(_run_cell, cell): cell for cell in cells}
         for future in as_completed(futures):
-            yield futures[future], *future.result()
+            try:
+                seconds, problem = future.result()
+            except (OSError, BrokenExecutor) as error:  # its log cannot be written; its process was killed
+                seconds, problem = 0.0, str(error)
+            yield futures[future], seconds, problem
 
 
 def _run_cell(cell: Cell) -> tuple[float, str]:
     """Run one cell in a worker process, its output in ``cell.console``. Returns seconds and what went wrong."""
     cell.console.parent.mkdir(parents=True, exist_ok=True)
-    start, same = time.perf_counter(), _same_config(cell)
+    start, same = time.perf_counter(), _same_run(cell)
     problem = ""
     with (
         cell.console.open("a" if same else "w") as console,

@@ -21,7 +21,7 @@ def cases():
                 yield pytest.param(pair, method, expected, id=f"{method}-{pair['teacher']}-{pair['student']}")
 
 
-@pytest.mark.parametrize(("pair", "method", "expected"), cases())
+@pytest.mark.parametrize(("pair", "method", "expected"), list(cases()))
 def test_golden_losses_and_gradients(pair, method, expected):
     cfg = CFG.clone()
     cfg.merge_from_list(["DISTILLER.TYPE", method, *expected["config_overrides"]])

@@ -1,14 +1,24 @@
 """Files that come back whole or not at all."""
 
+import errno
 import os
 import pickle
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from mdistiller.engine import checkpoint
-from mdistiller.engine.checkpoint import CheckpointError, load_checkpoint, load_into, load_weights, save_checkpoint
+from mdistiller.engine.checkpoint import (
+    CheckpointError,
+    DiskFullError,
+    load_checkpoint,
+    load_into,
+    load_weights,
+    save_checkpoint,
+)
 
 
 def test_round_trip_and_replacement(tmp_path):
@@ -24,11 +34,14 @@ def test_a_failing_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatc
     save_checkpoint({"epoch": 1}, path)
 
     def full(*args):
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint({"epoch": 2}, path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_500_000))
+    with pytest.raises(
+        DiskFullError, match=r"latest: 4\.0 MB needed, 1\.5 MB free, 2\.5 MB are missing; the latest .* intact"
+    ):
+        save_checkpoint({"epoch": torch.zeros(1_000_000)}, path)
     assert load_checkpoint(path) == {"epoch": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["latest"]
 

@@ -10,7 +10,7 @@ from runs import make_trainer, same_state, teacher_file, tiny_config
 from torch import nn
 
 from mdistiller.distillers import Vanilla
-from mdistiller.engine.checkpoint import load_checkpoint
+from mdistiller.engine.checkpoint import CheckpointError, load_checkpoint
 from mdistiller.engine.evaluate import evaluate
 from mdistiller.engine.hooks import Hook, NonFiniteLossError
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
@@ -37,6 +37,7 @@ def outcome(trainer):
     state = trainer.state_dict()
     state["results"] = {k: v for k, v in state["results"].items() if k not in ("seconds", "images_per_second")}
     state["hooks"].pop("Clock")
+    state.pop("config")  # names the folder
     return state
 
 
@@ -159,7 +160,7 @@ def test_files_of_a_run(tmp_path):
     names = {path.name for path in trainer.folder.iterdir()}
     assert names == {
         "latest", "best", "epoch_2", "student_latest", "student_best", "student_2", "student_last", "student_ema",
-        "metrics.csv", "worklog.txt", "results.json", "train.events",
+        "latest_previous", "metrics.csv", "worklog.txt", "results.json", "train.events",
     }  # fmt: skip
     latest = load_checkpoint(trainer.folder / "latest")
     assert latest["epoch"] == 3
@@ -211,7 +212,13 @@ def test_a_state_of_another_model_is_refused_and_changes_nothing(tmp_path):
     other = make_trainer(tmp_path / "other", DISTILLER__STUDENT="resnet14").state_dict()
     trainer = make_trainer(tmp_path / "mine")
     before = {key: value.clone() for key, value in trainer.distiller.state_dict().items()}
-    with pytest.raises(ValueError, match=r"does not fit: not in the model: student\.layer1\.1"):
+    with pytest.raises(CheckpointError, match=r"another experiment: DISTILLER\.STUDENT was resnet14"):
+        trainer.load_state(other)
+    del other["config"]  # a file from elsewhere
+    with pytest.raises(CheckpointError, match="groups of"):
+        trainer.load_state(other)
+    other["optimizer"] = trainer.optimizer.state_dict()
+    with pytest.raises(CheckpointError, match=r"does not fit: not in the model: student\.layer1\.1"):
         trainer.load_state(other)
     assert same_state(dict(trainer.distiller.state_dict()), before)
 

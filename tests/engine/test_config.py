@@ -1,0 +1,332 @@
+"""Configuration: loose types, inheritance, mdistiller's keys and files, and everything below ``configs/``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mdistiller.engine.build import build_student, model_table
+from mdistiller.engine.cfg import CFG, experiment_name, load_config, relevant_part, show_cfg, value_of
+from mdistiller.engine.config_node import ConfigNode
+from mdistiller.registry import InputError, distiller_dict
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def write(path: Path, **content) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+# Types
+
+NODE = {"WHOLE": 4, "NUMBER": 8.0, "FLAG": False, "TEXT": "", "STAGES": [150, 180], "BETAS": (0.9, 0.999), "NONE": None}
+
+ACCEPTED = [
+    ("WHOLE", 8.0, 8),
+    ("WHOLE", "8", 8),
+    ("WHOLE", "1e3", 1000),
+    ("WHOLE", 2**53 + 1, 2**53 + 1),  # more digits than a float holds
+    ("WHOLE", str(2**53 + 1), 2**53 + 1),
+    ("NUMBER", 8, 8.0),
+    ("NUMBER", "8", 8.0),
+    ("NUMBER", "1e-3", 0.001),
+    ("FLAG", "true", True),
+    ("FLAG", "False", False),
+    ("FLAG", "off", False),
+    ("FLAG", "yes", True),
+    ("FLAG", True, True),
+    ("TEXT", 5, "5"),
+    ("TEXT", 0.5, "0.5"),
+    ("TEXT", None, ""),
+    ("TEXT", "kd,res56,res20", "kd,res56,res20"),
+    ("STAGES", (90, 120), [90, 120]),
+    ("STAGES", [90.0, "120"], [90, 120]),
+    ("STAGES", "[90, 120]", [90, 120]),
+    ("STAGES", [], []),
+    ("BETAS", [1, 0.5], (1.0, 0.5)),
+    ("NONE", "anything", "anything"),
+]
+
+REFUSED = [
+    ("WHOLE", 2.5, "a whole number"),
+    ("WHOLE", True, "a whole number"),
+    ("WHOLE", "many", "a whole number"),
+    ("WHOLE", None, "a whole number"),
+    ("WHOLE", [4], "a whole number"),
+    ("NUMBER", True, "a number"),
+    ("NUMBER", "fast", "a number"),
+    ("NUMBER", float("nan"), "a number"),
+    ("NUMBER", "inf", "a number"),
+    ("NUMBER", {"A": 1}, "a number"),
+    ("FLAG", 1, "True or False"),
+    ("FLAG", "maybe", "True or False"),
+    ("TEXT", True, "a text"),
+    ("TEXT", ["a"], "a text"),
+    ("STAGES", 150, "a list"),
+    ("STAGES", [150.5], "a whole number"),
+    ("BETAS", 0.9, "a tuple"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), ACCEPTED)
+def test_values_convert_where_nothing_is_lost(key, value, expected):
+    node = ConfigNode(NODE)
+    node.merge_from_list([key, value])
+    assert node[key] == expected
+    assert NODE[key] is None or type(node[key]) is type(NODE[key])
+
+
+@pytest.mark.parametrize(("key", "value", "wanted"), REFUSED)
+def test_other_values_are_refused(key, value, wanted):
+    tree = ConfigNode(NODE)
+    with pytest.raises(InputError, match=f"{key} takes {wanted}.*got"):
+        tree.merge_from_other_cfg({key: value})
+
+
+@pytest.mark.parametrize("word", ["1e3", "007", "True", "None", "1,2", "[a]", "kd"])
+def test_a_text_on_the_command_line_stays_what_was_typed(word):
+    name = load_config(options=["EXPERIMENT.NAME", word]).EXPERIMENT.NAME
+    assert name == word
+
+
+def test_words_that_old_yaml_takes_for_booleans(tmp_path):
+    """``AMP: off`` was once read as ``False`` and refused."""
+    path = tmp_path / "a.yaml"
+    path.write_text("SOLVER: {AMP: off}\nLOG: {PROGRESS: on, WANDB: off}\nDATASET: {DOWNLOAD: no}")
+    cfg = load_config(path)
+    assert (cfg.SOLVER.AMP, cfg.LOG.PROGRESS, cfg.LOG.WANDB, cfg.DATASET.DOWNLOAD) == ("off", "on", False, False)
+
+
+# Inheritance
+
+
+def test_bases_are_merged_first_and_in_order(tmp_path):
+    write(tmp_path / "root.yaml", SOLVER={"LR": 0.1, "EPOCHS": 1, "MOMENTUM": 0.1}, EXPERIMENT={"TAG": "root"})
+    write(tmp_path / "left.yaml", _BASE_="root.yaml", SOLVER={"LR": 0.2, "EPOCHS": 2})
+    write(tmp_path / "right.yaml", SOLVER={"EPOCHS": 3})
+    (tmp_path / "child").mkdir()
+    child = write(tmp_path / "child" / "a.yaml", _BASE_=["../left.yaml", "../right.yaml"], EXPERIMENT={"TAG": "child"})
+    cfg = load_config(child, ["SOLVER.WEIGHT_DECAY", "0"])
+    found = (cfg.SOLVER.LR, cfg.SOLVER.EPOCHS, cfg.SOLVER.MOMENTUM, cfg.EXPERIMENT.TAG, cfg.SOLVER.WEIGHT_DECAY)
+    assert found == (0.2, 3, 0.1, "child", 0)
+
+
+def test_two_children_may_share_a_base(tmp_path):
+    """Only a file that is its own ancestor is a cycle."""
+    write(tmp_path / "root.yaml", SOLVER={"LR": 0.1})
+    for name in ("left", "right"):
+        write(tmp_path / f"{name}.yaml", _BASE_="root.yaml")
+    assert load_config(write(tmp_path / "a.yaml", _BASE_=["left.yaml", "right.yaml"])).SOLVER.LR == 0.1
+
+
+@pytest.mark.parametrize("content", ["", "_BASE_:", "_BASE_: []"])
+def test_an_empty_file_changes_nothing(tmp_path, content):
+    path = tmp_path / "a.yaml"
+    path.write_text(content)
+    assert load_config(path) == load_config()
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ("SOLVER.BATHC_SIZE", "closest: SOLVER.BATCH_SIZE"),
+        ("LR", "closest: SOLVER.LR"),
+        ("DISTILER.TYPE", "closest: DISTILLER.TYPE"),
+        ("KD.TEMPRATURE", "closest: KD.TEMPERATURE"),
+        ("solver.lr", "closest: SOLVER.LR"),
+        ("OPTIMIZER", "sections: EXPERIMENT, DATASET, DISTILLER"),
+    ],
+)
+def test_an_unknown_key_comes_with_the_closest(key, shown):
+    with pytest.raises(InputError) as error:
+        load_config(options=[key, "1"])
+    assert f"unknown config key {key!r}; {shown}" in str(error.value)
+
+
+# mdistiller's ways
+
+# mdistiller's defaults (``mdistiller/engine/cfg.py``), except that LOG.WANDB is on there.
+MDISTILLERS_DEFAULTS = """
+EXPERIMENT: {PROJECT: distill, NAME: "", TAG: default}
+DATASET: {TYPE: cifar100, NUM_WORKERS: 2, TEST: {BATCH_SIZE: 64}}
+DISTILLER: {TYPE: NONE, TEACHER: ResNet50, STUDENT: resnet32}
+SOLVER:
+  {TRAINER: base, BATCH_SIZE: 64, EPOCHS: 240, LR: 0.05, LR_DECAY_STAGES: [150, 180, 210], LR_DECAY_RATE: 0.1,
+   WEIGHT_DECAY: 0.0001, MOMENTUM: 0.9, TYPE: SGD, DOT: {DELTA: 0.075}}
+LOG: {TENSORBOARD_FREQ: 500, SAVE_CHECKPOINT_FREQ: 40, PREFIX: ./output, WANDB: false}
+KD: {TEMPERATURE: 4, LOSS: {CE_WEIGHT: 0.1, KD_WEIGHT: 0.9}}
+AT: {P: 2, LOSS: {CE_WEIGHT: 1, FEAT_WEIGHT: 1000}}
+RKD:
+  {DISTANCE_WEIGHT: 25, ANGLE_WEIGHT: 50, LOSS: {CE_WEIGHT: 1, FEAT_WEIGHT: 1},
+   PDIST: {EPSILON: 1.0e-12, SQUARED: false}}
+FITNET: {HINT_LAYER: 2, INPUT_SIZE: [32, 32], LOSS: {CE_WEIGHT: 1, FEAT_WEIGHT: 100}}
+KDSVD: {K: 1, LOSS: {CE_WEIGHT: 1, FEAT_WEIGHT: 1}}
+OFD: {LOSS: {CE_WEIGHT: 1, FEAT_WEIGHT: 0.001}, CONNECTOR: {KERNEL_SIZE: 1}}
+NST: {LOSS: {CE_WEIGHT: 1, FEAT_WEIGHT: 50}}
+PKT: {LOSS: {CE_WEIGHT: 1, FEAT_WEIGHT: 30000}}
+SP: {LOSS: {CE_WEIGHT: 1, FEAT_WEIGHT: 3000}}
+VID: {LOSS: {CE_WEIGHT: 1, FEAT_WEIGHT: 1}, EPS: 1.0e-5, INIT_PRED_VAR: 5, INPUT_SIZE: [32, 32]}
+CRD:
+  {MODE: exact, FEAT: {DIM: 128, STUDENT_DIM: 256, TEACHER_DIM: 256}, LOSS: {CE_WEIGHT: 1, FEAT_WEIGHT: 0.8},
+   NCE: {K: 16384, MOMENTUM: 0.5, TEMPERATURE: 0.07}}
+REVIEWKD:
+  {CE_WEIGHT: 1, REVIEWKD_WEIGHT: 1, WARMUP_EPOCHS: 20, SHAPES: [1, 8, 16, 32], OUT_SHAPES: [1, 8, 16, 32],
+   IN_CHANNELS: [64, 128, 256, 256], OUT_CHANNELS: [64, 128, 256, 256], MAX_MID_CHANNEL: 512, STU_PREACT: false}
+DKD: {CE_WEIGHT: 1, ALPHA: 1, BETA: 8, T: 4, WARMUP: 20}
+"""
+
+
+def leaves(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def mdistillers_defaults() -> list[tuple[str, object]]:
+    """Of the methods that there are."""
+    tree = yaml.safe_load(MDISTILLERS_DEFAULTS)
+    if "DOT" not in CFG.SOLVER:
+        del tree["SOLVER"]["DOT"]
+    return list(leaves({section: keys for section, keys in tree.items() if section in CFG}))
+
+
+@pytest.mark.parametrize(("key", "value"), mdistillers_defaults())
+def test_mdistillers_defaults_are_ours(key, value):
+    ours = value_of(CFG, key)
+    assert (list(ours) if isinstance(ours, tuple) else ours) == value
+
+
+FLAT_YAML = """
+EXPERIMENT:
+  NAME: ""
+  TAG: "kd,res32x4,res8x4"
+  PROJECT: "cifar100_baselines"
+DISTILLER:
+  TYPE: "KD"
+  TEACHER: "resnet32x4"
+  STUDENT: "resnet8x4"
+SOLVER:
+  BATCH_SIZE: 64
+  EPOCHS: 240
+  LR: 0.05
+  LR_DECAY_STAGES: [150, 180, 210]
+  LR_DECAY_RATE: 0.1
+  WEIGHT_DECAY: 0.0005
+  MOMENTUM: 0.9
+  TYPE: "SGD"
+"""
+
+
+def test_mdistillers_flat_yaml_is_our_config_of_that_pair(tmp_path):
+    (tmp_path / "kd.yaml").write_text(FLAT_YAML)
+    flat = load_config(tmp_path / "kd.yaml")
+    assert flat == load_config(CONFIGS / "cifar100/kd/res32x4_res8x4.yaml")
+    assert flat == load_config(CONFIGS / "cifar100/kd.yaml")
+
+
+def test_mdistillers_way_over_the_global_tree(tmp_path, capsys):
+    (tmp_path / "kd.yaml").write_text(FLAT_YAML)
+    cfg = CFG.clone()  # the same class; the global one stays clean for the other tests
+    cfg.merge_from_file(str(tmp_path / "kd.yaml"))
+    cfg.merge_from_list(["KD.TEMPERATURE", "2", "SOLVER.LR", "1"])
+    cfg.freeze()
+    assert (cfg.KD.TEMPERATURE, cfg.SOLVER.LR, cfg.DISTILLER.STUDENT) == (2.0, 1.0, "resnet8x4")
+    with pytest.raises(AttributeError, match="immutable"):
+        cfg.SOLVER.LR = 0.1
+    show_cfg(cfg)
+    assert "STUDENT: resnet8x4" in capsys.readouterr().out
+
+
+def test_loading_leaves_the_defaults_alone():
+    before = CFG.dump()
+    assert load_config(options=["SOLVER.LR", "1"]).is_frozen()
+    assert (CFG.dump(), CFG.is_frozen()) == (before, False)
+
+
+def test_what_a_run_reads():
+    part = relevant_part(load_config(options=["DISTILLER.TYPE", "KD_TWO_VIEWS"]))
+    assert set(part) == {"EXPERIMENT", "DATASET", "DISTILLER", "SOLVER", "LOG", "KD"}
+    assert "KD" not in relevant_part(load_config())
+
+
+@pytest.mark.parametrize(
+    ("project", "name", "tag", "expected"),
+    [("p", "n", "t", "p/n"), ("p", "", "t,u", "p/t,u"), ("", "n", "t", "n"), ("p", "a/b", "t", "p/a/b")],
+)
+def test_a_runs_folder(project, name, tag, expected):
+    """An empty project once made the folder an absolute one."""
+    options = {"EXPERIMENT.PROJECT": project, "EXPERIMENT.NAME": name, "EXPERIMENT.TAG": tag}
+    assert experiment_name(load_config(options=[part for item in options.items() for part in item])) == expected
+
+
+# Everything below configs/
+
+FILES = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.parent.name != "plans" and path.name[0] != "_"]
+PAIR_FILES = [path for path in FILES if path.parent.parent != CONFIGS]  # configs/<data set>/<method>/<pair>.yaml
+LIGHT = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
+
+
+def short(path: Path) -> str:
+    return path.relative_to(CONFIGS).with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=short)
+def test_a_config_loads_and_names_models_that_exist(path):
+    cfg = load_config(path)
+    dataset, *_ = path.relative_to(CONFIGS).parts
+    assert dataset == cfg.DATASET.TYPE
+    for name in (cfg.DISTILLER.STUDENT, cfg.DISTILLER.TEACHER):
+        assert name in model_table(cfg)
+
+
+@pytest.mark.parametrize("path", PAIR_FILES, ids=short)
+def test_its_tag_is_its_path_and_its_comment_the_command(path):
+    cfg = load_config(path)
+    method, _, pair = cfg.EXPERIMENT.TAG.partition(",")
+    assert (method, pair.replace(",", "_")) == (path.parent.name, path.stem)
+    assert f"# python tools/train.py --cfg configs/{short(path)}.yaml\n" in path.read_text()
+    is_plain = "teacher" not in distiller_dict[cfg.DISTILLER.TYPE].__init__.__annotations__
+    assert is_plain == method.startswith("vanilla")
+
+
+@pytest.mark.parametrize("path", [path for path in PAIR_FILES if "cifar100" in path.parts], ids=short)
+def test_the_recipe_on_cifar100(path):
+    cfg = load_config(path)
+    solver, rate = cfg.SOLVER, 0.01 if cfg.DISTILLER.STUDENT in LIGHT else 0.05
+    assert rate == solver.LR
+    assert (solver.WEIGHT_DECAY, solver.MOMENTUM, solver.BATCH_SIZE, solver.TYPE) == (5e-4, 0.9, 64, "SGD")
+    assert (solver.EPOCHS, solver.LR_DECAY_STAGES, solver.LR_DECAY_RATE) == (240, [150, 180, 210], 0.1)
+
+
+def test_no_two_configs_share_a_folder():
+    folders = [experiment_name(load_config(path)) for path in PAIR_FILES]
+    assert len(set(folders)) == len(folders)
+
+
+def test_mdistillers_file_names_are_one_line_children():
+    children = [path for path in FILES if path not in PAIR_FILES]
+    assert children
+    for path in children:
+        assert path.read_text() == f'_BASE_: "{path.stem}/{Path(yaml.safe_load(path.read_text())["_BASE_"]).name}"\n'
+
+
+def networks() -> list[tuple[str, str]]:
+    """Data set and name of every teacher and student of the configs."""
+    found = set()
+    for cfg in map(load_config, FILES):
+        found |= {(cfg.DATASET.TYPE, cfg.DISTILLER.STUDENT), (cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER)}
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("dataset", "name"), networks())
+def test_every_network_of_the_configs_builds(dataset, name):
+    with torch.device("meta"):  # shapes without memory
+        network = build_student(load_config(options=["DATASET.TYPE", dataset, "DISTILLER.STUDENT", name]), 7)
+    *_, last = network.parameters()
+    assert last.shape[0] == 7

@@ -1,0 +1,264 @@
+"""Runs that are killed, stopped or damaged end as if nothing had happened, or say why they can't."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from runs import TINY, make_trainer, same_state, teacher_file, tiny_config
+
+from mdistiller.engine import hooks
+from mdistiller.engine.checkpoint import CheckpointError, DiskFullError, load_checkpoint, save_checkpoint
+from mdistiller.engine.run import run
+
+DRIVER = Path(__file__).with_name("crash_driver.py")
+# Both views of a method with augmentation; latest also within the epochs of 4 steps.
+VALUES = {"DISTILLER.TYPE": "KD_TWO_VIEWS", "SOLVER.EPOCHS": 4, "LOG.SAVE_EVERY_STEPS": 3}
+BF16 = {"SOLVER.AMP": "bf16", "SOLVER.CHANNELS_LAST": True}
+
+
+def arguments(folder, teacher, values):
+    merged = {**TINY, **VALUES, **values, "LOG.PREFIX": folder, "DISTILLER.TEACHER_CKPT": teacher}
+    return [str(part) for item in merged.items() for part in item]
+
+
+def train(moment, count, number, folder, teacher, values, *flags):
+    """A training that is struck at the moment; see the driver."""
+    command = [sys.executable, DRIVER, moment, str(count), number, *flags, *arguments(folder, teacher, values)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def deterministic_part(folder):
+    """What a run leaves, without times and places."""
+    run_folder = folder / "distill" / "default"
+    latest = load_checkpoint(run_folder / "latest")
+    latest["hooks"].pop("Clock")
+    latest["results"].pop("seconds")
+    latest.pop("config")
+    results = json.loads((run_folder / "results.json").read_text())
+    kept = {key: results[key] for key in ("last", "best", "mean_of_last", "images_seen", "steps", "status")}
+    return {
+        "latest": latest,
+        "student": load_checkpoint(run_folder / "student_last"),
+        "best": load_checkpoint(run_folder / "student_best"),
+        "metrics": (run_folder / "metrics.csv").read_bytes(),
+        "worklog": (run_folder / "worklog.txt").read_bytes(),
+        "results": kept,
+    }
+
+
+def whole_run(folder, teacher, values):
+    assert train("never", 1, "SIGTERM", folder, teacher, values).returncode == 0
+    return deterministic_part(folder)
+
+
+BLOWS = [
+    ("step", 6, "SIGKILL", -signal.SIGKILL),
+    ("evaluation", 2, "SIGKILL", -signal.SIGKILL),
+    ("save", 7, "SIGKILL", -signal.SIGKILL),
+    ("step", 2, "SIGTERM", 143),
+    ("evaluation", 1, "SIGINT", 130),
+]
+
+
+@pytest.mark.parametrize("values", [{}, pytest.param(BF16, marks=pytest.mark.slow)], ids=["float32", "bf16"])
+def test_killed_and_stopped_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, values):
+    teacher = teacher_file(tmp_path)
+    flags = []
+    for moment, count, number, code in BLOWS:
+        done = train(moment, count, number, tmp_path / "struck", teacher, values, *flags)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        flags = ["--resume"]
+    assert train("never", 1, "SIGTERM", tmp_path / "struck", teacher, values, "--resume").returncode == 0
+    expected = whole_run(tmp_path / "whole", teacher, values)
+    found = deterministic_part(tmp_path / "struck")
+    for part, value in expected.items():
+        assert same_state(found[part], value), part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("values", [{}, BF16], ids=["float32", "bf16"])
+def test_twenty_kills_at_random_moments(tmp_path, values):
+    """Ten for each number format; each strikes somewhere in the time that a whole run takes."""
+    teacher, dice = teacher_file(tmp_path), random.Random(0)
+    values = {**values, "SOLVER.EPOCHS": 60, "LOG.SAVE_EVERY_STEPS": 1}
+    start = time.monotonic()
+    expected = whole_run(tmp_path / "whole", teacher, values)
+    duration, kills, flags = time.monotonic() - start, 0, []
+    command = [sys.executable, DRIVER, "never", "1", "SIGTERM"]
+    while kills < 10:
+        process = subprocess.Popen(
+            [*command, *flags, *arguments(tmp_path / "struck", teacher, values)], stdout=subprocess.DEVNULL
+        )
+        try:
+            process.wait(timeout=duration * dice.uniform(0.3, 0.6))
+            break  # done before the blow
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        flags = ["--resume"] if (tmp_path / "struck" / "distill" / "default" / "config.yaml").exists() else []
+    assert kills >= 3
+    if process.returncode != 0:
+        last = [*command, *flags, *arguments(tmp_path / "struck", teacher, values)]
+        assert subprocess.run(last, stdout=subprocess.DEVNULL).returncode == 0
+    found = deterministic_part(tmp_path / "struck")
+    for part, value in expected.items():
+        assert same_state(found[part], value), part
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_of_processes_spares_the_workers_until_the_state_is_saved(tmp_path):
+    values = {"DATASET.NUM_WORKERS": 2, "SOLVER.EPOCHS": 2000}
+    teacher = teacher_file(tmp_path)
+    command = [sys.executable, DRIVER, "never", "1", "SIGTERM", *arguments(tmp_path / "run", teacher, values)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "run" / "distill" / "default" / "latest").exists():
+        time.sleep(0.1)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in err and "--resume" in err
+
+
+def test_the_second_signal_leaves_at_once(tmp_path, monkeypatch):
+    stop = hooks.StopSignals(make_trainer(tmp_path), None)
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    stop._receive(signal.SIGTERM, None)
+    assert not left
+    stop._receive(signal.SIGINT, None)
+    assert left == [130]
+
+
+def test_handlers_of_signals_are_given_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    make_trainer(tmp_path, SOLVER__EPOCHS=1).train()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def small_state():
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"layer{i}.weight": torch.randn(40, 40, generator=generator) for i in range(4)}
+    return {"epoch": 3, "model": weights, "optimizer": {"state": {0: {"buffer": torch.randn(40, 40)}}}, "step": 12}
+
+
+def damaged(content, others, dice):
+    """One random damage; positions are uniform over the file."""
+    kind = dice.choice(["truncated", "flipped", "zeroed", "swapped", "appended"])
+    data, at = bytearray(content), dice.randrange(len(content))
+    if kind == "truncated":
+        return kind, bytes(data[:at])
+    if kind == "flipped":
+        for _ in range(dice.choice([1, 1, 2, 8])):
+            data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+    elif kind == "zeroed":
+        end = min(len(data), at + dice.choice([1, 16, 512, 4096]))
+        data[at:end] = bytes(end - at)
+    elif kind == "appended":
+        data += dice.randbytes(dice.choice([1, 100]))
+    else:
+        return kind, dice.choice(others)
+    return kind, bytes(data)
+
+
+def test_a_thousand_damages_are_refused_or_harmless(tmp_path):
+    """A damage may hit bytes that carry nothing (padding); what loads must then be equal to what was saved."""
+    path, state, dice = tmp_path / "latest", small_state(), random.Random(1)
+    save_checkpoint(state, path)
+    content = path.read_bytes()
+    others = [b"", content[:100], dice.randbytes(5000), b"epoch,lr\n1,0.1\n", json.dumps({"epoch": 3}).encode()]
+    refused, harmless = Counter(), Counter()
+    for _ in range(1000):
+        kind, data = damaged(content, others, dice)
+        path.write_bytes(data)
+        try:
+            loaded = load_checkpoint(path)
+        except CheckpointError:
+            refused[kind] += 1
+        else:
+            assert same_state(loaded, state), kind
+            harmless[kind] += 1
+    assert sum(refused.values()) + sum(harmless.values()) == 1000
+    assert not harmless["truncated"] and not harmless["swapped"]
+    assert refused["flipped"] > 150 and refused["zeroed"] > 150
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "of another run", "a student's file", "deleted"])
+def test_a_damaged_latest_gives_way_to_the_one_before(tmp_path, capsys, damage):
+    whole = make_trainer(tmp_path / "whole")
+    whole.train()
+    make_trainer(tmp_path / "mine", SOLVER__EPOCHS=2).train()
+    latest = tmp_path / "mine" / "distill" / "default" / "latest"
+    if damage == "truncated":
+        latest.write_bytes(latest.read_bytes()[:-1000])
+    elif damage == "flipped":
+        data = bytearray(latest.read_bytes())
+        data[len(data) // 2] ^= 1
+        latest.write_bytes(data)
+    elif damage == "of another run":
+        make_trainer(tmp_path / "other", EXPERIMENT__SEED=1, SOLVER__EPOCHS=1).train()
+        shutil.copy(tmp_path / "other" / "distill" / "default" / "latest", latest)
+    elif damage == "a student's file":
+        shutil.copy(latest.with_name("student_latest"), latest)
+    else:
+        latest.unlink()
+    resumed = make_trainer(tmp_path / "mine")
+    resumed.train(resume=True)
+    assert "WARNING" in capsys.readouterr().out
+    assert same_state(dict(resumed.distiller.state_dict()), dict(whole.distiller.state_dict()))
+
+
+def test_nothing_to_fall_back_on_is_said_for_both_files(tmp_path):
+    make_trainer(tmp_path, SOLVER__EPOCHS=2).train()
+    folder = tmp_path / "distill" / "default"
+    for name in ("latest", "latest_previous"):
+        (folder / name).write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match=r"latest is damaged .*; and .*latest_previous is damaged"):
+        make_trainer(tmp_path).train(resume=True)
+
+
+def test_other_workers_and_more_epochs_are_fine_and_said(tmp_path, capsys):
+    run(tiny_config(tmp_path, SOLVER__EPOCHS=1))
+    results = run(tiny_config(tmp_path, SOLVER__EPOCHS=2, DATASET__NUM_WORKERS=1), resume=True)
+    out = capsys.readouterr().out
+    assert "resuming although SOLVER.EPOCHS was 1, is 2" in out
+    assert "resuming although DATASET.NUM_WORKERS was 0, is 1" in out
+    assert results["last"]["epoch"] == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 6 MB; only root may make one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("cannot mount a small file system here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk_keeps_the_old_checkpoint_and_says_how_much_is_missing(small_disk):
+    values = {"SOLVER__EPOCHS": 2, "LOG__SAVE_CHECKPOINT_FREQ": 0}
+    make_trainer(small_disk, **values).train()
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 50_000))
+    trainer = make_trainer(small_disk, **{**values, "SOLVER__EPOCHS": 3})
+    with pytest.raises(DiskFullError, match=r"MB are missing; the .* intact"):
+        trainer.train(resume=True)
+    assert load_checkpoint(trainer.folder / "latest")["epoch"] == 2
+    filler.unlink()
+    make_trainer(small_disk, **{**values, "SOLVER__EPOCHS": 3}).train(resume=True)

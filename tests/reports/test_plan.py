@@ -1,0 +1,45 @@
+"""The committed plans, and what a plan's cells are. Bad plans are among the bad input of ``test_cli.py``."""
+
+from __future__ import annotations
+
+import pytest
+from cli_runner import ROOT
+
+from mdistiller.reports import load_plan
+
+PLANS = sorted((ROOT / "configs" / "plans").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_committed_plans_load_and_say_how_to_run_them(path):
+    assert load_plan(path).cells()
+    assert f"# python tools/reproduce.py --plan configs/plans/{path.name}\n" in path.read_text()
+
+
+def test_the_demo_is_twelve_runs_and_a_teacher():
+    plan = load_plan("configs/plans/demo.yaml")
+    cells = plan.cells()
+    (teacher,) = plan.teachers().values()
+    assert len(cells) == len({cell.folder for cell in cells}) == 12
+    assert [cell.method for cell in cells[:4]] == ["plain", "KD", "plain, two views", "KD, two views"]
+    assert [cell.seed for cell in cells[::4]] == [0, 1, 2]
+    assert teacher.cfg.DISTILLER.STUDENT == "resnet20"
+    for cell in cells:
+        assert f"{teacher.folder}/student_last" == cell.cfg.DISTILLER.TEACHER_CKPT
+        assert cell.seed == cell.cfg.EXPERIMENT.SEED
+        assert cell.cfg.DATASET.TRAIN_PER_CLASS == 10
+    assert cells[3].folder.as_posix() == "output/demo/KD_two_views/res20_res8/seed0"
+    assert cells[3].console.as_posix() == "output/demo/KD_two_views/res20_res8/seed0.log"
+
+
+def test_methods_differ_in_nothing_but_the_method():
+    cells = load_plan("configs/plans/demo.yaml").cells()[:4]
+    for cell in cells:
+        cell.cfg.defrost()
+        cell.cfg.DISTILLER.TYPE = cell.cfg.EXPERIMENT.NAME = cell.cfg.EXPERIMENT.TAG = ""
+    assert all(cell.cfg == cells[0].cfg for cell in cells)

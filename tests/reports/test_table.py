@@ -1,0 +1,81 @@
+"""From results to rows, verdicts and text, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+
+from mdistiller.reports import Plan, Summary, check_claims, render, summarize
+from mdistiller.reports.table import to_csv
+
+
+def make_plan(seeds=(0, 1, 2), claims=()):
+    return Plan("t", Path("o"), list(seeds), {"p": {}, "q": {}}, {"KD": {}, "plain": {}}, claims=list(claims))
+
+
+def row(method, top1, pair="p", seconds=(1.0,)):
+    return Summary(method, pair, list(top1), list(seconds), 1200)
+
+
+@pytest.mark.parametrize(
+    ("top1", "mean", "std"),
+    [
+        ([90.0, 92.0, 97.0], 93.0, 13**0.5),  # (9 + 1 + 16) / 2
+        ([90.0, 92.0], 91.0, 2**0.5),
+        ([90.0], 90.0, 0.0),
+    ],
+)
+def test_mean_and_sample_standard_deviation(top1, mean, std):
+    assert row("KD", top1).mean == pytest.approx(mean)
+    assert row("KD", top1).std == pytest.approx(std)
+
+
+def test_summaries_come_in_the_plans_order():
+    def result(method, pair, seed):
+        top1 = {"KD": 90, "plain": 80}[method] + {"p": 0, "q": 5}[pair] + seed
+        return {"last": {"top1": float(top1)}, "seconds": {"train": seed + 1.0}, "images_seen": 1200}
+
+    plan = make_plan()
+    keys = [(method, pair, seed) for seed in (2, 1, 0) for pair in "qp" for method in ("plain", "KD")]
+    rows = summarize(plan, {key: result(*key) for key in keys})
+    assert [(r.method, r.pair) for r in rows] == [("KD", "p"), ("KD", "q"), ("plain", "p"), ("plain", "q")]
+    assert rows[1] == Summary("KD", "q", [95.0, 96.0, 97.0], [1.0, 2.0, 3.0], 1200)
+
+
+ROWS = [row("KD", [90.0, 92.0, 97.0], seconds=(10.0, 11.0, 12.4)), row("plain", [80.0])]
+
+
+def test_the_table_as_text():
+    assert render(ROWS).splitlines() == [
+        "| method | pair | last-epoch top-1 [%] |  std |   n | training [s] | images seen |",
+        "| ------ | ---- | -------------------: | ---: | --: | -----------: | ----------: |",
+        "| KD     | p    |                93.00 | 3.61 |   3 |         11.1 |       1,200 |",
+        "| plain  | p    |                80.00 | 0.00 |   1 |          1.0 |       1,200 |",
+    ]
+
+
+def test_the_table_as_csv():
+    header, first, second = csv.reader(io.StringIO(to_csv(ROWS)))
+    assert header[:5] == ["method", "pair", "last-epoch top-1 [%]", "std", "n"]
+    assert first == ["KD", "p", "93.00", "3.61", "3", "11.1", "1,200"]
+    assert second[:3] == ["plain", "p", "80.00"]
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "holds", "sentence"),
+    [
+        ([90.0, 92.0], [88.0, 90.0], True, "KD beats plain on p: +2.00 points, larger std 1.41"),
+        ([90.0, 94.0], [89.0, 91.0], False, "KD does NOT beat plain on p: +2.00 points, larger std 2.83"),
+        ([90.0, 92.0], [87.0, 93.0], False, "KD does NOT beat plain on p: +1.00 points, larger std 4.24"),
+        ([90.0], [90.0], False, "KD does NOT beat plain on p: +0.00 points, larger std 0.00"),
+        ([80.0], [90.0], False, "KD does NOT beat plain on p: -10.00 points, larger std 0.00"),
+    ],
+)
+def test_a_claim_holds_above_the_larger_standard_deviation(better, worse, holds, sentence):
+    plan = make_plan(claims=[("KD", "plain")])
+    same = [row("KD", [91.0], "q"), row("plain", [90.0], "q")]
+    verdicts = check_claims(plan, [row("KD", better), row("plain", worse), *same])
+    assert verdicts == [(holds, sentence), (True, "KD beats plain on q: +1.00 points, larger std 0.00")]

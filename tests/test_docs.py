@@ -1,0 +1,301 @@
+"""What README and CONTRIBUTING say is true: their code runs, their commands parse, their paths and links exist."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib.util
+import inspect
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from cli_runner import run_tool
+from method_cases import build, make_batch, total
+
+import mdistiller
+import mdistiller.engine.build
+import mdistiller.engine.run
+import mdistiller.reports
+from mdistiller.engine.cfg import CFG, load_config, value_of
+from mdistiller.engine.config_node import ConfigNode
+from mdistiller.models import cifar_model_dict
+from mdistiller.registry import distiller_dict
+from mdistiller.reports.table import COLUMNS
+
+ROOT = Path(__file__).resolve().parents[1]
+README, CONTRIBUTING, CHANGELOG = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+)
+BOTH = README + CONTRIBUTING
+# The files of CONTRIBUTING's walk-through: a line that holds nothing but `path`: and below it the content.
+WALK_THROUGH = dict(re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```", CONTRIBUTING, re.MULTILINE | re.DOTALL))
+METHOD_FILE = "mdistiller/distillers/MYKD.py"
+IMPORT_NAMES = {"yaml": "PyYAML", "sklearn": "scikit-learn"}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """The lines of the bash blocks, continued lines joined."""
+    return "".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
+
+
+def table(*heading: str) -> list[list[str]]:
+    """The rows of README's table whose heading begins so."""
+    for lines in re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE):
+        header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()]
+        if header[: len(heading)] == list(heading):
+            return rows
+    raise AssertionError(f"README has no table with heading {heading}")
+
+
+def names_in(cell: str) -> list[str]:
+    return re.findall(r"`(\w[\w.]*)`", cell)
+
+
+@pytest.fixture
+def tables_restored():
+    """What a test registers is forgotten afterwards, so that the registry-wide tests do not meet it."""
+    methods, sections = set(distiller_dict), set(CFG)
+    yield
+    for name in set(distiller_dict) - methods:
+        del distiller_dict[name]
+    for name in set(CFG) - sections:
+        del CFG[name]
+
+
+def add_sections() -> None:
+    """The defaults of methods registered since the configuration was built, which an import line adds by itself."""
+    for cls in list(distiller_dict.values()):
+        if cls.defaults is not None and cls.section not in CFG:
+            CFG[cls.section] = ConfigNode(copy.deepcopy(cls.defaults))
+
+
+@pytest.fixture
+def walk_through_method(tables_restored, monkeypatch):
+    """CONTRIBUTING's method file, loaded as if it lay where the text puts it."""
+    name = METHOD_FILE.removesuffix(".py").replace("/", ".")
+    spec = importlib.util.spec_from_loader(name, loader=None)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(WALK_THROUGH[METHOD_FILE], METHOD_FILE, "exec", dont_inherit=True), vars(module))
+    add_sections()
+    return module.MYKD
+
+
+@pytest.fixture
+def walk_through_folder(tmp_path, monkeypatch):
+    """The current folder is one with our configs and those of CONTRIBUTING's walk-through."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for path, content in WALK_THROUGH.items():
+        if path.startswith("configs/"):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(content)
+    monkeypatch.chdir(tmp_path)
+
+
+# Code
+
+
+@pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
+def test_python_in_readme_runs(number, tables_restored):
+    registered = set(distiller_dict)
+    code = blocks(README, "python")[number]
+    exec(compile(code, f"README.md, python block {number}", "exec", dont_inherit=True), {"__name__": "readme"})
+    add_sections()
+    for method in set(distiller_dict) - registered:
+        assert_trains(method)
+
+
+def assert_trains(method):
+    distiller = build(method)
+    total(distiller, make_batch(method)).backward()
+    assert all(p.grad is not None for p in distiller.student.parameters())
+    assert all(p.grad is None for p in distiller.teacher.parameters())
+
+
+def test_walk_through_method_passes_the_registry_wide_tests(walk_through_method):
+    assert walk_through_method.__module__ == "mdistiller.distillers.MYKD"
+    assert distiller_dict["MYKD"] is walk_through_method
+    assert_trains("MYKD")
+    tests = runpy.run_path(str(ROOT / "tests" / "distillers" / "test_distillers_all.py"))
+    checks = [test for name, test in tests.items() if name.startswith("test_")]
+    checks = [test for test in checks if "method" in inspect.signature(test).parameters]
+    assert len(checks) > 10
+    for check in checks:
+        check("MYKD")
+
+
+def test_walk_through_tests_pass(walk_through_method):
+    path = "tests/distillers/test_mykd.py"
+    namespace = {"__name__": "test_mykd"}
+    exec(compile(WALK_THROUGH[path], path, "exec", dont_inherit=True), namespace)
+    checks = [value for name, value in namespace.items() if name.startswith("test_")]
+    assert checks
+    for check in checks:
+        check()
+
+
+def test_walk_through_leaves_nothing_behind():
+    assert "MYKD" not in distiller_dict
+    assert "MYKD" not in CFG
+    assert not any(name.endswith(".MYKD") for name in sys.modules)
+
+
+# Commands
+
+
+class ReachedError(Exception):
+    """A command took its arguments and would begin its work now."""
+
+
+def reach(*args, **kwargs):
+    raise ReachedError
+
+
+@pytest.mark.parametrize("line", [line for line in commands(BOTH) if line.startswith("python tools/")])
+def test_commands_are_accepted(line, walk_through_method, walk_through_folder, monkeypatch):
+    """Each goes through its own parser, and through its config or plan, up to where work would begin."""
+    monkeypatch.setattr(mdistiller.engine.run, "run", reach)
+    monkeypatch.setattr(mdistiller.engine.build, "build_student", reach)
+    monkeypatch.setattr(mdistiller.reports, "run_plan", reach)
+    _, script, *arguments = shlex.split(line)
+    name = Path(script).stem
+    if name == "list":
+        assert run_tool(name, arguments).code == 0
+    else:
+        with pytest.raises(ReachedError):
+            run_tool(name, arguments)
+
+
+def test_a_wrong_command_would_be_noticed(walk_through_folder):
+    assert run_tool("train", ["--config", "configs/digits/kd/res20_res8.yaml"]).code == 2
+    assert run_tool("train", ["--cfg", "configs/digits/kd/res20_res8.yaml", "KD.TEMPRATURE", "2"]).code == 2
+
+
+@pytest.mark.parametrize("key", sorted(set(re.findall(r"\b[A-Z][A-Z\d_]*(?:\.[A-Z][A-Z\d_]*)+\b", BOTH))))
+def test_config_keys_exist(key, walk_through_method):
+    value_of(CFG, key)
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"^make ([\w-]+)", "\n".join(commands(BOTH)), re.MULTILINE))
+    named |= set(re.findall(r"`make ([\w-]+)`", BOTH + CHANGELOG))
+    assert {"demo", "test"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_teachers_lie_where_the_readme_says():
+    named = re.findall(r"download_ckpts/cifar_teachers/[\w/.]+\.pth", README)
+    registered = [checkpoint for _, checkpoint in cifar_model_dict.values() if checkpoint]
+    assert named
+    assert all(any(checkpoint.endswith(path) for checkpoint in registered) for path in named)
+
+
+# Paths and links
+
+
+def paths_in(text: str) -> set[str]:
+    """What looks like a path below one of the repository's folders; the dot of a sentence's end is dropped."""
+    text = re.sub(r"https?://\S+", "", text)
+    found = re.findall(r"(?<![\w/.-])(?:mdistiller|tools|configs|tests|docs|examples)/[\w./<>*-]*", text)
+    return {path.rstrip(".") for path in found}
+
+
+@pytest.mark.parametrize("path", sorted(paths_in(BOTH + CHANGELOG)))
+def test_paths_exist(path):
+    """``<dataset>`` stands for any name."""
+    pattern = re.sub(r"<\w+>", "*", path)
+    assert path in WALK_THROUGH or any(ROOT.glob(pattern))
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?://)([^)#]+)", BOTH + CHANGELOG))))
+def test_relative_links_resolve(target):
+    assert (ROOT / target).exists()
+
+
+# Tables
+
+
+def test_demo_table_has_the_rows_and_columns_of_the_plan():
+    plan = yaml.safe_load((ROOT / "configs" / "plans" / "demo.yaml").read_text())
+    rows = table(*COLUMNS)
+    assert [row[0] for row in rows] == list(plan["METHODS"])
+    assert {int(row[COLUMNS.index("n")]) for row in rows} == {len(plan["SEEDS"])}
+
+
+def test_method_table_is_complete():
+    """A new method needs a row in README's table, and a name there must be registered."""
+    rows = table("method", "what the student minimises")
+    assert sorted(name for row in rows for name in names_in(row[0])) == sorted(distiller_dict)
+
+
+def test_table_of_a_runs_files(tmp_path):
+    options = {
+        "LOG.PREFIX": tmp_path, "LOG.SAVE_CHECKPOINT_FREQ": 1, "DATASET.TYPE": "digits", "DATASET.TRAIN_PER_CLASS": 2,
+        "DATASET.IMAGE_SIZE": 8, "DATASET.NUM_WORKERS": 0, "DISTILLER.STUDENT": "resnet8", "SOLVER.EPOCHS": 1,
+        "SOLVER.EMA_DECAY": 0.9, "SOLVER.DEVICE": "cpu",
+    }  # fmt: skip
+    mdistiller.engine.run.run(load_config(options=[str(part) for item in options.items() for part in item]))
+    found = {re.sub(r"_1$", "_N", path.name) for path in (tmp_path / "distill" / "default").iterdir()}
+    assert found == {name for row in table("file") for name in names_in(row[0])}
+
+
+# Packaging
+
+
+def packaging(monkeypatch):
+    """What setup.py gives to setuptools."""
+    given = {}
+    stub = SimpleNamespace(setup=lambda **kwargs: given.update(kwargs), find_packages=lambda **kwargs: [])
+    monkeypatch.setitem(sys.modules, "setuptools", stub)
+    runpy.run_path(str(ROOT / "setup.py"))
+    return given
+
+
+def project(requirement: str) -> str:
+    return re.match(r"[\w-]+", requirement)[0]
+
+
+def test_setup_and_requirements_agree(monkeypatch):
+    given = packaging(monkeypatch)
+    assert given["install_requires"] == (ROOT / "requirements.txt").read_text().splitlines()
+    assert given["long_description"] == README
+    assert given["version"] == mdistiller.__version__
+
+
+def test_everything_imported_is_required(monkeypatch):
+    given = packaging(monkeypatch)
+    required = {project(r) for group in (given["install_requires"], *given["extras_require"].values()) for r in group}
+    imported = set()
+    for path in (ROOT / "mdistiller").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    third_party = imported - sys.stdlib_module_names - {"mdistiller"}
+    assert {IMPORT_NAMES.get(name, name) for name in third_party} <= required
+
+
+def test_extras_that_are_named_exist(monkeypatch):
+    extras = packaging(monkeypatch)["extras_require"]
+    named = re.findall(r"\.\[(\w+)\]", BOTH) + re.findall(r"installed-([a-z]+)", (ROOT / "Makefile").read_text())
+    assert named
+    assert set(named) <= set(extras)
+
+
+def test_changelog_has_this_version():
+    assert re.search(rf"^## .*{re.escape(mdistiller.__version__)}", CHANGELOG, re.MULTILINE)

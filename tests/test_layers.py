@@ -1,0 +1,93 @@
+"""Imports point down, and ``import mdistiller`` needs little."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_runner import ROOT
+
+# Each part of the package and what it may import of it. Parts that stand side by side do not know each other.
+NETWORKS_AND_DATA = {"registry", "functional"}
+BELOW_ENGINE = NETWORKS_AND_DATA | {"distillers", "dataset", "models"}
+MAY_IMPORT = {
+    "registry": set(),
+    "functional": {"registry"},
+    "distillers": NETWORKS_AND_DATA,
+    "dataset": NETWORKS_AND_DATA,
+    "models": NETWORKS_AND_DATA,
+    "engine": BELOW_ENGINE,
+    "analysis": BELOW_ENGINE,
+    "reports": BELOW_ENGINE | {"engine", "analysis"},
+    "hub": BELOW_ENGINE | {"engine"},
+    "tools": BELOW_ENGINE | {"engine", "analysis", "reports"},
+}
+FILES = [
+    path
+    for folder in ("mdistiller", "tools")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if path != ROOT / "mdistiller" / "__init__.py"
+]
+
+
+def part_of(path: Path) -> str:
+    """``mdistiller/engine/cfg.py`` is in ``engine``, ``mdistiller/registry.py`` is ``registry``."""
+    top, *below = path.relative_to(ROOT).with_suffix("").parts
+    return below[0] if top == "mdistiller" else top
+
+
+def imports_of(path: Path) -> set[str]:
+    """The parts of the package that a file imports, wherever in the file it does."""
+    package = list(path.relative_to(ROOT).parent.parts)
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) + 1 - node.level] if node.level else []
+            names += [".".join([*start, *filter(None, [node.module]), alias.name]) for alias in node.names]
+    parts = [name.split(".") for name in names]
+    return {part[1] for part in parts if part[0] == "mdistiller" and len(part) > 1} - {"__version__"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_point_down(path):
+    own = part_of(path)
+    assert imports_of(path) - {own} <= MAY_IMPORT[own]
+
+
+WITHOUT_THE_REST = """
+import sys
+from importlib.machinery import PathFinder
+
+REST = {"tensorboardX", "tqdm", "wandb", "sklearn", "scipy", "matplotlib", "safetensors", "timm", "pytest"}
+
+class NotInstalled(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in REST else super().find_spec(name, path, target)
+
+sys.meta_path = [NotInstalled if finder is PathFinder else finder for finder in sys.meta_path]
+import mdistiller, mdistiller.distillers, mdistiller.models, mdistiller.dataset, mdistiller.engine, mdistiller.reports
+from mdistiller.engine.cfg import CFG
+
+CFG.merge_from_list(["DISTILLER.TYPE", "KD", "DATASET.TYPE", "digits", "SOLVER.LR", "1"])
+CFG.freeze()
+assert (CFG.SOLVER.LR, CFG.is_frozen()) == (1.0, True)
+assert not REST & set(sys.modules)
+"""
+
+
+def test_the_package_imports_with_torch_torchvision_numpy_and_yacs():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_THE_REST], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_configuration_loads_in_a_fresh_process():
+    """``load_config`` once knew no data set unless somebody had imported them."""
+    code = "from mdistiller.engine.cfg import load_config; load_config()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")

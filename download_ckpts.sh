@@ -16,12 +16,12 @@ import importlib.util
 import sys
 
 if sys.version_info < (3, 10):
-    sys.exit("error: %s is Python %d.%d, 3.10 or later is needed; PYTHON names another" % (
-        sys.executable, sys.version_info[0], sys.version_info[1]))
+    sys.exit("error: %s is Python %d.%d, 3.10 or later is needed: PYTHON=... sh download_ckpts.sh"
+             % (sys.executable, sys.version_info[0], sys.version_info[1]))
 missing = [name for name in ("torch", "torchvision", "numpy", "yacs", "yaml") if not importlib.util.find_spec(name)]
 if missing:
-    sys.exit(f"error: {sys.executable} has no {', '.join(missing)}; install the package first "
-             f"(python -m pip install -e {sys.argv[1]}), or name another interpreter: PYTHON=... sh download_ckpts.sh")
+    sys.exit("error: %s has no %s; install the package first (python -m pip install -e %s), or name another "
+             "interpreter: PYTHON=... sh download_ckpts.sh" % (sys.executable, ", ".join(missing), sys.argv[1]))
 CHECK
 
 # The checkout's own package, even where the current directory holds another mdistiller.

@@ -292,7 +292,12 @@ class _Part:
                 busy = False  # a file system without locks
             if busy:
                 raise DownloadError(f"{path} is being downloaded already, by another process")
-            yield cls(path, file)
+            part = cls(path, file)
+            try:
+                yield part
+            finally:
+                if part.size == 0:
+                    name.unlink(missing_ok=True)
 
     @property
     def resumable(self) -> bool:

@@ -1,12 +1,16 @@
 """What there is: methods, models, data sets, configs.
 
-python tools/list.py [methods|models|datasets|configs ...]
+python tools/list.py [methods|models|datasets|configs|plans ...]
 """
 
 import argparse
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torchvision
 
 from mdistiller.dataset import dataset_dict
 from mdistiller.distillers import distiller_dict
@@ -16,9 +20,9 @@ from mdistiller.registry import Registry
 
 
 def methods() -> list[tuple[str, ...]]:
-    rows = [("METHOD", "FAMILY", "PAPER", "")]
+    rows = [("METHOD", "FAMILY", "PAPER", "SUMMARY")]
     for name, cls in sorted(distiller_dict.items()):
-        summary = (cls.__doc__ or "").strip().split("\n")[0]
+        summary = re.sub(r":\w+:`(\w+)`", r"\1", (cls.__doc__ or "").strip().split("\n")[0])
         rows.append((name, getattr(cls, "family", "") or "-", getattr(cls, "paper", "") or "-", summary))
     return rows
 
@@ -32,10 +36,11 @@ def models() -> list[tuple[str, ...]]:
     }
     for family, table in tables.items():
         for name, entry in table.items():
-            constructor, checkpoint = entry if isinstance(entry, tuple) else (entry, "torchvision")
+            constructor, checkpoint = entry if isinstance(entry, tuple) else (entry, None)
+            teacher = "torchvision" if hasattr(torchvision.models, name.lower()) and family == "imagenet" else "-"
             with torch.device("meta"):  # shapes without memory
                 count = sum(p.numel() for p in constructor().parameters())
-            rows.append((name, family, f"{count:,}", "yes" if checkpoint else "-"))
+            rows.append((name, family, f"{count:,}", "download_ckpts" if checkpoint else teacher))
     return rows
 
 
@@ -48,13 +53,23 @@ def datasets() -> list[tuple[str, ...]]:
 
 
 def configs() -> list[tuple[str, ...]]:
-    return [
-        ("CONFIG",),
-        *((str(path),) for path in sorted(Path("configs").rglob("*.yaml")) if path.name[0] != "_"),
-    ]
+    return [("CONFIG",), *_yaml_files(lambda path: path.parent.name != "plans")]
 
 
-SECTIONS = Registry("section", {"methods": methods, "models": models, "datasets": datasets, "configs": configs})
+def plans() -> list[tuple[str, ...]]:
+    return [("PLAN",), *_yaml_files(lambda path: path.parent.name == "plans")]
+
+
+def _yaml_files(wanted: Callable[[Path], bool]) -> list[tuple[str]]:
+    """Files below ``configs/`` of this checkout, as seen from here; those named ``_..._`` are only inherited from."""
+    root = Path(__file__).resolve().parents[1] / "configs"
+    found = [path for path in sorted(root.rglob("*.yaml")) if path.name[0] != "_" and wanted(path)]
+    return [(os.path.relpath(path),) for path in found]
+
+
+SECTIONS = Registry(
+    "section", {"methods": methods, "models": models, "datasets": datasets, "configs": configs, "plans": plans}
+)
 
 
 def main() -> None:

@@ -163,6 +163,13 @@ class _Reconstruct:
         return kind.__new__(kind)
 
 
+class _NoBytes:
+    """Stands in for ``bytes``, by calling which pickle writes the empty ones."""
+
+    def __new__(cls) -> Any:
+        return b""
+
+
 def _under(full_name: str, stand_in: type) -> type:
     """``stand_in`` under the name that files use: torch looks allowed names up in ``__module__`` and ``__name__``."""
     module, _, name = full_name.rpartition(".")
@@ -171,6 +178,7 @@ def _under(full_name: str, stand_in: type) -> type:
 
 _HARMLESS_GLOBALS = {
     "argparse.Namespace": argparse.Namespace,
+    "builtins.bytes": _under("builtins.bytes", _NoBytes),
     "numpy.dtype": _under("numpy.dtype", _Dtype),
     "numpy.ndarray": _under("numpy.ndarray", _Array),
     **{
@@ -235,8 +243,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
 
 
 def _explain_unpickling(path: Path, error: Exception) -> str:
-    # torch puts advice around the reason: load without the check
-    reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:300]
+    # torch wraps the reason in advice to load without the check
+    reason = str(error.__context__ or error).split("\n")[0][:300]
     if "Unsupported global" in reason or "GLOBAL" in reason:
         return (
             f"checkpoint {path} holds more than tensors, numbers and plain values, and loading such a file may "

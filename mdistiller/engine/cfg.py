@@ -53,8 +53,8 @@ class ConfigTree(CN):
             self[method.section] = CN(copy.deepcopy(method.defaults))
         if file is not None:
             for key in file.reads or [method.section]:
-                section = key.split(".")[0]
-                if section not in self:
+                section, _, rest = key.partition(".")
+                if rest and section not in self:
                     self[section] = CN(new_allowed=True)
                 self.allow_key(key)
 

@@ -104,8 +104,9 @@ class ConfigNode(CfgNode):
 
     def _option(self, key: str, word: Any) -> Any:
         """``KEY VALUE`` as the tree that a file would hold."""
-        tree = _literal(word)
-        if isinstance(word, str) and not isinstance(tree, str) and isinstance(self._get(key), str):
+        default = self._get(key)
+        tree = word if default is None else _literal(word)  # without a default, it is read when it is merged
+        if isinstance(word, str) and not isinstance(tree, str) and isinstance(default, str):
             tree = word  # a text that looks like a number or a list: NAME 1e3
         for part in reversed(key.split(".")):
             tree = {part: tree}

@@ -218,6 +218,8 @@ class BaseTrainer:
         self.step = state.get("step", state["epoch"] * self.steps_per_epoch)
         self.row = state.get("row", {})
         self.results.update(state.get("results", {}))
+        if "best_acc" in state:  # mdistiller's; it doesn't say which epoch that was
+            self.results["best"] = {"top1": float(state["best_acc"]), "epoch": None, "split": "test"}
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
         for hook in self.hooks:

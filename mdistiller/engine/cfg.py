@@ -38,6 +38,12 @@ class ConfigTree(CN):
         plugins = [plugins] if isinstance(plugins, str) else plugins
         if isinstance(name, str) and isinstance(plugins, (list, tuple)):  # or the merge itself will complain
             self.admit_method([str(path) for path in plugins], name)
+            if name not in distiller_dict and name not in self and any(name in tree for tree in trees):
+                # Before the merge calls its section unknown.
+                raise InputError(
+                    f"DISTILLER.TYPE: no method named {name!r}; {suggestion(name, distiller_dict)}; a method file "
+                    "from elsewhere is named by DISTILLER.PLUGINS"
+                )
 
     def admit_method(self, plugins: Sequence[str], name: str) -> None:
         """Load the method called ``name`` and make room for its settings.

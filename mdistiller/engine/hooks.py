@@ -114,10 +114,11 @@ class NonFiniteGuard(Hook):
             terms = ", ".join(f"{name} {value.item():g}" for name, value in output.losses.items())
             index = output.batch.get("index")
             images = "" if index is None else f"; images {index.tolist()}"
+            latest = self.trainer.folder / "latest"
+            saved = f"{latest} holds the last good state; " if latest.is_file() else ""
             raise NonFiniteLossError(
                 f"the loss is not finite at step {step} (epoch {self.trainer.epoch}): {terms}; learning rate "
-                f"{rate:g}{images}. {self.trainer.folder / 'latest'} holds the last good state; "
-                "a lower SOLVER.LR, SOLVER.WARMUP_EPOCHS or SOLVER.AMP off may help"
+                f"{rate:g}{images}. {saved}a lower SOLVER.LR, SOLVER.WARMUP_EPOCHS or SOLVER.AMP off may help"
             )
 
 

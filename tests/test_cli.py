@@ -430,5 +430,5 @@ def test_list_names_everything_there_is():
     for table in (distiller_dict, dataset_dict, cifar_model_dict, tiny_imagenet_model_dict, imagenet_model_dict):
         assert set(table) <= words
     for path in ("cifar100/kd/res32x4_res8x4.yaml", "digits/vanilla/res8.yaml", "plans/demo.yaml"):
-        assert os.path.relpath(ROOT / "configs" / path) in words
+        assert f"configs/{path}" in words
     assert succeed("list", "datasets models").startswith("DATA SET")

@@ -219,6 +219,24 @@ def test_a_damaged_latest_gives_way_to_the_one_before(tmp_path, capsys, damage):
     assert same_state(dict(resumed.distiller.state_dict()), dict(whole.distiller.state_dict()))
 
 
+def test_a_student_best_of_another_run_is_not_scored(tmp_path):
+    other = make_trainer(tmp_path / "other", EXPERIMENT__SEED=1, SOLVER__EPOCHS=1)
+    other.train()
+    trainer = make_trainer(tmp_path / "mine", DATASET__VAL_FRACTION=0.2)
+    trainer.train()
+    shutil.copy(other.folder / "student_last", trainer.folder / "student_best")
+    with pytest.raises(CheckpointError, match="student_best is not the student of epoch"):
+        make_trainer(tmp_path / "mine", DATASET__VAL_FRACTION=0.2).train(resume=True)
+
+
+def test_leftovers_of_an_interrupted_write_are_removed(tmp_path):
+    run(tiny_config(tmp_path, SOLVER__EPOCHS=1))
+    leftover = tmp_path / "distill" / "default" / ".latest.abc.tmp"
+    leftover.write_bytes(b"half")
+    run(tiny_config(tmp_path, SOLVER__EPOCHS=1), resume=True)
+    assert not leftover.exists()
+
+
 def test_nothing_to_fall_back_on_is_said_for_both_files(tmp_path):
     make_trainer(tmp_path, SOLVER__EPOCHS=2).train()
     folder = tmp_path / "distill" / "default"

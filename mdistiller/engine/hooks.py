@@ -188,6 +188,8 @@ class Clock(Hook):
 
     def after_epoch(self) -> None:
         self.seconds["train"] += time.perf_counter() - self.epoch_start
+
+    def epoch_done(self) -> None:
         self.trainer.results["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
 
     def state_dict(self) -> dict[str, Any]:

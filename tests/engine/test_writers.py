@@ -4,7 +4,6 @@ import sys
 import time
 import types
 
-import pytest
 import torch
 from runs import make_trainer, tiny_config
 
@@ -134,6 +133,5 @@ def test_waiting_for_data_counts_as_data_time(tmp_path):
     trainer.train_loader = SlowLoader(trainer.train_loader, 0.05)
     clock = next(hook for hook in trainer.hooks if isinstance(hook, hooks.Clock))
     trainer.train()
-    assert clock.seconds["data"] == pytest.approx(0.2, abs=0.15)  # 4 batches
-    assert clock.seconds["data"] <= clock.seconds["train"]
+    assert 4 * 0.05 <= clock.seconds["data"] <= clock.seconds["train"]
     assert trainer.results["seconds"]["evaluation"] > 0

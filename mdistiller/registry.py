@@ -45,6 +45,11 @@ def suggestion(name: str, allowed: Iterable[str]) -> str:
     return "known: " + (", ".join(allowed) or "none")
 
 
+def _origin(entry: Any) -> Any:
+    """Module and name of a class or function; a cell of a notebook that is run twice keeps both."""
+    return getattr(entry, "__module__", None), getattr(entry, "__qualname__", entry)
+
+
 class Registry(dict):
     """A dictionary from names to things of one kind, whose missing key says what is close.
 
@@ -67,8 +72,8 @@ class Registry(dict):
         raise UnknownName(f"no {self.kind} named {name!r}; {suggestion(str(name), self)}")
 
     def add(self, name: str, entry: Any) -> None:
-        """Enter ``entry``; a second, different entry of the same name is refused."""
-        if name in self and self[name] is not entry:
+        """Enter ``entry``; another one of the same name is refused, unless it is the same definition run again."""
+        if name in self and self[name] is not entry and _origin(self[name]) != _origin(entry):
             raise ValueError(f"{self.kind} {name!r} is registered already, as {self[name]!r}")
         self[name] = entry
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from mdistiller.dataset import dataset_dict
@@ -216,6 +217,8 @@ def check_config(cfg: CN) -> None:
     _each(cfg, ("SOLVER.BETAS",), lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1")
     if not (cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG):
         raise InputError("EXPERIMENT.NAME and EXPERIMENT.TAG are both empty; one must name the run")
+    if ".." in PurePath(experiment_name(cfg)).parts:
+        raise InputError(f"the run's folder {experiment_name(cfg)} must lie below LOG.PREFIX; leave out '..'")
     if cfg.SOLVER.EPOCHS <= cfg.SOLVER.WARMUP_EPOCHS:
         raise InputError(
             f"SOLVER.WARMUP_EPOCHS is {cfg.SOLVER.WARMUP_EPOCHS}, which leaves nothing of "

@@ -99,11 +99,18 @@ class BaseTrainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         if resume:
             self.resume()
+        if self.step == 0 and (self.folder / "latest").exists():
+            raise InputError(
+                f"{self.folder} holds a run already; go on with it by resume=True, or give another name or LOG.PREFIX"
+            )
         try:
             self._call("before_train")
             while self.epoch <= self.cfg.SOLVER.EPOCHS:
                 self.run_epoch()
             self._call("after_train")
+        except BaseException as error:
+            self.results["stopped_by"] = f"{type(error).__name__}: {error}"[:500]
+            raise
         finally:
             for hook in self.hooks:
                 hook.close()
@@ -212,7 +219,10 @@ class BaseTrainer:
         """
         model = self._check_state(state, source)
         self.distiller.load_state_dict(model, strict=False)
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # weight decay and the like are the configuration's, as the learning rate is
         self.epoch = state["epoch"] + 1
         self.step_in_epoch = state.get("step_in_epoch", 0)
         self.step = state.get("step", state["epoch"] * self.steps_per_epoch)
@@ -234,7 +244,8 @@ class BaseTrainer:
                 f"{source} cannot be resumed from: it must hold epoch, model and optimizer, and holds {found}"
             )
         if "config" in state:
-            fatal, _ = changed_keys(yaml.safe_load(state["config"]), self.cfg)
+            section = getattr(self.distiller, "section", "")
+            fatal, _ = changed_keys(yaml.safe_load(state["config"]), self.cfg, section)
             if fatal:
                 raise CheckpointError(f"{source} belongs to another experiment: {', '.join(fatal)}")
         check_optimizer_fit(self.optimizer, state["optimizer"], source)

@@ -251,10 +251,10 @@ class _VirtualRelations(torch.autograd.Function):
             vertices = given.to(_working_dtype(given))
             isv = _compare(vertices, rules, False, any(ctx.needs_input_grad))
             icv = _compare(vertices.mT, rules, rules.icv_normalize, any(ctx.needs_input_grad))
-        ctx.save_for_backward(*(x.to(p_real_s.dtype) for x in (isv.gradient, icv.gradient.mT)))
+        dtype = at_least_float32(p_real_s).dtype
+        ctx.save_for_backward(isv.gradient.to(dtype), icv.gradient.mT.to(dtype))
         facts = torch.stack([isv.kept, isv.uncertainty, icv.kept, icv.uncertainty]).float()
         ctx.mark_non_differentiable(facts)
-        dtype = at_least_float32(p_real_s).dtype
         return isv.loss.to(dtype), icv.loss.to(dtype), facts
 
     @staticmethod
@@ -293,13 +293,15 @@ def _compare(vertices: Tensor, rules: Rules, normalize: bool, with_gradient: boo
     if rules.edge_eps:
         keep &= (lengths >= rules.edge_eps * lengths.mean((1, 2), keepdim=True)).all(0)
     gradient = torch.zeros_like(vertices[0])
-    by_products = rules.product_factor is not None
-    total = vertices.new_zeros(())
-    if not by_products or near is not None:
-        total += _by_entries(vertices, keep & near if by_products else keep, rules, gradient if with_gradient else None)
-    if by_products:
-        edges = keep if near is None else keep & ~near
-        total += _by_products(centred, lengths, edges, rules.product_factor, gradient if with_gradient else None)
+    add_to = gradient if with_gradient else None
+    factor = rules.product_factor
+    if factor is None:
+        total = _by_entries(vertices, keep, rules, add_to)
+    elif near is None:
+        total = _by_products(centred, lengths, keep, factor, add_to)
+    else:
+        total = _by_entries(vertices, keep & near, rules, add_to)
+        total += _by_products(centred, lengths, keep & ~near, factor, add_to)
     count = keep.sum()
     scale = rules.scale(count.clamp_min(1), vertices.shape[-1])
     return _Comparison(total.clamp_min(0) / scale, gradient.div_(scale), count / keep.numel(), uncertainty)

@@ -1,1 +1,0 @@
-"""Losses written out slowly from their papers, to test the fast ones against."""

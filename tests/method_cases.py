@@ -60,13 +60,14 @@ def total(distiller: nn.Module, batch: dict[str, Tensor], epoch: int = 1) -> Ten
 def weights(method: str, ce: float, own: float) -> dict[str, float]:
     """Values for all weights of a method: those of cross-entropies, and those of its own terms.
 
-    Weights are the keys of its section that end in ``_WEIGHT``; those of cross-entropies begin with ``CE``.
+    Weights are the keys of its section that end in ``_WEIGHT``, and those that it was registered with as ``weights``;
+    those of cross-entropies begin with ``CE``.
     """
     cls = distiller_dict[method]
     found = {}
     for key in _leaves(cls.defaults or {}):
         last = key.split(".")[-1]
-        if last.endswith("_WEIGHT"):
+        if last.endswith("_WEIGHT") or key in cls.weights:
             found[f"{cls.section}.{key}"] = ce if last.startswith("CE") else own
     return found
 

@@ -13,7 +13,8 @@ The contract, which the trainer reads off the signatures and nothing else:
   ``get_learnable_parameters`` says otherwise.
 
 Optional: ``parameter_groups(cfg)`` (groups with their own ``lr``), ``teacher_parameters()`` (what of the
-teacher a method trains), ``on_epoch_start(epoch)``.
+teacher a method trains), ``on_epoch_start(epoch)``. ``forward_train`` may fill ``self.monitors`` with scalars to watch
+that are no losses, detached; the log has their means over an epoch's images as ``monitor/<name>``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def register_distiller(
     section: str | None = None,
     paper: str = "",
     family: str = "",
+    weights: tuple[str, ...] = (),
 ) -> Callable[[type], type]:
     """Class decorator that enters a method into ``distiller_dict`` and its defaults into the config.
 
@@ -43,11 +45,13 @@ def register_distiller(
         section: the config section that holds ``defaults``; ``name`` where not given. Methods may share one.
         paper: short reference for the listings, ``"Hinton et al., arXiv:1503.02531"``.
         family: ``"logit"``, ``"feature"``, ``"relation"`` or empty.
+        weights: keys of ``defaults`` that weight the method's own terms without ending in ``_WEIGHT`` (a paper's
+            ``ALPHA``), dotted where nested; the tests switch the terms on and off by them.
     """
 
     def register(cls: type) -> type:
         cls.defaults, cls.section = defaults, section or name
-        cls.paper, cls.family = paper, family
+        cls.paper, cls.family, cls.weights = paper, family, weights
         distiller_dict.add(name, cls)
         return cls
 
@@ -66,9 +70,11 @@ class Distiller(nn.Module):
     section = ""
     paper = ""
     family = ""
+    weights: tuple[str, ...] = ()
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
         super().__init__()
+        self.monitors: dict[str, Tensor] = {}
         self.student = student
         self.teacher = teacher
         if teacher is not None:

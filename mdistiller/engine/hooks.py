@@ -141,12 +141,15 @@ class NonFiniteGuard(Hook):
 
 
 class Meters(Hook):
-    """Training loss, its terms and the accuracy, averaged over the epoch's images, kept on the device."""
+    """Training loss, its terms, the accuracy and what the method monitors: means over the epoch's images.
+
+    The sums stay on the device.
+    """
 
     def __init__(self, trainer: BaseTrainer) -> None:
         super().__init__(trainer)
         self.names: list[str] = []
-        self.sums: Tensor | None = None  # total, top-1, top-5, then the terms, each times images
+        self.sums: Tensor | None = None  # total, top-1, top-5, then those named, each times images
         self.count = self.images_seen = 0
 
     def before_epoch(self) -> None:
@@ -161,9 +164,10 @@ class Meters(Hook):
             100 * top1.float().mean(),
             100 * top5.float().mean(),
             *output.losses.values(),
+            *output.monitors.values(),
         ]
         values = torch.stack([value.float() for value in per_image]).double() * len(target)
-        self.names = list(output.losses)
+        self.names = [f"loss/{name}" for name in output.losses] + [f"monitor/{name}" for name in output.monitors]
         self.sums = values if self.sums is None else self.sums.to(values.device) + values
         self.count += len(target)
         self.images_seen += sum(len(image) for image in images_of(output.batch))
@@ -172,8 +176,8 @@ class Meters(Hook):
         """The epoch so far; waits for the device."""
         if self.sums is None:
             return {}
-        loss, top1, top5, *terms = (self.sums / self.count).tolist()
-        named = {f"loss/{name}": value for name, value in zip(self.names, terms, strict=True)}
+        loss, top1, top5, *others = (self.sums / self.count).tolist()
+        named = dict(zip(self.names, others, strict=True))
         return {"train_acc": top1, "train_acc_top5": top5, "train_loss": loss, **named}
 
     def after_epoch(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ class StepOutput:
         logits: the student's, ``(B, K)``.
         losses: the method's weighted terms by name.
         total: their sum, ``()``.
+        monitors: what the method wants watched beside its losses, ``()`` each.
     """
 
     batch: dict[str, Tensor]
     logits: Tensor
     losses: dict[str, Tensor]
     total: Tensor
+    monitors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class BaseTrainer:
@@ -144,7 +146,8 @@ class BaseTrainer:
         losses = {name: loss.mean() for name, loss in losses.items()}  # some methods return shape (1,)
         self.update(losses)
         detached = {name: loss.detach() for name, loss in losses.items()}
-        return StepOutput(batch, logits.detach(), detached, sum(detached.values()))
+        monitors = dict(getattr(self.distiller, "monitors", {}))
+        return StepOutput(batch, logits.detach(), detached, sum(detached.values()), monitors)
 
     def update(self, losses: dict[str, Tensor]) -> None:
         """One optimiser step down the sum of the losses."""

@@ -89,7 +89,7 @@ def teacher_checkpoint(cfg: Any) -> Path | None:
         problem = f"teacher {name} has no public checkpoint for {cfg.DATASET.TYPE} and DISTILLER.TEACHER_CKPT is empty"
     ways = []
     if public:
-        collection = Path(public).parts[-3]
+        collection = Path(public).parent.parent.name
         ways.append(
             f"get it: sh download_ckpts.sh {collection} (by hand: unpack {collection}.tar of {TEACHER_RELEASE} "
             "to download_ckpts/)"

@@ -20,7 +20,7 @@ from mdistiller.registry import InputError, dataset_dict
 
 from .build import build_distiller, build_student, build_teacher, needs_teacher, teacher_checkpoint
 from .cfg import experiment_name, relevant_part
-from .checkpoint import write_atomically
+from .checkpoint import previous, remove_leftovers, write_atomically
 from .config_node import read_yaml
 from .evaluate import evaluate
 from .experiment import changed_keys
@@ -55,6 +55,7 @@ def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str,
     if overwrite:
         _clear(folder)
     _make(folder)
+    remove_leftovers(folder)
     write_atomically(folder / "config.yaml", cfg.dump())
     write_atomically(folder / "environment.json", json.dumps(_environment(cfg, trainer), indent=1) + "\n")
     trainer.results.update(facts)
@@ -144,7 +145,8 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool) -> bool:
         )
     if resume:
         _check_same_experiment(folder, cfg)
-        return (folder / "latest").is_file()
+        latest = folder / "latest"
+        return latest.is_file() or previous(latest).is_file()
     if not overwrite:
         raise InputError(
             f"{folder} holds a run already; go on with it by --resume, replace it by --overwrite, or name "

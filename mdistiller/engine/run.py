@@ -16,6 +16,7 @@ import torch
 
 import mdistiller
 from mdistiller.dataset import Loaders, build_loaders
+from mdistiller.plugins import load_methods
 from mdistiller.registry import InputError, dataset_dict
 
 from .build import build_distiller, build_student, build_teacher, needs_teacher, teacher_checkpoint
@@ -64,6 +65,7 @@ def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str,
 
 def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
     """Data, networks, method and trainer, and the facts about them for ``results.json``."""
+    file = load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)  # in this process, perhaps not the first
     seed_everything(cfg.EXPERIMENT.SEED)
     Precision.from_cfg(cfg)  # before the data, like the networks: nothing is downloaded for a run that cannot start
     num_classes = dataset_dict[cfg.DATASET.TYPE].num_classes
@@ -78,6 +80,8 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
         "seed": cfg.EXPERIMENT.SEED,
         "training_images": loaders.num_data,
     }
+    if file is not None:
+        facts["method_file"] = {"path": str(file.path), "sha256": file_digest(file.path)}
     if teacher is not None:
         facts["teacher"] = score_teacher(cfg, teacher, loaders)
     torch.manual_seed(cfg.EXPERIMENT.SEED)  # a method's own modules do not depend on the teacher's size

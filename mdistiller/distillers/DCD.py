@@ -5,8 +5,8 @@ D embedding. Sections and figures are the supplement's, Algorithm 1 too.
 
 Pooled features of both networks are projected to ``FEAT_DIM`` dimensions and normalised. Of the similarities
 ``tau * s t^T + b`` ``(B, B)``, rows are classified by their diagonal (contrastive), and the softmax over rows is drawn
-to that over columns (consistency): ``CE + LAMBDA * KD + BETA * (contrastive + ALPHA * consistency)``. There is no memory
-bank: negatives are the batch's other images, of the same class too, and on several devices those of each device.
+to that over columns (consistency): ``CE + LAMBDA * KD + BETA * (contrastive + ALPHA * consistency)``. There is no
+memory bank: negatives are the batch's other images, of the same class too.
 
 Departs from Algorithm 1, whose slips the authors' code mends: the softmax over columns is transposed, so that both
 sides of the KL divergence are distributions, and the divergence is a mean over the batch.

@@ -1,7 +1,7 @@
 """DIST and DIST+: match how predictions relate to each other, not their values.
 
-Huang, You, Wang, Qian, Xu. Knowledge Distillation from A Stronger Teacher (DIST). NeurIPS 2022, arXiv:2205.10536. DIST+,
-and all equations, sections and tables named here, are its journal version's. Shapes: B images, C classes, D channels.
+Huang, You, Wang, Qian, Xu. Knowledge Distillation from A Stronger Teacher. NeurIPS 2022, arXiv:2205.10536. DIST+, and
+all equations, sections and tables named here, are its journal version's. Shapes: B images, C classes, D channels.
 
 With ``p = softmax(z / TAU)`` ``(B, C)`` and ``d_p = 1 - Pearson's correlation`` (Eq. 6): ``L_inter`` is the mean of
 ``d_p`` over rows (Eq. 8), ``L_intra`` over columns (Eq. 9), and DIST minimises ``CE + 2 L_inter + 2 L_intra`` (Eq. 10).

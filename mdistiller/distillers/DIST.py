@@ -62,7 +62,7 @@ PLUS_DEFAULTS = {
     "ACCLIMATE_MODULES": [],  # of the teacher; empty: its last convolution and its classifier
 }
 PAPER = "Huang et al., Knowledge Distillation from A Stronger Teacher, arXiv:2205.10536"
-PLUS_PAPER = "Huang et al., DIST+: Knowledge Distillation from a Stronger Adaptive Teacher"
+PLUS_PAPER = "Huang et al., DIST+: Knowledge Distillation from A Stronger Adaptive Teacher"
 
 RELATIONS = ("pearson", "cosine", "kl")
 FEATURE_RELATIONS = ("pearson", "cosine", "mse")

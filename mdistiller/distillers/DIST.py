@@ -171,7 +171,8 @@ def spatial_relation_loss(f_s: Tensor, f_t: Tensor, relation: str = "pearson", e
 
     Arguments are those of :func:`channel_relation_loss`. With ``"mse"`` the maps are averaged over channels instead.
     """
-    f_s, f_t = (at_least_float32(f).mean(1).flatten(1) for f in (f_s, f_t))
+    f_s, f_t = (at_least_float32(f) for f in (f_s, f_t))
+    f_s, f_t = ((f.mean(1) if relation == "mse" else f.sum(1)).flatten(1) for f in (f_s, f_t))
     return _map_distance(f_s, f_t, relation, eps)
 
 
@@ -260,12 +261,18 @@ class DISTPlus(DIST):
         self.channel_weight, self.spatial_weight = own.CHANNEL_WEIGHT, own.SPATIAL_WEIGHT
         self.acclimate_weight = own.ACCLIMATE_WEIGHT
         self.feature_relation = _known("DIST_PLUS.FEATURE_RELATION", own.FEATURE_RELATION, FEATURE_RELATIONS)
+        uses_maps = bool(self.channel_weight or self.spatial_weight)
+        if self.feature_relation != "pearson" and not uses_maps:
+            raise InputError(
+                f"DIST_PLUS.FEATURE_RELATION {self.feature_relation} has nothing to act on: CHANNEL_WEIGHT and "
+                "SPATIAL_WEIGHT are both 0"
+            )
         self.acclimate = _known("DIST_PLUS.ACCLIMATE", own.ACCLIMATE, ACCLIMATIONS)
         self.acclimated = self._find_acclimated(own)
         for parameter in self.acclimated:
             parameter.requires_grad_(True)
         self.align = None
-        if self.channel_weight or self.spatial_weight:
+        if uses_maps:
             with torch.random.fork_rng(devices=[]):
                 self.align = nn.Conv2d(student.get_stage_channels()[-1], teacher.get_stage_channels()[-1], 1)
 

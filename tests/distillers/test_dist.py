@@ -295,8 +295,8 @@ def test_feature_relations_equal_the_formulas():
     for relation, distance in (("pearson", pearson), ("cosine", cosine)):
         channel = sum(distance(s, t) for s, t in vectors) / len(vectors)
         spatial = sum(distance(s, t) for s, t in zip(*sums, strict=True)) / 3
-        assert channel_relation_loss(student, teacher, relation).item() == pytest.approx(channel, rel=1e-7)
-        assert spatial_relation_loss(student, teacher, relation).item() == pytest.approx(spatial, rel=1e-7)
+        assert channel_relation_loss(student, teacher, relation).item() == pytest.approx(channel, rel=1e-12)
+        assert spatial_relation_loss(student, teacher, relation).item() == pytest.approx(spatial, rel=1e-12)
     assert channel_relation_loss(student, teacher, "mse") == F.mse_loss(student, teacher)
     assert spatial_relation_loss(student, teacher, "mse") == F.mse_loss(student.mean(1), teacher.mean(1))
 
@@ -529,6 +529,11 @@ def test_building_leaves_random_states_alone():
         ("DIST", {"DIST.LABEL_SMOOTHING": 1.0}, r"DIST\.LABEL_SMOOTHING"),
         ("DIST_PLUS", {"DIST_PLUS.TAU": -1.0}, r"DIST_PLUS\.TAU must be above 0"),
         ("DIST_PLUS", {"DIST_PLUS.FEATURE_RELATION": "kl"}, r"DIST_PLUS\.FEATURE_RELATION"),
+        (
+            "DIST_PLUS",
+            {"DIST_PLUS.FEATURE_RELATION": "mse", "DIST_PLUS.CHANNEL_WEIGHT": 0.0, "DIST_PLUS.SPATIAL_WEIGHT": 0.0},
+            "nothing to act on",
+        ),
         ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE": "off"}, r"DIST_PLUS\.ACCLIMATE: no 'off'"),
         ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_LR": -0.1}, r"DIST_PLUS\.ACCLIMATE_LR"),
         ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_MODULES": ["fcc"]}, r"ACCLIMATE_MODULES: no 'fcc'; closest: fc"),

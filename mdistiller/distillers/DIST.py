@@ -17,7 +17,8 @@ What the paper leaves open; these are our readings:
 
 - columns are those of the device's own batch, as in the authors' code;
 - ``RELATION`` kl (Tab. 9): with rows only it is KD; columns are taken as they stand, not normalised to sum 1;
-- ``L_ta`` has the student's ``TAU``; with mixed labels ``(B, C)`` the target is the likeliest class;
+- ``L_ta`` has the student's ``TAU`` and ``EPS``, but not the factor ``TAU ** 2``; with mixed labels ``(B, C)`` the
+  target is the likeliest class;
 - ``ACCLIMATE_MODULES``: by default the teacher's last ``nn.Conv2d`` and last ``nn.Linear``; of modules that are named,
   BatchNorm's scale and shift stay as they are;
 - ``ACCLIMATE_LR``: a tenth of the student's, on the same schedule, and no weight decay, which would erode the teacher

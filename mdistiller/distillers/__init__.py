@@ -3,7 +3,20 @@
 from mdistiller.registry import distiller_dict
 
 from ._base import Distiller, Vanilla, register_distiller
+from .DCD import DCD
+from .DIST import DIST, DISTPlus
 from .KD import KD, KDTwoViews
 from .VRM import VRM
 
-__all__ = ["KD", "VRM", "Distiller", "KDTwoViews", "Vanilla", "distiller_dict", "register_distiller"]
+__all__ = [
+    "DCD",
+    "DIST",
+    "KD",
+    "VRM",
+    "DISTPlus",
+    "Distiller",
+    "KDTwoViews",
+    "Vanilla",
+    "distiller_dict",
+    "register_distiller",
+]

@@ -349,6 +349,21 @@ class Evaluate(Hook):
         self.best_fingerprint = state.get("best_fingerprint", 0)
 
 
+class TrainedTeacher(Hook):
+    """Scores a teacher of which the method trains something, at the end; its score before stands beside it."""
+
+    def after_train(self) -> None:
+        trainer = self.trainer
+        if not getattr(trainer.distiller, "teacher_parameters", list)():
+            return
+        loader = trainer.val_loader if trainer.test_loader is None else trainer.test_loader
+        after = evaluate(trainer.distiller.teacher, loader, trainer.precision)
+        facts = trainer.results.setdefault("teacher", {})
+        facts["after"] = {"top1": after.top1, "top5": after.top5}
+        before = f", {facts['top1']:.2f} before" if "top1" in facts else ""
+        print(log_msg(f"Teacher after training: top-1 {after.top1:.2f}{before}", "EVAL"), flush=True)
+
+
 def _as_dict(result: Evaluation, epoch: int, split: str) -> dict[str, Any]:
     scores = {
         "top1": result.top1,
@@ -601,6 +616,7 @@ def default_hooks(trainer: BaseTrainer) -> list[Hook]:
     return [
         *hooks,
         evaluation,
+        TrainedTeacher(trainer),
         Writers(trainer),
         checkpoints,
         Console(trainer, meters, clock),

@@ -1,7 +1,9 @@
 """The loop and its hooks: what is measured, saved and resumed, on tiny runs."""
 
+import copy
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from runs import make_trainer, same_state, teacher_file, tiny_config
 from torch import nn
 
 from mdistiller.distillers import Vanilla
-from mdistiller.engine.checkpoint import CheckpointError, load_checkpoint
+from mdistiller.engine.checkpoint import CheckpointError, load_checkpoint, load_weights
 from mdistiller.engine.evaluate import evaluate
 from mdistiller.engine.hooks import Hook, NonFiniteLossError
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
@@ -43,8 +45,14 @@ def outcome(trainer):
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"SOLVER__AMP": "bf16", "SOLVER__CHANNELS_LAST": True}, {"SOLVER__EMA_DECAY": 0.9, "SOLVER__TYPE": "AdamW"}],
-    ids=["float32", "bf16", "ema-adamw"],
+    [
+        {},
+        {"SOLVER__AMP": "bf16", "SOLVER__CHANNELS_LAST": True},
+        {"SOLVER__EMA_DECAY": 0.9, "SOLVER__TYPE": "AdamW"},
+        {"DISTILLER__TYPE": "DIST_PLUS"},
+        {"DISTILLER__TYPE": "DCD"},
+    ],
+    ids=["float32", "bf16", "ema-adamw", "trained teacher", "learned scale"],
 )
 @pytest.mark.parametrize("step", [4, 6], ids=["between epochs", "inside an epoch"])
 def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, values, step):
@@ -64,6 +72,39 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, values, s
 
     assert same_state(outcome(second), outcome(whole))
     assert (second.folder / "metrics.csv").read_bytes() == (whole.folder / "metrics.csv").read_bytes()
+
+
+def test_what_is_trained_of_the_teacher_is_saved_scored_and_kept_out_of_its_file(tmp_path, capsys):
+    path = teacher_file(tmp_path)
+    original, content = load_weights(path), Path(path).read_bytes()
+    values = {"DISTILLER__TYPE": "DIST_PLUS", "DISTILLER__TEACHER_CKPT": path, "SOLVER__EPOCHS": 2}
+    trainer = make_trainer(tmp_path, **values)
+    results = trainer.train()
+    saved = load_checkpoint(trainer.folder / "latest")["model"]
+    of_teacher = {key.removeprefix("teacher."): value for key, value in saved.items() if key.startswith("teacher.")}
+    assert sorted(of_teacher) == ["fc.bias", "fc.weight", "layer3.0.downsample.0.weight"]
+    assert not any(torch.equal(value, original[key]) for key, value in of_teacher.items())
+    assert Path(path).read_bytes() == content
+    for key, value in trainer.distiller.teacher.state_dict().items():
+        assert torch.equal(value, of_teacher.get(key, original[key])), key
+    after = evaluate(trainer.distiller.teacher, trainer.val_loader)
+    assert results["teacher"]["after"] == {"top1": after.top1, "top5": after.top5}
+    assert results["teacher"]["top1"] == evaluate(teacher_of(trainer, original), trainer.val_loader).top1
+    written = json.loads((trainer.folder / "results.json").read_text())
+    assert written["teacher"] == results["teacher"]
+    line = f"Teacher after training: top-1 {after.top1:.2f}, {results['teacher']['top1']:.2f} before"
+    assert line in capsys.readouterr().out
+
+
+def teacher_of(trainer, state):
+    teacher = copy.deepcopy(trainer.distiller.teacher)
+    teacher.load_state_dict(state)
+    return teacher
+
+
+def test_a_frozen_teacher_is_scored_once(tmp_path):
+    results = make_trainer(tmp_path, **KD, SOLVER__EPOCHS=1, DISTILLER__TEACHER_CKPT=teacher_file(tmp_path)).train()
+    assert "top1" in results["teacher"] and "after" not in results["teacher"]
 
 
 def test_resume_from_the_file_goes_on_after_the_last_epoch(tmp_path):

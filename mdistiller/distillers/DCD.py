@@ -1,0 +1,162 @@
+"""DCD: tell each image's teacher embedding from the batch's others, alike from both sides.
+
+Giakoumoglou, Stathaki. Discriminative and Consistent Representation Distillation. arXiv:2407.11802. Shapes: B images,
+D embedding. Sections and figures are the supplement's, Algorithm 1 too.
+
+Pooled features of both networks are projected to ``FEAT_DIM`` dimensions and normalised. Of the similarities
+``tau * s t^T + b`` ``(B, B)``, rows are classified by their diagonal (contrastive), and the softmax over rows is drawn
+to that over columns (consistency): ``CE + LAMBDA * KD + BETA * (contrastive + ALPHA * consistency)``. There is no
+memory bank: negatives are the batch's other images, of the same class too.
+
+Departs from Algorithm 1, whose slips the authors' code mends: the softmax over columns is transposed, so that both
+sides of the KL divergence are distributions, and the divergence is a mean over the batch.
+
+What text and code leave open or settle differently; these are our readings:
+
+- ``tau = exp(theta)``, at most ``MAX_TAU``, multiplies. ``theta`` and ``b`` are learned, as the text says
+  (``LEARN_TEMPERATURE``); the authors' scripts never give them to the optimiser. They have no weight decay;
+- above ``MAX_TAU`` the gradient of ``theta`` is zero and it could never come back, so it is held just below;
+- ``b`` cancels in both softmaxes: it has no gradient and no effect, and is kept for the state dict;
+- the target of the consistency term is not detached (``DETACH_TARGET``), as in the authors' code;
+- ``LAMBDA`` weights :func:`~mdistiller.distillers.KD.kd_loss`: 0 is the paper's DCD, 1 its DCD+KD. The supplement only
+  says "typically set to 1.0";
+- both projections are trained, although the text counts no trainable parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.functional import at_least_float32
+from mdistiller.registry import InputError
+
+from ._base import Distiller, register_distiller
+from .KD import kd_loss
+
+DEFAULTS = {
+    "CE_WEIGHT": 1.0,
+    "BETA": 1.0,  # weight of dcd_loss
+    "ALPHA": 0.5,  # of its consistency term
+    "LAMBDA": 0.0,  # weight of KD; DCD+KD: 1
+    "TEMPERATURE": 4.0,  # KD's
+    "FEAT_DIM": 128,
+    "LEARN_TEMPERATURE": True,  # learn theta and b
+    "INIT_THETA": 1.0,  # tau = exp(theta), 2.718
+    "INIT_B": 0.0,
+    "MAX_TAU": 10.0,
+    "DETACH_TARGET": False,
+}
+PAPER = "Giakoumoglou and Stathaki, arXiv:2407.11802"
+
+BELOW = 1e-6  # how far below ln(MAX_TAU) theta is held
+
+
+def dcd_loss(
+    embed_s: Tensor,
+    embed_t: Tensor,
+    tau: float | Tensor,
+    b: float | Tensor,
+    alpha: float = 0.5,
+    detach_target: bool = False,
+) -> Tensor:
+    """Contrastive plus ``alpha`` times consistency loss of paired embeddings.
+
+    Computed in float32 or better, under autocast too. The batch is what the embeddings hold: what is to be compared
+    across devices must be gathered before.
+
+    Args:
+        embed_s: ``(B, D)`` with rows of length 1; gradient flows.
+        embed_t: ``(B, D)``, likewise; row i belongs to row i of ``embed_s``.
+        tau: the similarities' scale, an inverse temperature; gradient flows.
+        b: added to all of them, which changes nothing.
+        alpha: weight of ``KL(columns || rows)``, where ``columns[i]`` is the softmax over students for teacher i.
+        detach_target: hold the columns constant.
+
+    Returns:
+        Scalar ``()``. With one image, 0.
+    """
+    with torch.autocast(embed_s.device.type, enabled=False):
+        logits = at_least_float32(embed_s) @ at_least_float32(embed_t).T * tau + b
+        rows, columns = logits.log_softmax(1), logits.log_softmax(0).T
+        contrastive = -rows.diagonal().mean()
+        if detach_target:
+            columns = columns.detach()
+        return contrastive + alpha * F.kl_div(rows, columns, reduction="batchmean", log_target=True)
+
+
+def bounded_scale(theta: Tensor, max_tau: float) -> Tensor:
+    """``exp(theta)``, at most ``max_tau``; no gradient above."""
+    return theta.exp().clamp(max=max_tau)
+
+
+@register_distiller("DCD", DEFAULTS, paper=PAPER, family="feature", weights=("BETA", "LAMBDA"))
+class DCD(Distiller):
+    """Cross-entropy on the labels plus :func:`dcd_loss` on projected features, and KD where ``LAMBDA`` is not 0."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        own = cfg.DCD
+        self.ce_weight, self.beta, self.alpha, self.kd_weight = own.CE_WEIGHT, own.BETA, own.ALPHA, own.LAMBDA
+        self.temperature, self.max_tau = own.TEMPERATURE, own.MAX_TAU
+        self.learn_temperature, self.detach_target = own.LEARN_TEMPERATURE, own.DETACH_TARGET
+        for key in ("FEAT_DIM", "MAX_TAU", "TEMPERATURE"):
+            if not own[key] > 0:
+                raise InputError(f"DCD.{key} must be above 0, got {own[key]}")
+        if self.detach_target and not self.alpha:
+            raise InputError("DCD.DETACH_TARGET concerns the consistency term, which DCD.ALPHA 0 takes away")
+        with torch.random.fork_rng(devices=[]):
+            self.embed_s = nn.Linear(pooled_width(student, "student"), own.FEAT_DIM)
+            self.embed_t = nn.Linear(pooled_width(teacher, "teacher"), own.FEAT_DIM)
+        self.theta = nn.Parameter(torch.tensor(float(own.INIT_THETA)), requires_grad=self.learn_temperature)
+        self.b = nn.Parameter(torch.tensor(float(own.INIT_B)), requires_grad=self.learn_temperature)
+
+    def parameter_groups(self, cfg: Any) -> list[dict[str, Any]]:
+        """``theta`` and ``b`` without weight decay, the rest as usual."""
+        scale = [self.theta, self.b]
+        rest = [p for p in self.get_learnable_parameters() if all(p is not q for q in scale)]
+        groups = [{"params": rest}]
+        if self.learn_temperature:
+            groups.append({"params": scale, "weight_decay": 0.0})
+        return groups
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, features_student = self.student(image)
+        with torch.no_grad():
+            logits_teacher, features_teacher = self.teacher(image)
+        losses = {"loss_ce": self.ce_weight * F.cross_entropy(logits_student, target)}
+        if self.kd_weight:
+            losses["loss_kd"] = self.kd_weight * kd_loss(logits_student, logits_teacher, self.temperature)
+        with torch.autocast(image.device.type, enabled=False):
+            embed_s = self.embed(self.embed_s, features_student)
+            embed_t = self.embed(self.embed_t, features_teacher)
+            losses["loss_dcd"] = self.beta * dcd_loss(
+                embed_s, embed_t, self.tau(), self.b, self.alpha, self.detach_target
+            )
+        return logits_student, losses
+
+    @staticmethod
+    def embed(projection: nn.Linear, features: dict[str, Any]) -> Tensor:
+        """Rows of length 1, ``(B, FEAT_DIM)``."""
+        return F.normalize(projection(at_least_float32(features["pooled_feat"])), dim=1)
+
+    def tau(self) -> Tensor:
+        """The scale; what is learned of it is held below the bound first, and watched."""
+        if self.learn_temperature:
+            with torch.no_grad():
+                self.theta.clamp_(max=math.log(self.max_tau) - BELOW)
+        tau = bounded_scale(self.theta, self.max_tau)
+        self.monitors = {"tau": tau.detach()}
+        return tau
+
+
+def pooled_width(network: nn.Module, role: str) -> int:
+    """The width of ``pooled_feat``: what the network's last linear layer, its classifier, reads."""
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise InputError(f"DCD reads the width of the {role}'s pooled_feat off its last nn.Linear, and it has none")
+    return linear[-1].in_features

@@ -1,0 +1,358 @@
+"""DIST and DIST+: match how predictions relate to each other, not their values.
+
+Huang, You, Wang, Qian, Xu. Knowledge Distillation from A Stronger Teacher. NeurIPS 2022, arXiv:2205.10536. DIST+, and
+all equations, sections and tables named here, are its journal version's. Shapes: B images, C classes, D channels.
+
+With ``p = softmax(z / TAU)`` ``(B, C)`` and ``d_p = 1 - Pearson's correlation`` (Eq. 6): ``L_inter`` is the mean of
+``d_p`` over rows (Eq. 8), ``L_intra`` over columns (Eq. 9), and DIST minimises ``CE + 2 L_inter + 2 L_intra`` (Eq. 10).
+DIST+ adds the same distance of the last feature maps along channels (``L_cr``, Eq. 15) and over positions (``L_sr``,
+Eq. 16), and *acclimates* the teacher: its last convolution and its classifier learn from the student's non-target
+classes (``L_ta``, Eq. 14), on the same forward pass whose outputs the student learns from.
+
+From the authors' code for DIST, and not in the paper: the factor ``TAU ** 2`` on both terms (``TAU_SQUARED``), and an
+``EPS`` on the product of two vectors' norms. Added here: a vector that is constant up to rounding has no correlation,
+hence distance 1 and no gradient, which with ``EPS`` alone would be huge.
+
+What the paper leaves open; these are our readings:
+
+- columns are those of the device's own batch, as in the authors' code;
+- ``RELATION`` kl (Tab. 9): with rows only it is KD; columns are taken as they stand, not normalised to sum 1;
+- ``L_ta`` has the student's ``TAU`` and ``EPS``, but not the factor ``TAU ** 2``; with mixed labels ``(B, C)`` the
+  target is the likeliest class;
+- ``ACCLIMATE_MODULES``: by default the teacher's last ``nn.Conv2d`` and last ``nn.Linear``; of modules that are named,
+  BatchNorm's scale and shift stay as they are;
+- ``ACCLIMATE_LR``: a tenth of the student's, on the same schedule, and no weight decay, which would erode the teacher
+  where the loss gives no gradient;
+- ``ACCLIMATE`` kl (Tab. 15): over all classes, the student's being the target; ``all``: Pearson over all classes;
+- the map "used for distillation" is the last one, after its activation; the student's goes through a 1x1 convolution
+  with bias and without normalisation, also where the widths agree; maps of different size are pooled to the smaller;
+- ``FEATURE_RELATION`` mse (Tab. 14): over all entries for ``L_cr``, over the channels' means for ``L_sr``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.functional import at_least_float32
+from mdistiller.registry import InputError, suggestion
+
+from ._base import Distiller, register_distiller
+
+DEFAULTS = {
+    "TAU": 4.0,  # the paper: 4 on CIFAR-100, 1 on ImageNet
+    "TAU_SQUARED": True,  # multiply both terms by TAU ** 2
+    "CE_WEIGHT": 1.0,
+    "INTER_WEIGHT": 2.0,
+    "INTRA_WEIGHT": 2.0,
+    "LABEL_SMOOTHING": 0.0,  # of the cross-entropy
+    "RELATION": "pearson",  # pearson, cosine, kl
+    "EPS": 1e-8,
+}
+PLUS_DEFAULTS = {
+    **DEFAULTS,
+    "CHANNEL_WEIGHT": 1.0,
+    "SPATIAL_WEIGHT": 1.0,
+    "FEATURE_RELATION": "pearson",  # pearson, cosine, mse
+    "ACCLIMATE": "nontarget",  # nontarget, all, kl, none
+    "ACCLIMATE_WEIGHT": 1.0,
+    "ACCLIMATE_LR": 0.0,  # 0: a tenth of SOLVER.LR
+    "ACCLIMATE_MODULES": [],  # of the teacher; empty: its last convolution and its classifier
+}
+PAPER = "Huang et al., Knowledge Distillation from A Stronger Teacher, arXiv:2205.10536"
+PLUS_PAPER = "Huang et al., DIST+: Knowledge Distillation from A Stronger Adaptive Teacher"
+
+RELATIONS = ("pearson", "cosine", "kl")
+FEATURE_RELATIONS = ("pearson", "cosine", "mse")
+ACCLIMATIONS = ("nontarget", "all", "kl", "none")
+
+EPS = DEFAULTS["EPS"]
+NOISE = 16  # a vector that varies by less than this many roundings of its largest entry is constant
+
+
+def pearson_distance(a: Tensor, b: Tensor, dim: int = -1, eps: float = EPS) -> Tensor:
+    """1 - Pearson's correlation (Eq. 6, 7) of the vectors along ``dim``, which the result lacks; in [0, 2].
+
+    Blind to a positive scale and a shift of either vector, but for ``eps``. Half precision is taken to float32 first.
+
+    Args:
+        a: any shape; gradient flows.
+        b: the shape of ``a``; gradient flows.
+        dim: the axis that holds a vector.
+        eps: added to the product of the norms of the centred vectors, as in the authors' code. It silences vectors
+            with a tiny spread, such as columns of classes that are absent from a batch.
+
+    Returns:
+        Where a vector is constant: 1, without gradient.
+    """
+    return _angular_distance(_centred(at_least_float32(a), dim), _centred(at_least_float32(b), dim), dim, eps)
+
+
+def cosine_distance(a: Tensor, b: Tensor, dim: int = -1, eps: float = EPS) -> Tensor:
+    """1 - cosine similarity of the vectors along ``dim``; where one is zero: 1, without gradient.
+
+    Arguments are those of :func:`pearson_distance`, of which it is the ablation in Tab. 11: blind to scale only.
+    """
+    a, b = at_least_float32(a), at_least_float32(b)
+    return _angular_distance(_silenced(a, a, dim), _silenced(b, b, dim), dim, eps)
+
+
+def dist_loss(
+    logits_s: Tensor, logits_t: Tensor, tau: float, relation: str = "pearson", eps: float = EPS
+) -> tuple[Tensor, Tensor]:
+    """Inter-class and intra-class loss (Eq. 8, 9), without the factor ``tau ** 2``.
+
+    Half-precision logits are taken to float32 first.
+
+    Args:
+        logits_s: ``(B, C)`` raw scores, or ``(B, C, ...)`` with every position a sample; gradient flows.
+        logits_t: the teacher's; constant.
+        tau: temperature above 0.
+        relation: ``"pearson"``; ``"cosine"``; ``"kl"``, the divergence of the student from the teacher.
+        eps: see :func:`pearson_distance`.
+
+    Returns:
+        Two scalars ``()``: the means over samples and over classes. Zero for equal logits, but for ``eps``.
+    """
+    z_s, z_t = (_samples(at_least_float32(z)) / tau for z in (logits_s, logits_t.detach()))
+    if relation == "kl":
+        total = F.kl_div(z_s.log_softmax(1), z_t.log_softmax(1), reduction="sum", log_target=True)
+        return total / z_s.shape[0], total / z_s.shape[1]
+    distance = pearson_distance if _known("relation", relation, RELATIONS) == "pearson" else cosine_distance
+    p_s, p_t = z_s.softmax(1), z_t.softmax(1)
+    return distance(p_s, p_t, 1, eps).mean(), distance(p_s, p_t, 0, eps).mean()
+
+
+def acclimation_loss(
+    logits_s: Tensor, logits_t: Tensor, target: Tensor, tau: float = 1.0, kind: str = "nontarget", eps: float = EPS
+) -> Tensor:
+    """What the teacher learns from the student (Eq. 14): Pearson distance of non-target classes, mean over samples.
+
+    Args:
+        logits_s: ``(B, C)`` raw scores; constant.
+        logits_t: ``(B, C)`` raw scores; gradient flows.
+        target: class numbers ``(B,)``, or ``(B, C)`` shares of mixed labels, of which the largest counts.
+        tau: temperature above 0.
+        kind: ``"nontarget"``: without the target's column (what is left needs no new sum, the distance is blind to
+            scale); ``"all"``: all classes; ``"kl"``: KL(student || teacher) over all classes.
+        eps: see :func:`pearson_distance`.
+
+    Returns:
+        Scalar ``()``. With two classes, one is left, and there is nothing to correlate: 1, without gradient.
+    """
+    z_s, z_t = at_least_float32(logits_s.detach()) / tau, at_least_float32(logits_t) / tau
+    if kind == "kl":
+        return F.kl_div(z_t.log_softmax(1), z_s.log_softmax(1), reduction="batchmean", log_target=True)
+    p_s, p_t = z_s.softmax(1), z_t.softmax(1)
+    if _known("kind", kind, ACCLIMATIONS[:2]) == "nontarget":
+        target = target.argmax(1) if target.ndim == 2 else target
+        columns = torch.arange(p_s.shape[1] - 1, device=target.device)
+        others = columns + (columns >= target[:, None]).long()
+        p_s, p_t = p_s.gather(1, others), p_t.gather(1, others)
+    return pearson_distance(p_s, p_t, 1, eps).mean()
+
+
+def channel_relation_loss(f_s: Tensor, f_t: Tensor, relation: str = "pearson", eps: float = EPS) -> Tensor:
+    """Distance of the channels' vectors at each position (Eq. 15), mean over images and positions.
+
+    Args:
+        f_s: the student's maps ``(B, D, H, W)``, aligned to the teacher's width; gradient flows.
+        f_t: the teacher's maps ``(B, D, H, W)``; constant.
+        relation: ``"pearson"``, ``"cosine"`` or ``"mse"``.
+        eps: see :func:`pearson_distance`.
+    """
+    return _map_distance(f_s, f_t, relation, eps)
+
+
+def spatial_relation_loss(f_s: Tensor, f_t: Tensor, relation: str = "pearson", eps: float = EPS) -> Tensor:
+    """Distance of the maps summed over channels, as vectors of H W positions (Eq. 16), mean over images.
+
+    Arguments are those of :func:`channel_relation_loss`. With ``"mse"`` the maps are averaged over channels instead.
+    """
+    f_s, f_t = (at_least_float32(f) for f in (f_s, f_t))
+    f_s, f_t = ((f.mean(1) if relation == "mse" else f.sum(1)).flatten(1) for f in (f_s, f_t))
+    return _map_distance(f_s, f_t, relation, eps)
+
+
+def _map_distance(f_s: Tensor, f_t: Tensor, relation: str, eps: float) -> Tensor:
+    f_s, f_t = at_least_float32(f_s), at_least_float32(f_t.detach())
+    if relation == "mse":
+        return F.mse_loss(f_s, f_t)
+    distance = pearson_distance if _known("relation", relation, FEATURE_RELATIONS) == "pearson" else cosine_distance
+    return distance(f_s, f_t, 1, eps).mean()
+
+
+def _samples(logits: Tensor) -> Tensor:
+    """``(B, C, ...)`` to ``(N, C)``."""
+    return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)
+
+
+def _centred(x: Tensor, dim: int) -> Tensor:
+    return _silenced(x - x.mean(dim, keepdim=True), x, dim)
+
+
+def _silenced(x: Tensor, reference: Tensor, dim: int) -> Tensor:
+    """``x`` with zeros, which have no gradient, for the vectors that are but rounding beside those of ``reference``."""
+    largest, scale = (y.detach().abs().amax(dim, keepdim=True) for y in (x, reference))
+    return torch.where(largest > NOISE * torch.finfo(x.dtype).eps * scale, x, 0.0)
+
+
+def _angular_distance(a: Tensor, b: Tensor, dim: int, eps: float) -> Tensor:
+    norms = a.norm(dim=dim) * b.norm(dim=dim) + eps
+    return 1 - (a * b).sum(dim) / norms.clamp(min=torch.finfo(a.dtype).tiny)
+
+
+def _known(key: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise InputError(f"{key}: no {value!r}; {suggestion(str(value), allowed)}")
+    return value
+
+
+@register_distiller("DIST", DEFAULTS, paper=PAPER, family="relation")
+class DIST(Distiller):
+    """Cross-entropy on the labels plus both terms of :func:`dist_loss`."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        own = cfg[self.section]
+        self.tau, self.eps = own.TAU, own.EPS
+        self.relation = _known(f"{self.section}.RELATION", own.RELATION, RELATIONS)
+        self.label_smoothing = own.LABEL_SMOOTHING
+        self.ce_weight, self.inter_weight, self.intra_weight = own.CE_WEIGHT, own.INTER_WEIGHT, own.INTRA_WEIGHT
+        for key, holds, allowed in (
+            ("TAU", own.TAU > 0, "above 0"),
+            ("EPS", own.EPS >= 0, "0 or more"),
+            ("LABEL_SMOOTHING", 0 <= own.LABEL_SMOOTHING < 1, "0 or more and below 1"),
+        ):
+            if not holds:
+                raise InputError(f"{self.section}.{key} must be {allowed}, got {own[key]}")
+        self.factor = self.tau**2 if own.TAU_SQUARED else 1.0
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, _ = self.student(image)
+        with torch.no_grad():
+            logits_teacher, _ = self.teacher(image)
+        return logits_student, self.logit_losses(logits_student, logits_teacher, target)
+
+    def logit_losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The weighted terms on the logits."""
+        inter, intra = dist_loss(logits_student, logits_teacher, self.tau, self.relation, self.eps)
+        ce = F.cross_entropy(logits_student, target, label_smoothing=self.label_smoothing)
+        return {
+            "loss_ce": self.ce_weight * ce,
+            "loss_inter": self.inter_weight * self.factor * inter,
+            "loss_intra": self.intra_weight * self.factor * intra,
+        }
+
+
+@register_distiller("DIST_PLUS", PLUS_DEFAULTS, paper=PLUS_PAPER, family="relation")
+class DISTPlus(DIST):
+    """DIST plus :func:`channel_relation_loss` and :func:`spatial_relation_loss`, from a teacher that is acclimated.
+
+    The teacher stays in eval mode. Only the parameters that are acclimated take part in autograd, so that the pass
+    through the rest of it keeps nothing for a backward pass.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher, cfg)
+        own = cfg.DIST_PLUS
+        self.channel_weight, self.spatial_weight = own.CHANNEL_WEIGHT, own.SPATIAL_WEIGHT
+        self.acclimate_weight = own.ACCLIMATE_WEIGHT
+        self.feature_relation = _known("DIST_PLUS.FEATURE_RELATION", own.FEATURE_RELATION, FEATURE_RELATIONS)
+        uses_maps = bool(self.channel_weight or self.spatial_weight)
+        if self.feature_relation != "pearson" and not uses_maps:
+            raise InputError(
+                f"DIST_PLUS.FEATURE_RELATION {self.feature_relation} has nothing to act on: CHANNEL_WEIGHT and "
+                "SPATIAL_WEIGHT are both 0"
+            )
+        self.acclimate = _known("DIST_PLUS.ACCLIMATE", own.ACCLIMATE, ACCLIMATIONS)
+        self.acclimated = self._find_acclimated(own)
+        for parameter in self.acclimated:
+            parameter.requires_grad_(True)
+        self.align = None
+        if uses_maps:
+            with torch.random.fork_rng(devices=[]):
+                self.align = nn.Conv2d(student.get_stage_channels()[-1], teacher.get_stage_channels()[-1], 1)
+
+    def _find_acclimated(self, own: Any) -> list[nn.Parameter]:
+        """The teacher's parameters that move; checks all keys of the acclimation."""
+        names = list(own.ACCLIMATE_MODULES)
+        if own.ACCLIMATE_LR < 0:
+            raise InputError(f"DIST_PLUS.ACCLIMATE_LR must be 0 (a tenth of SOLVER.LR) or more, got {own.ACCLIMATE_LR}")
+        if self.acclimate == "none":
+            if names or own.ACCLIMATE_LR:
+                raise InputError(
+                    "DIST_PLUS.ACCLIMATE none leaves the teacher as it is, so ACCLIMATE_MODULES must be empty and "
+                    f"ACCLIMATE_LR 0; got {names} and {own.ACCLIMATE_LR}"
+                )
+            return []
+        modules = _modules_named(self.teacher, names) if names else _last_layers(self.teacher)
+        linear = [module for module in self.teacher.modules() if isinstance(module, nn.Linear)]
+        if self.acclimate == "nontarget" and linear and linear[-1].out_features <= 2:
+            raise InputError(
+                "DIST_PLUS.ACCLIMATE nontarget: of two classes one is no target, which leaves nothing to correlate; "
+                "set DIST_PLUS.ACCLIMATE none"
+            )
+        found = {}  # modules may contain each other
+        for module in modules:
+            for part in module.modules():
+                if not isinstance(part, nn.modules.batchnorm._BatchNorm):
+                    found.update({id(p): p for p in part.parameters(recurse=False)})
+        if not found:
+            raise InputError(f"DIST_PLUS.ACCLIMATE_MODULES: {names} have no parameters but BatchNorm's, which stay")
+        return list(found.values())
+
+    def teacher_parameters(self) -> list[nn.Parameter]:
+        return list(self.acclimated)
+
+    def parameter_groups(self, cfg: Any) -> list[dict[str, Any]]:
+        """The student's side as usual, and the teacher's with its own rate and no weight decay."""
+        moving = {id(p) for p in self.acclimated}
+        groups = [{"params": [p for p in self.get_learnable_parameters() if id(p) not in moving]}]
+        if self.acclimated:
+            rate = cfg.DIST_PLUS.ACCLIMATE_LR or 0.1 * cfg.SOLVER.LR
+            groups.append({"params": self.teacher_parameters(), "lr": rate, "weight_decay": 0.0})
+        return groups
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, features_student = self.student(image)
+        logits_teacher, features_teacher = self.teacher(image)
+        losses = self.logit_losses(logits_student, logits_teacher, target)
+        if self.align is not None:
+            f_s, f_t = same_size(features_student["feats"][-1], features_teacher["feats"][-1].detach())
+            f_s = self.align(f_s)
+            channel = channel_relation_loss(f_s, f_t, self.feature_relation, self.eps)
+            spatial = spatial_relation_loss(f_s, f_t, self.feature_relation, self.eps)
+            losses["loss_channel"] = self.channel_weight * channel
+            losses["loss_spatial"] = self.spatial_weight * spatial
+        if self.acclimate != "none":
+            acclimation = acclimation_loss(logits_student, logits_teacher, target, self.tau, self.acclimate, self.eps)
+            losses["loss_acclimation"] = self.acclimate_weight * acclimation
+        return logits_student, losses
+
+
+def same_size(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps ``(B, D, H, W)`` averaged down to the smaller height and width of the two."""
+    size = tuple(min(a, b) for a, b in zip(f_s.shape[2:], f_t.shape[2:], strict=True))
+    return tuple(f if f.shape[2:] == size else F.adaptive_avg_pool2d(f, size) for f in (f_s, f_t))
+
+
+def _last_layers(network: nn.Module) -> list[nn.Module]:
+    """The last convolution and the last linear layer in the order in which the network registers them."""
+    found = []
+    for kind in (nn.Conv2d, nn.Linear):
+        layers = [module for module in network.modules() if isinstance(module, kind)]
+        if not layers:
+            raise InputError(
+                f"DIST_PLUS.ACCLIMATE_MODULES: the teacher has no nn.{kind.__name__}; name the modules to acclimate"
+            )
+        found.append(layers[-1])
+    return found
+
+
+def _modules_named(network: nn.Module, names: list[str]) -> list[nn.Module]:
+    modules = dict(network.named_modules())
+    return [modules[_known("DIST_PLUS.ACCLIMATE_MODULES", name, tuple(modules))] for name in names]

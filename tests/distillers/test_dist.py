@@ -1,0 +1,578 @@
+"""DIST's and DIST+'s losses against the reference's values and formulas written out, at the ends, and what trains."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_data import golden_dir
+from method_cases import build, config, make_batch, total
+
+from mdistiller.distillers.DIST import (
+    acclimation_loss,
+    channel_relation_loss,
+    cosine_distance,
+    dist_loss,
+    pearson_distance,
+    same_size,
+    spatial_relation_loss,
+)
+from mdistiller.distillers.KD import kd_loss
+from mdistiller.engine.build import build_distiller
+from mdistiller.engine.solver import build_optimizer
+from mdistiller.models import cifar_model_dict
+from mdistiller.registry import InputError
+
+# Written out with Python floats
+
+
+def pearson(a, b, eps=1e-8):
+    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
+    a, b = [x - mean_a for x in a], [x - mean_b for x in b]
+    return cosine(a, b, eps)
+
+
+def cosine(a, b, eps=1e-8):
+    norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
+    return 1 - sum(x * y for x, y in zip(a, b, strict=True)) / (norms + eps)
+
+
+def kl(target, p):
+    return sum(t * math.log(t / s) for t, s in zip(target, p, strict=True))
+
+
+def probabilities(row, tau):
+    exp = [math.exp(z / tau) for z in row]
+    return [x / sum(exp) for x in exp]
+
+
+def written_out(student, teacher, tau, relation="pearson"):
+    distance = {"pearson": pearson, "cosine": cosine, "kl": lambda s, t: kl(t, s)}[relation]
+    p_s, p_t = ([probabilities(row, tau) for row in z.tolist()] for z in (student, teacher))
+    rows = [distance(s, t) for s, t in zip(p_s, p_t, strict=True)]
+    columns = [distance(s, t) for s, t in zip(zip(*p_s, strict=True), zip(*p_t, strict=True), strict=True)]
+    return sum(rows) / len(rows), sum(columns) / len(columns)
+
+
+def logits(rows=5, classes=7, seed=0, scale=3.0, shape=()):
+    generator = torch.Generator().manual_seed(seed)
+    return [scale * torch.randn(rows, classes, *shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+
+# The logits' losses
+
+
+def golden_cases():
+    cases = json.loads((golden_dir() / "losses" / "losses.json").read_text())
+    return [pytest.param(case, id=case["case"]) for case in cases if case["method"] == "dist"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_value", "of_gradient"), [(torch.float64, 1e-7, 1e-6), (torch.float32, 1e-4, 1e-4)]
+)
+@pytest.mark.parametrize("case", golden_cases())
+def test_golden_values_and_gradients(case, dtype, of_value, of_gradient):
+    arrays = np.load(golden_dir() / "losses" / "dist.npz")
+    student, teacher = (
+        torch.from_numpy(arrays[f"{case['case']}/in/logits_{name}"]).to(dtype) for name in ("student", "teacher")
+    )
+    given = case["hyperparameters"]
+    tau = given.get("tau", 1.0)
+    inter, intra = dist_loss(student.requires_grad_(), teacher, tau)
+    loss = tau**2 * (given["beta"] * inter + given["gamma"] * intra)
+    loss.backward()
+    assert loss.item() == pytest.approx(case["outputs"]["loss"], rel=of_value)
+    expected = torch.from_numpy(arrays[f"{case['case']}/grad/logits_student"]).double()
+    assert (student.grad - expected).abs().max() <= of_gradient * expected.abs().max()
+
+
+@pytest.mark.parametrize("tau", [1.0, 4.0])
+@pytest.mark.parametrize("relation", ["pearson", "cosine", "kl"])
+@pytest.mark.parametrize(("rows", "classes"), [(5, 7), (2, 3), (3, 2), (2, 10)])
+def test_equals_the_formula(tau, relation, rows, classes):
+    student, teacher = logits(rows, classes)
+    found = [loss.item() for loss in dist_loss(student, teacher, tau, relation)]
+    assert found == pytest.approx(written_out(student, teacher, tau, relation), rel=1e-9)
+
+
+@pytest.mark.parametrize("relation", ["pearson", "cosine", "kl"])
+def test_gradient(relation):
+    student, teacher = logits(3, 4, scale=1.0)
+    assert torch.autograd.gradcheck(lambda z: dist_loss(z, teacher, 2.0, relation), (student.requires_grad_(),))
+
+
+def test_gradient_of_the_distances():
+    a, b = (x.requires_grad_() for x in logits(3, 4))
+    for distance in (pearson_distance, cosine_distance):
+        for dim in (0, 1):
+            assert torch.autograd.gradcheck(lambda x, y: distance(x, y, dim), (a, b))  # noqa: B023
+
+
+def test_kl_of_rows_is_kd_and_of_columns_the_same_sum_per_class():
+    student, teacher = logits(6, 9)
+    inter, intra = dist_loss(student, teacher, 4.0, "kl")
+    torch.testing.assert_close(16 * inter, kd_loss(student, teacher, 4.0))
+    torch.testing.assert_close(intra, inter * 6 / 9)
+
+
+def test_pearson_is_blind_to_scale_and_shift_and_cosine_to_scale():
+    a, b = logits()
+    torch.testing.assert_close(pearson_distance(5 * a + 3, 0.1 * b - 2), pearson_distance(a, b))
+    torch.testing.assert_close(pearson_distance(-a, b), 2 - pearson_distance(a, b))
+    torch.testing.assert_close(cosine_distance(5 * a, 0.1 * b), cosine_distance(a, b))
+    assert not torch.allclose(cosine_distance(a + 3, b), cosine_distance(a, b))
+
+
+def test_range_and_shape():
+    a, b = logits(4, 6, shape=(2, 3))
+    assert pearson_distance(a, b, dim=1).shape == (4, 2, 3)
+    torch.testing.assert_close(pearson_distance(a, a, eps=0.0), torch.zeros(4, 6, 2, dtype=torch.float64))
+    torch.testing.assert_close(pearson_distance(a, -a, eps=0.0), torch.full((4, 6, 2), 2.0, dtype=torch.float64))
+
+
+def test_blind_to_a_shift_of_the_logits_and_to_the_order_of_images_and_classes():
+    student, teacher = logits()
+    expected = dist_loss(student, teacher, 4.0)
+    torch.testing.assert_close(dist_loss(student + 5.0, teacher - 1.0, 4.0), expected)
+    rows, columns = torch.randperm(5), torch.randperm(7)
+    torch.testing.assert_close(dist_loss(student[rows][:, columns], teacher[rows][:, columns], 4.0), expected)
+
+
+def test_every_position_is_a_sample():
+    student, teacher = logits(2, 6, shape=(3, 4))
+    flat = [
+        torch.stack([z[i, :, y, x] for i in range(2) for x in range(4) for y in range(3)]) for z in (student, teacher)
+    ]
+    torch.testing.assert_close(dist_loss(student, teacher, 1.0), dist_loss(*flat, 1.0))
+
+
+def test_no_gradient_to_the_teacher():
+    student, teacher = (z.requires_grad_() for z in logits())
+    for relation in ("pearson", "cosine", "kl"):
+        sum(dist_loss(student, teacher, 4.0, relation)).backward()
+    assert student.grad.any() and teacher.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize("classes", [2, 3, 10, 100, 1000])
+def test_constant_rows_and_columns_have_distance_1_and_no_gradient(classes, eps, dtype):
+    """A classifier of zeros gives them; their rounding has a correlation, with a gradient of 7e5."""
+    student, teacher = torch.zeros(6, classes, dtype=dtype), logits(6, classes)[1].to(dtype)
+    student = (student + 0.1).requires_grad_()
+    for relation in ("pearson", "cosine"):
+        inter, intra = dist_loss(student, teacher, 3.0, relation, eps)
+        (inter + intra).backward()
+        if relation == "pearson":
+            assert inter.item() == pytest.approx(1.0) and intra.item() == pytest.approx(1.0)
+            assert not student.grad.any()
+    assert torch.isfinite(student.grad).all() and student.grad.abs().max() < 1
+    teacher = teacher.requires_grad_()
+    pearson_distance(student.softmax(1), teacher, eps=eps).sum().backward()
+    assert not teacher.grad.any()
+
+
+def test_one_constant_row_leaves_the_others_alone():
+    student, teacher = logits()
+    student[2] = 0.3
+    student.requires_grad_()
+    inter, _ = dist_loss(student, teacher, 1.0)
+    inter.backward()
+    kept = [0, 1, 3, 4]
+    assert not student.grad[2].any() and all(student.grad[i].any() for i in kept)
+    assert inter.item() == pytest.approx((4 * dist_loss(student[kept], teacher[kept], 1.0)[0].item() + 1) / 5)
+
+
+def test_a_batch_of_one_has_no_columns():
+    student, teacher = logits(1, 7)
+    inter, intra = dist_loss(student.requires_grad_(), teacher, 4.0)
+    intra.backward(retain_graph=True)
+    assert intra.item() == 1 and not student.grad.any()
+    inter.backward()
+    assert student.grad.any()
+
+
+def test_two_classes_agree_or_not():
+    student, teacher = torch.tensor([[2.0, 1.0], [3.0, 0.0]]), torch.tensor([[5.0, 1.0], [0.0, 1.0]])
+    inter, intra = dist_loss(student.requires_grad_(), teacher, 1.0, eps=0.0)
+    assert inter.item() == pytest.approx(1.0, abs=1e-6) and intra.item() == pytest.approx(2.0, abs=1e-6)
+    inter.backward()
+    assert student.grad.abs().max() < 1e-5  # a correlation of two entries is 1 or -1
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e30])
+@pytest.mark.parametrize("relation", ["pearson", "cosine", "kl"])
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+def test_finite_at_extreme_logits(scale, relation, eps):
+    student, teacher = (z.float() for z in logits(scale=scale))
+    losses = dist_loss(student.requires_grad_(), teacher, 1.0, relation, eps)
+    sum(losses).backward()
+    assert all(torch.isfinite(loss) for loss in losses) and torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    student, teacher = (z.to(dtype) for z in logits())
+    target = torch.arange(5)
+    maps = [z.to(dtype) for z in logits(2, 6, shape=(3, 3))]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [*dist_loss(student, teacher, 4.0), acclimation_loss(student, teacher, target, 4.0)]
+        found += [loss(*maps) for loss in (channel_relation_loss, spatial_relation_loss)]
+    student, teacher, *maps = (z.float() for z in (student, teacher, *maps))
+    expected = [*dist_loss(student, teacher, 4.0), acclimation_loss(student, teacher, target, 4.0)]
+    expected += [loss(*maps) for loss in (channel_relation_loss, spatial_relation_loss)]
+    assert all(loss.dtype == torch.float32 for loss in found)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_unknown_relations():
+    student, teacher = logits()
+    with pytest.raises(InputError, match="relation: no 'pearsson'; closest: pearson"):
+        dist_loss(student, teacher, 1.0, "pearsson")
+    with pytest.raises(InputError, match="relation"):
+        channel_relation_loss(*logits(shape=(2, 2)), relation="kl")
+    with pytest.raises(InputError, match="kind"):
+        acclimation_loss(student, teacher, torch.arange(5), kind="target")
+
+
+# Acclimation and feature maps
+
+
+@pytest.mark.parametrize("tau", [1.0, 4.0])
+def test_acclimation_equals_the_formula(tau):
+    student, teacher = logits(5, 6)
+    target = torch.tensor([0, 5, 2, 2, 3])
+    p_s, p_t = ([probabilities(row, tau) for row in z.tolist()] for z in (student, teacher))
+    rows = list(zip(p_s, p_t, target.tolist(), strict=True))
+    nontarget = sum(pearson(s[:k] + s[k + 1 :], t[:k] + t[k + 1 :]) for s, t, k in rows) / 5
+    every = sum(pearson(s, t) for s, t, _ in rows) / 5
+    divergence = sum(kl(s, t) for s, t, _ in rows) / 5
+    assert acclimation_loss(student, teacher, target, tau).item() == pytest.approx(nontarget, rel=1e-9)
+    assert acclimation_loss(student, teacher, target, tau, "all").item() == pytest.approx(every, rel=1e-9)
+    assert acclimation_loss(student, teacher, target, tau, "kl").item() == pytest.approx(divergence, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["nontarget", "all", "kl"])
+def test_acclimation_moves_the_teacher_only(kind):
+    student, teacher = (z.requires_grad_() for z in logits(3, 5, scale=1.0))
+    target = torch.tensor([4, 0, 1])
+    assert torch.autograd.gradcheck(lambda z: acclimation_loss(student, z, target, 2.0, kind), (teacher,))
+    acclimation_loss(student, teacher, target, 2.0, kind).backward()
+    assert student.grad is None and teacher.grad.any()
+
+
+def test_acclimation_ignores_the_target():
+    """Raising the target's logit scales the others' probabilities alike."""
+    student, teacher = logits()
+    target = torch.tensor([0, 1, 2, 3, 6])
+    raised = teacher + 2.0 * F.one_hot(target, 7)
+    torch.testing.assert_close(
+        acclimation_loss(student, raised, target), acclimation_loss(student, teacher, target), rtol=1e-5, atol=0
+    )
+
+
+def test_acclimation_with_mixed_labels_and_at_the_ends():
+    student, teacher = logits()
+    target = torch.tensor([0, 1, 2, 3, 6])
+    mixed = 0.7 * F.one_hot(target, 7) + 0.3 * F.one_hot(target.roll(1), 7)
+    assert acclimation_loss(student, teacher, mixed) == acclimation_loss(student, teacher, target)
+    two = logits(4, 2)[0].requires_grad_()
+    loss = acclimation_loss(logits(4, 2)[1], two, torch.tensor([0, 1, 1, 0]))
+    loss.backward()
+    assert loss.item() == 1 and not two.grad.any()
+    assert torch.isfinite(acclimation_loss(1e5 * student, teacher.requires_grad_(), target))
+
+
+def test_feature_relations_equal_the_formulas():
+    student, teacher = (f.transpose(0, 1).reshape(3, 4, 2, 5) for f in logits(4, 30))
+    positions = [(y, x) for y in range(2) for x in range(5)]
+    places = [(i, slice(None), y, x) for i in range(3) for y, x in positions]
+    vectors = [(student[place].tolist(), teacher[place].tolist()) for place in places]
+    sums = [[[sum(f[i, :, y, x].tolist()) for y, x in positions] for i in range(3)] for f in (student, teacher)]
+    for relation, distance in (("pearson", pearson), ("cosine", cosine)):
+        channel = sum(distance(s, t) for s, t in vectors) / len(vectors)
+        spatial = sum(distance(s, t) for s, t in zip(*sums, strict=True)) / 3
+        assert channel_relation_loss(student, teacher, relation).item() == pytest.approx(channel, rel=1e-12)
+        assert spatial_relation_loss(student, teacher, relation).item() == pytest.approx(spatial, rel=1e-12)
+    assert channel_relation_loss(student, teacher, "mse") == F.mse_loss(student, teacher)
+    assert spatial_relation_loss(student, teacher, "mse") == F.mse_loss(student.mean(1), teacher.mean(1))
+
+
+@pytest.mark.parametrize("loss", [channel_relation_loss, spatial_relation_loss])
+@pytest.mark.parametrize("relation", ["pearson", "cosine", "mse"])
+def test_feature_relations_gradient(loss, relation):
+    student, teacher = (f.requires_grad_() for f in logits(2, 3, shape=(2, 2)))
+    assert torch.autograd.gradcheck(lambda f: loss(f, teacher, relation), (student,))
+    loss(student, teacher, relation).backward()
+    assert teacher.grad is None
+
+
+def test_feature_relations_without_anything_to_relate():
+    """Dead maps, one channel, one position."""
+    for shape in ((2, 3, 2, 2), (2, 1, 2, 2), (2, 3, 1, 1)):
+        for student in (torch.zeros(shape), torch.full(shape, 0.7)):
+            student.requires_grad_()
+            losses = [f(student, torch.randn(shape)) for f in (channel_relation_loss, spatial_relation_loss)]
+            sum(losses).backward()
+            assert all(loss.item() == 1 for loss in losses) and not student.grad.any()
+
+
+def test_same_size_pools_to_the_smaller():
+    a, b = torch.randn(2, 3, 8, 4), torch.randn(2, 5, 4, 8)
+    small_a, small_b = same_size(a, b)
+    assert small_a.shape == (2, 3, 4, 4) and small_b.shape == (2, 5, 4, 4)
+    torch.testing.assert_close(small_a[0, 0, 0, 0], a[0, 0, :2, 0].mean())
+    assert same_size(a, a)[0] is a
+
+
+# The methods
+
+
+def test_losses_are_the_parts():
+    distiller, batch = build("DIST"), make_batch("DIST")
+    logits_s, losses = distiller(**batch, epoch=1)
+    inter, intra = dist_loss(logits_s, distiller.teacher(batch["image"])[0], 4.0)
+    torch.testing.assert_close(losses["loss_inter"], 32 * inter)
+    torch.testing.assert_close(losses["loss_intra"], 32 * intra)
+    torch.testing.assert_close(losses["loss_ce"], F.cross_entropy(logits_s, batch["target"]))
+
+
+def losses_of(method, values):
+    return build(method, {f"{method}.{key}": value for key, value in values.items()})(**make_batch(method), epoch=1)[1]
+
+
+@pytest.mark.parametrize("method", ["DIST", "DIST_PLUS"])
+@pytest.mark.parametrize(
+    ("values", "changed"),
+    [
+        ({"TAU": 1.0}, {"loss_inter", "loss_intra"}),
+        ({"TAU_SQUARED": False}, {"loss_inter", "loss_intra"}),
+        ({"RELATION": "cosine"}, {"loss_inter", "loss_intra"}),
+        ({"RELATION": "kl"}, {"loss_inter", "loss_intra"}),
+        ({"EPS": 0.01}, {"loss_inter", "loss_intra"}),
+        ({"LABEL_SMOOTHING": 0.1}, {"loss_ce"}),
+        ({"CE_WEIGHT": 0.0}, {"loss_ce"}),
+        ({"INTER_WEIGHT": 1.0}, {"loss_inter"}),
+        ({"INTRA_WEIGHT": 0.0}, {"loss_intra"}),
+    ],
+    ids=str,
+)
+def test_keys_change_what_they_name(method, values, changed):
+    before, after = losses_of(method, {}), losses_of(method, values)
+    found = {name for name in before if before[name] != after[name]}
+    assert found - {"loss_acclimation", "loss_channel", "loss_spatial"} == changed
+
+
+@pytest.mark.parametrize(
+    ("values", "changed"),
+    [
+        ({"FEATURE_RELATION": "cosine"}, {"loss_channel", "loss_spatial"}),
+        ({"FEATURE_RELATION": "mse"}, {"loss_channel", "loss_spatial"}),
+        ({"CHANNEL_WEIGHT": 2.0}, {"loss_channel"}),
+        ({"SPATIAL_WEIGHT": 0.0}, {"loss_spatial"}),
+        ({"ACCLIMATE": "all"}, {"loss_acclimation"}),
+        ({"ACCLIMATE": "kl"}, {"loss_acclimation"}),
+        ({"ACCLIMATE_WEIGHT": 0.5}, {"loss_acclimation"}),
+    ],
+    ids=str,
+)
+def test_keys_of_dist_plus_change_what_they_name(values, changed):
+    before, after = losses_of("DIST_PLUS", {}), losses_of("DIST_PLUS", values)
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_dist_plus_without_its_additions_is_dist():
+    off = {"DIST_PLUS.CHANNEL_WEIGHT": 0.0, "DIST_PLUS.SPATIAL_WEIGHT": 0.0, "DIST_PLUS.ACCLIMATE": "none"}
+    plus, dist = build("DIST_PLUS", off), build("DIST")
+    dist.load_state_dict(plus.state_dict())
+    assert plus.get_extra_parameters() == 0 and plus.teacher_parameters() == []
+    batch = make_batch("DIST")
+    for _ in range(2):
+        found, expected = (d(**batch, epoch=1)[1] for d in (plus, dist))
+        assert {name: loss.item() for name, loss in found.items()} == {k: v.item() for k, v in expected.items()}
+
+
+def moved(distiller, before):
+    after = distiller.teacher.state_dict()
+    return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        ([], {"layer3.1.conv2.weight", "fc.weight", "fc.bias"}),
+        (["fc"], {"fc.weight", "fc.bias"}),
+        (["layer3.1"], {"layer3.1.conv1.weight", "layer3.1.conv2.weight"}),  # but its batch norms
+        (["layer3.1", "layer3.1.conv1"], {"layer3.1.conv1.weight", "layer3.1.conv2.weight"}),
+    ],
+)
+def test_acclimation_moves_what_it_names_and_nothing_else(modules, expected):
+    cfg = config("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_MODULES": modules})
+    distiller = build("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_MODULES": modules})
+    before = copy.deepcopy(distiller.teacher.state_dict())
+    optimizer = build_optimizer(cfg, distiller)
+    for _ in range(2):
+        optimizer.zero_grad()
+        total(distiller, make_batch("DIST_PLUS")).backward()
+        optimizer.step()
+    assert moved(distiller, before) == expected
+    assert {id(p) for p in distiller.teacher_parameters()} == {
+        id(p) for name, p in distiller.teacher.named_parameters() if name in expected
+    }
+
+
+def test_who_learns_from_which_loss():
+    distiller = build("DIST_PLUS")
+    _, losses = distiller(**make_batch("DIST_PLUS"), epoch=1)
+    student, teacher = list(distiller.student.parameters()), distiller.teacher_parameters()
+
+    def gradient(loss, parameters):
+        return [g for g in torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) if g is not None]
+
+    assert len(gradient(losses["loss_acclimation"], teacher)) == len(teacher)
+    assert not gradient(losses["loss_acclimation"], student + list(distiller.align.parameters()))
+    for name in ("loss_inter", "loss_intra", "loss_channel", "loss_spatial"):
+        assert gradient(losses[name], student) and not gradient(losses[name], teacher)
+    assert len(gradient(losses["loss_channel"], list(distiller.align.parameters()))) == 2
+
+
+def test_the_student_learns_from_the_acclimated_teacher():
+    distiller, batch = build("DIST_PLUS"), make_batch("DIST_PLUS")
+    _, before = distiller(**batch, epoch=1)
+    with torch.no_grad():
+        distiller.teacher.fc.weight.add_(0.1 * torch.randn_like(distiller.teacher.fc.weight))
+        distiller.teacher.layer3[1].conv2.weight.mul_(torch.rand_like(distiller.teacher.layer3[1].conv2.weight))
+    _, after = distiller(**batch, epoch=1)
+    assert {name for name in before if before[name] != after[name]} == set(before) - {"loss_ce"}
+
+
+def test_nothing_of_the_frozen_trunk_is_kept_for_the_backward_pass():
+    distiller, calls = build("DIST_PLUS"), {}
+    for name, module in distiller.teacher.named_modules():
+        module.register_forward_hook(
+            lambda m, i, out, name=name: calls.update({name: out}) if isinstance(out, torch.Tensor) else None
+        )
+    distiller(**make_batch("DIST_PLUS"), epoch=1)
+    assert not calls["layer3.1.bn1"].requires_grad and calls["layer3.1.conv2"].requires_grad
+
+
+def test_own_rate_and_no_weight_decay():
+    def groups(**values):
+        cfg = config("DIST_PLUS", {"SOLVER.LR": 0.02, "SOLVER.WEIGHT_DECAY": 5e-4, **values})
+        distiller = build("DIST_PLUS", values)
+        found = build_optimizer(cfg, distiller).param_groups
+        assert sum(len(g["params"]) for g in found) == len(distiller.get_learnable_parameters())
+        return [(g["lr"], g["weight_decay"], g["lr_scale"]) for g in found]
+
+    assert groups() == [(0.02, 5e-4, 1.0), (pytest.approx(0.002), 0.0, pytest.approx(0.1))]
+    assert groups(**{"DIST_PLUS.ACCLIMATE_LR": 0.005})[1] == (0.005, 0.0, 0.25)
+    assert groups(**{"DIST_PLUS.ACCLIMATE": "none"}) == [(0.02, 5e-4, 1.0)]
+
+
+def test_without_gradient_the_teacher_stays():
+    """No weight decay erodes it, and momentum starts from nothing."""
+    values = {"DIST_PLUS.ACCLIMATE_WEIGHT": 0.0}
+    distiller = build("DIST_PLUS", values)
+    before = copy.deepcopy(distiller.teacher.state_dict())
+    optimizer = build_optimizer(config("DIST_PLUS", {"SOLVER.WEIGHT_DECAY": 0.1, **values}), distiller)
+    total(distiller, make_batch("DIST_PLUS")).backward()
+    optimizer.step()
+    assert not moved(distiller, before)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ("resnet8", "resnet8x4"), ("resnet8x4", "resnet14"), ("resnet8", "vgg8"), ("vgg8", "resnet8"),
+        ("ShuffleV2", "wrn_16_1"), ("MobileNetV2", "vgg8"),
+    ],
+)  # fmt: skip
+def test_other_widths_and_sizes(student, teacher):
+    networks = [cifar_model_dict[name][0](num_classes=10) for name in (student, teacher)]
+    distiller = build_distiller(config("DIST_PLUS"), *networks).train()
+    _, losses = distiller(image=torch.randn(4, 3, 32, 32), target=torch.arange(4), epoch=1)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert distiller.align.weight.grad.any() and all(p.grad is not None for p in distiller.teacher_parameters())
+
+
+@pytest.mark.parametrize("name", sorted(cifar_model_dict))
+def test_the_last_layers_registered_are_the_last_ones_called(name):
+    network, calls = cifar_model_dict[name][0](num_classes=10).eval(), []
+    for module in network.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.register_forward_hook(lambda module, *_: calls.append(module))
+    with torch.no_grad():
+        network(torch.zeros(1, 3, 32, 32))
+    distiller = build_distiller(config("DIST_PLUS"), cifar_model_dict["resnet8"][0](num_classes=10), network)
+    expected = {id(p) for module in calls[-2:] for p in module.parameters()}
+    assert isinstance(calls[-2], torch.nn.Conv2d) and isinstance(calls[-1], torch.nn.Linear)
+    assert {id(p) for p in distiller.teacher_parameters()} == expected
+
+
+def test_building_leaves_random_states_alone():
+    networks = [cifar_model_dict[name][0](num_classes=10) for name in ("resnet8", "resnet14")]
+    state = torch.get_rng_state()
+    build_distiller(config("DIST_PLUS"), *networks)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "message"),
+    [
+        ("DIST", {"DIST.RELATION": "spearman"}, r"DIST\.RELATION: no 'spearman'"),
+        ("DIST", {"DIST.TAU": 0.0}, r"DIST\.TAU must be above 0"),
+        ("DIST", {"DIST.EPS": -1.0}, r"DIST\.EPS"),
+        ("DIST", {"DIST.LABEL_SMOOTHING": 1.0}, r"DIST\.LABEL_SMOOTHING"),
+        ("DIST_PLUS", {"DIST_PLUS.TAU": -1.0}, r"DIST_PLUS\.TAU must be above 0"),
+        ("DIST_PLUS", {"DIST_PLUS.FEATURE_RELATION": "kl"}, r"DIST_PLUS\.FEATURE_RELATION"),
+        (
+            "DIST_PLUS",
+            {"DIST_PLUS.FEATURE_RELATION": "mse", "DIST_PLUS.CHANNEL_WEIGHT": 0.0, "DIST_PLUS.SPATIAL_WEIGHT": 0.0},
+            "nothing to act on",
+        ),
+        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE": "off"}, r"DIST_PLUS\.ACCLIMATE: no 'off'"),
+        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_LR": -0.1}, r"DIST_PLUS\.ACCLIMATE_LR"),
+        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_MODULES": ["fcc"]}, r"ACCLIMATE_MODULES: no 'fcc'; closest: fc"),
+        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_MODULES": ["bn1"]}, "no parameters but BatchNorm's"),
+        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE": "none", "DIST_PLUS.ACCLIMATE_MODULES": ["fc"]}, "must be empty"),
+        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE": "none", "DIST_PLUS.ACCLIMATE_LR": 0.1}, "ACCLIMATE_LR 0"),
+    ],
+    ids=str,
+)
+def test_wrong_configurations(method, values, message):
+    with pytest.raises(InputError, match=message):
+        build(method, values)
+
+
+def test_two_classes_have_nothing_to_acclimate():
+    networks = [cifar_model_dict[name][0](num_classes=2) for name in ("resnet8", "resnet14")]
+    with pytest.raises(InputError, match="ACCLIMATE none"):
+        build_distiller(config("DIST_PLUS"), *networks)
+    distiller = build_distiller(config("DIST_PLUS", {"DIST_PLUS.ACCLIMATE": "none"}), *networks).train()
+    batch = make_batch("DIST_PLUS")
+    batch["target"] %= 2
+    loss = total(distiller, batch)
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_a_teacher_without_a_convolution_needs_names():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(3, 10)
+
+        def forward(self, x):
+            return self.head(x.mean((2, 3))), {"feats": [x]}
+
+        def get_stage_channels(self):
+            return [3]
+
+    with pytest.raises(InputError, match=r"no nn\.Conv2d; name the modules"):
+        build_distiller(config("DIST_PLUS"), Net(), Net())
+    named = config("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_MODULES": ["head"]})
+    assert torch.isfinite(total(build_distiller(named, Net(), Net()).train(), make_batch("DIST_PLUS")))

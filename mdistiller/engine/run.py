@@ -64,11 +64,13 @@ def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str,
 def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
     """Data, networks, method and trainer, and the facts about them for ``results.json``."""
     seed_everything(cfg.EXPERIMENT.SEED)
-    Precision.from_cfg(cfg)  # before the data, like the networks: nothing is downloaded for a run that cannot start
+    precision = Precision.from_cfg(
+        cfg
+    )  # before the data, like the networks: nothing is downloaded for a run that cannot start
     num_classes = dataset_dict[cfg.DATASET.TYPE].num_classes
     student = build_student(cfg, num_classes)
     teacher = build_teacher(cfg, num_classes) if needs_teacher(cfg) else None
-    loaders = build_loaders(cfg)
+    loaders = build_loaders(cfg, precision.device)
     facts: dict[str, Any] = {
         "experiment": experiment_name(cfg),
         "method": cfg.DISTILLER.TYPE,

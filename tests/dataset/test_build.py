@@ -34,6 +34,7 @@ def make_cfg(*options):
             "DOWNLOAD": False,
             "IMAGE_SIZE": 0,
             "NUM_WORKERS": 0,
+            "LOADER": "auto",
             "TRAIN_FRACTION": 1.0,
             "TRAIN_PER_CLASS": 0,
             "VAL_FRACTION": 0.0,
@@ -41,7 +42,7 @@ def make_cfg(*options):
         }
     )
     cfg.DISTILLER = CfgNode({"TYPE": "ONE"})
-    cfg.SOLVER = CfgNode({"BATCH_SIZE": 64, "DROP_LAST": False})
+    cfg.SOLVER = CfgNode({"BATCH_SIZE": 64, "DROP_LAST": False, "CHANNELS_LAST": False})
     cfg.merge_from_list(list(options))
     cfg.freeze()
     return cfg

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .views import Draws
 
+ATTEMPTS = 33
+
 
 class Mixture(NamedTuple):
     """Mixed images and how they came about.
@@ -40,11 +42,11 @@ def draw_partners(rng: Draws) -> Tensor:
 
 
 def draw_shares(rng: Draws, alpha: float) -> Tensor:
-    """``(B,)`` float32 from Beta(alpha, alpha), one for each image. Slots 0 to 65 (of a space of their own).
+    """``(B,)`` float32 from Beta(alpha, alpha), one for each image; two slots an attempt.
 
     By Johnk's method: with u, v uniform, ``x = u^(1/alpha)`` and ``y = v^(1/alpha)``, the ratio ``x / (x + y)``
-    is Beta distributed given ``x + y <= 1``. The first of 33 pairs that meets this is taken (0.7 to 1 of the pairs
-    do for alpha up to 0.5, and 0.5 for 1); where none does, the share is 0.5.
+    is Beta distributed given ``x + y <= 1``. Half of the pairs or more meet this, and the first one is taken;
+    where none of 33 does, the share is 0.5.
 
     Args:
         rng: the batch's draws.
@@ -62,9 +64,6 @@ def draw_shares(rng: Draws, alpha: float) -> Tensor:
         log_sum = torch.logaddexp(log_x, log_y)
         share = torch.where(log_sum <= 0, (log_x - log_sum).exp(), share)
     return share.float()
-
-
-ATTEMPTS = 33
 
 
 def mixup(images: Tensor, rng: Draws, alpha: float = 1.0) -> Mixture:

@@ -64,9 +64,8 @@ def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str,
 def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
     """Data, networks, method and trainer, and the facts about them for ``results.json``."""
     seed_everything(cfg.EXPERIMENT.SEED)
-    precision = Precision.from_cfg(
-        cfg
-    )  # before the data, like the networks: nothing is downloaded for a run that cannot start
+    # Before the data, like the networks: nothing is downloaded for a run that cannot start.
+    precision = Precision.from_cfg(cfg)
     num_classes = dataset_dict[cfg.DATASET.TYPE].num_classes
     student = build_student(cfg, num_classes)
     teacher = build_teacher(cfg, num_classes) if needs_teacher(cfg) else None

@@ -31,9 +31,10 @@ from .randaugment import RandAugment
 from .views import Cutout, Draws, HorizontalFlip, RandomCrop, View, name_key
 
 CHUNK = 250  # images drawn at once: what is computed stays in the processor's cache
-ANGLES = 1024  # directions an object may be turned to
-DISTRACTORS = 3  # small objects behind the object
+ANGLES = 1024  # steps of a full turn
+DISTRACTORS = 2  # small objects behind the object
 OCCLUDERS = 1  # small objects upon it
+NOISE = 16.0  # grey levels at most
 
 
 @register_dataset("shapes")
@@ -42,18 +43,18 @@ class Shapes(DataSet):
 
     num_classes = 100
     image_size = 32
-    mean = (0.5, 0.5, 0.5)
-    std = (0.25, 0.25, 0.25)
+    mean = (0.4992, 0.4990, 0.4985)
+    std = (0.2344, 0.2345, 0.2347)
     model_family = "cifar"
     views: ClassVar[dict[str, View]] = {
         "weak": (RandomCrop(), HorizontalFlip()),
         "strong": (RandomCrop(), HorizontalFlip(), RandAugment(n=2), Cutout()),
     }
-    defaults: ClassVar[dict[str, int]] = {"TRAIN_SIZE": 10_000, "TEST_SIZE": 2_000}
+    defaults: ClassVar[dict[str, int]] = {"TRAIN_SIZE": 20_000, "TEST_SIZE": 2_000}
 
     @classmethod
     def load(
-        cls, root: Path, image_size: int, download: bool, train_size: int = 10_000, test_size: int = 2_000
+        cls, root: Path, image_size: int, download: bool, train_size: int = 20_000, test_size: int = 2_000
     ) -> tuple[Split, Split]:
         for key, size in (("TRAIN_SIZE", train_size), ("TEST_SIZE", test_size)):
             if size < cls.num_classes:
@@ -97,7 +98,7 @@ def draw_images(labels: Tensor, rng: Draws, size: int) -> Tensor:
         canvas = paint(canvas, grid, *_small_object(rng))
         rng = rng.skip(OBJECT_SLOTS)
     shape, pattern = labels // 10, labels % 10
-    canvas = paint(canvas, grid, shape, pattern, _placed(rng, (0.5, 0.85), 0.3), _colors(main_color, rng))
+    canvas = paint(canvas, grid, shape, pattern, _placed(rng, (0.55, 0.9), 0.2, ANGLES // 8), _colors(main_color, rng))
     rng = rng.skip(OBJECT_SLOTS)
     for _ in range(OCCLUDERS):
         canvas = paint(canvas, grid, *_small_object(rng))
@@ -125,22 +126,24 @@ PLACEMENT_SLOTS = 9
 OBJECT_SLOTS = PLACEMENT_SLOTS + 3 + 4 + 2  # with a first and a second colour, outline and pattern
 
 
-def _placed(rng: Draws, radius: tuple[float, float], spread: float) -> Placement:
+def _placed(rng: Draws, radius: tuple[float, float], spread: float, turn: int) -> Placement:
+    """Drawn uniformly: radius in its range, middle within ``spread`` of the image's, turn up to ``turn`` steps."""
+
     def within(slot: int, low: float, high: float) -> Tensor:
         return rng.uniform(slot) * (high - low) + low
 
-    turn, turn_pattern = rng.integers(3, 0, ANGLES), rng.integers(4, 0, ANGLES)
-    cosine = torch.tensor([math.cos(2 * math.pi * i / ANGLES) for i in range(ANGLES)], device=turn.device)
+    turned, pattern_turned = rng.integers(3, -turn, turn + 1) % ANGLES, rng.integers(4, 0, ANGLES)
+    cosine = torch.tensor([math.cos(2 * math.pi * i / ANGLES) for i in range(ANGLES)], device=turned.device)
     quarter = ANGLES // 4
     return Placement(
         x=within(0, -spread, spread),
         y=within(1, -spread, spread),
         radius=within(2, *radius),
-        cos=cosine[turn],
-        sin=cosine[(turn - quarter) % ANGLES],
+        cos=cosine[turned],
+        sin=cosine[(turned - quarter) % ANGLES],
         stretch=within(5, 0.87, 1.15),
-        cos_pattern=cosine[turn_pattern],
-        sin_pattern=cosine[(turn_pattern - quarter) % ANGLES],
+        cos_pattern=cosine[pattern_turned],
+        sin_pattern=cosine[(pattern_turned - quarter) % ANGLES],
         period=within(6, 0.4, 0.65),
         phase_x=rng.uniform(7),
         phase_y=rng.uniform(8),
@@ -152,7 +155,7 @@ def _small_object(rng: Draws) -> tuple[Tensor, Tensor, Placement, Tensor]:
     first = torch.stack([rng.integers(PLACEMENT_SLOTS + channel, 0, 256) for channel in range(3)], dim=1)
     shape = rng.integers(PLACEMENT_SLOTS + 7, 0, 10)
     pattern = rng.integers(PLACEMENT_SLOTS + 8, 0, 10)
-    return shape, pattern, _placed(rng, (0.12, 0.3), 1.0), _colors(first, rng)
+    return shape, pattern, _placed(rng, (0.12, 0.3), 1.0, ANGLES // 2), _colors(first, rng)
 
 
 def _colors(first: Tensor, rng: Draws) -> Tensor:
@@ -211,14 +214,14 @@ def _by_kind(kinds: tuple[Callable[..., Tensor], ...], choice: Tensor, *values: 
     return result
 
 
-def _noisy(canvas: Tensor, rng: Draws, strength: float = 24.0) -> Tensor:
-    """Noise of triangular distribution, within ``strength`` levels, and rounding."""
+def _noisy(canvas: Tensor, rng: Draws) -> Tensor:
+    """Noise of triangular distribution, and rounding."""
     size = canvas.shape[-1]
     pixel = torch.arange(size * size, device=canvas.device).view(size, size)
     state = draws.hash_keys(rng.first, start=rng.state)[:, None, None]
     bits = draws.hash_keys(pixel, start=state)
     parts = torch.stack([(bits >> (10 * i)) & 1023 for i in range(6)], dim=1).float()
-    noise = (parts[:, :3] - parts[:, 3:]) * (strength / 1024)
+    noise = (parts[:, :3] - parts[:, 3:]) * (NOISE / 1024)
     return (canvas + noise + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 

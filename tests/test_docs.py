@@ -37,7 +37,7 @@ BOTH = README + CONTRIBUTING
 # The files of CONTRIBUTING's walk-through: a line that holds nothing but `path`: and below it the content.
 WALK_THROUGH = dict(re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```", CONTRIBUTING, re.MULTILINE | re.DOTALL))
 METHOD_FILE = "mdistiller/distillers/MYKD.py"
-IMPORT_NAMES = {"yaml": "PyYAML", "sklearn": "scikit-learn"}
+IMPORT_NAMES = {"yaml": "PyYAML", "sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 def blocks(text: str, language: str) -> list[str]:

@@ -28,7 +28,7 @@ from mdistiller.registry import InputError
 
 from .base import DataSet, Split, register_dataset
 from .randaugment import RandAugment
-from .views import Cutout, Draws, HorizontalFlip, RandomCrop, View, name_key
+from .views import Cutout, Draws, HorizontalFlip, RandomCrop, View, name_key, rotations
 
 CHUNK = 250  # images drawn at once: what is computed stays in the processor's cache
 ANGLES = 1024  # steps of a full turn
@@ -49,6 +49,7 @@ class Shapes(DataSet):
     views: ClassVar[dict[str, View]] = {
         "weak": (RandomCrop(), HorizontalFlip()),
         "strong": (RandomCrop(), HorizontalFlip(), RandAugment(n=2), Cutout()),
+        **rotations((RandomCrop(), HorizontalFlip())),
     }
     defaults: ClassVar[dict[str, int]] = {"TRAIN_SIZE": 20_000, "TEST_SIZE": 2_000}
 

@@ -120,6 +120,11 @@ class Rotate90:
         return images.rot90(self.k, (2, 3))
 
 
+def rotations(view: View) -> dict[str, View]:
+    """``rot90``, ``rot180`` and ``rot270``: the images of ``view``, each view with draws of its own, then turned."""
+    return {f"rot{90 * k}": (*view, Rotate90(k)) for k in (1, 2, 3)}
+
+
 @dataclass(frozen=True)
 class Cutout:
     """A square of random size and place painted over, as TorchSSL's code draws it.

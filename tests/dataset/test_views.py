@@ -8,7 +8,16 @@ from torchvision import transforms
 from torchvision.transforms import functional as reference
 
 from mdistiller.dataset import dataset_dict
-from mdistiller.dataset.views import Cutout, Draws, HorizontalFlip, RandomCrop, Rotate90, apply_view, normalize
+from mdistiller.dataset.views import (
+    Cutout,
+    Draws,
+    HorizontalFlip,
+    RandomCrop,
+    Rotate90,
+    apply_view,
+    normalize,
+    rotations,
+)
 
 INDEX = torch.arange(100, 140)
 IMAGES = torch.randint(0, 256, (40, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -75,6 +84,13 @@ def test_quarter_turns(rng, k):
     for image, turned in zip(IMAGES, found, strict=True):
         assert torch.equal(turned, reference.rotate(image, 90 * k))
     assert Rotate90.slots == 0
+
+
+def test_rotated_views_are_the_view_turned():
+    for k, (name, view) in enumerate(rotations((RandomCrop(),)).items(), start=1):
+        drawn = Draws.of_view(name, 1, 2, INDEX)
+        assert name == f"rot{90 * k}"
+        assert torch.equal(apply_view(view, IMAGES, drawn), RandomCrop()(IMAGES, drawn).rot90(k, (2, 3)))
 
 
 def test_normalize_in_channels_last_changes_the_layout_only():

@@ -281,7 +281,8 @@ class _Part:
         """Open what there is for ``path``; a second download of it at the same time is refused."""
         name = path.with_name(f"{path.name}.part")
         with _writing(path):
-            file = open(name, "a+b")  # noqa: SIM115  closed below
+            # unbuffered: on a full disk, closing would try to write once more
+            file = open(name, "a+b", buffering=0)  # noqa: SIM115  closed below
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -298,6 +299,7 @@ class _Part:
             finally:
                 if part.size == 0:
                     name.unlink(missing_ok=True)
+                    part._record.unlink(missing_ok=True)
 
     @property
     def resumable(self) -> bool:
@@ -324,10 +326,12 @@ class _Part:
 
     def append(self, chunk: bytes) -> None:
         with _writing(self.path):
-            self._file.write(chunk)
-            self._file.flush()
-        self.size += len(chunk)
-        self.received += len(chunk)
+            rest = memoryview(chunk)
+            while rest:
+                written = self._file.write(rest)
+                rest = rest[written:]
+                self.size += written
+                self.received += written
 
     def finish(self, url: str, expected: str | None) -> str:
         """Move the complete file into its place. Returns its SHA-256."""
@@ -467,6 +471,8 @@ def _problem(member: tarfile.TarInfo, path: PurePosixPath, size_of_tar: int) -> 
     """What is wrong with a member, judged by its header."""
     if path.is_absolute() or ".." in path.parts:
         return "its path leads out of the folder"
+    if member.isfile() and not path.parts:
+        return "it has no name"
     if not (member.isfile() or member.isdir()) or member.issparse():
         return "neither file nor folder"
     if member.size > MAX_BYTES:

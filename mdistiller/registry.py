@@ -8,7 +8,7 @@ decorators of the packages and plain assignment (``distiller_dict["MINE"] = Mine
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -50,13 +50,20 @@ class Registry(dict):
 
     Args:
         kind: what an entry is, for messages: ``"distiller"``.
+
+    ``finder`` is asked for a name that is missing, and may enter it; it returns the entry or ``None``.
     """
+
+    finder: Callable[[str], Any] | None = None
 
     def __init__(self, kind: str, entries: dict[str, Any] | None = None) -> None:
         super().__init__(entries or {})
         self.kind = kind
 
     def __missing__(self, name: str) -> Any:
+        found = self.finder(name) if self.finder is not None else None
+        if found is not None:
+            return found
         raise UnknownName(f"no {self.kind} named {name!r}; {suggestion(str(name), self)}")
 
     def add(self, name: str, entry: Any) -> None:

@@ -251,6 +251,19 @@ def test_a_real_process_ends_with_code_2_and_without_a_traceback():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_a_diverging_run_ends_with_code_1_and_says_what_is_left(epochs):
+    folder = Path(f"output/digits/diverging_after_{epochs}")
+    if epochs:
+        shutil.copytree(FIRST, folder)
+    outcome = run_tool(
+        "train", shlex.split(f"{PLAIN} EXPERIMENT.NAME {folder.name} --resume SOLVER.EPOCHS 4 SOLVER.LR 1e30")
+    )
+    assert outcome.code == 1
+    assert outcome.err.startswith(f"stopped: the loss is not finite at step {2 * epochs + 2} (epoch {epochs + 1}): ce ")
+    assert (f"{folder}/latest holds the last good state" in outcome.err) == bool(epochs)
+
+
 def test_whoever_stops_reading_is_not_shown_a_traceback():
     """``tools/list.py | head -1`` once ended in a BrokenPipeError."""
     command = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'tools' / 'list.py'))} | head -c 6"
@@ -416,5 +429,6 @@ def test_list_names_everything_there_is():
     words = set(re.split(r"\s+", out))
     for table in (distiller_dict, dataset_dict, cifar_model_dict, tiny_imagenet_model_dict, imagenet_model_dict):
         assert set(table) <= words
-    assert "configs/cifar100/kd/res32x4_res8x4.yaml" in words
+    for path in ("cifar100/kd/res32x4_res8x4.yaml", "digits/vanilla/res8.yaml", "plans/demo.yaml"):
+        assert f"configs/{path}" in words
     assert succeed("list", "datasets models").startswith("DATA SET")

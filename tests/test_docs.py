@@ -1,4 +1,4 @@
-"""What README and CONTRIBUTING say is true: their code runs, their commands parse, their paths and links exist."""
+"""What README, CONTRIBUTING and docs/ say is true: code runs, commands parse, paths and links exist."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README, CONTRIBUTING, CHANGELOG = (
     (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 )
-BOTH = README + CONTRIBUTING
+DOCS = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+BOTH = README + CONTRIBUTING + "".join(DOCS.values())
 # The files of CONTRIBUTING's walk-through: a line that holds nothing but `path`: and below it the content.
 WALK_THROUGH = dict(re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```", CONTRIBUTING, re.MULTILINE | re.DOTALL))
 METHOD_FILE = "mdistiller/distillers/MYKD.py"
@@ -221,9 +222,16 @@ def test_paths_exist(path):
     assert path in WALK_THROUGH or any(ROOT.glob(pattern))
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?://)([^)#]+)", BOTH + CHANGELOG))))
-def test_relative_links_resolve(target):
-    assert (ROOT / target).exists()
+LINKS = [
+    (path, target)
+    for path, text in {ROOT / "README.md": README + CONTRIBUTING + CHANGELOG, **DOCS}.items()
+    for target in sorted(set(re.findall(r"\]\((?!https?://)([^)#]+)", text)))
+]
+
+
+@pytest.mark.parametrize(("path", "target"), LINKS, ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
+def test_relative_links_resolve(path, target):
+    assert (path.parent / target).exists()
 
 
 # Tables
@@ -245,11 +253,11 @@ def test_method_table_is_complete():
 def test_table_of_a_runs_files(tmp_path):
     options = {
         "LOG.PREFIX": tmp_path, "LOG.SAVE_CHECKPOINT_FREQ": 1, "DATASET.TYPE": "digits", "DATASET.TRAIN_PER_CLASS": 2,
-        "DATASET.IMAGE_SIZE": 8, "DATASET.NUM_WORKERS": 0, "DISTILLER.STUDENT": "resnet8", "SOLVER.EPOCHS": 1,
+        "DATASET.IMAGE_SIZE": 8, "DATASET.NUM_WORKERS": 0, "DISTILLER.STUDENT": "resnet8", "SOLVER.EPOCHS": 2,
         "SOLVER.EMA_DECAY": 0.9, "SOLVER.DEVICE": "cpu",
     }  # fmt: skip
     mdistiller.engine.run.run(load_config(options=[str(part) for item in options.items() for part in item]))
-    found = {re.sub(r"_1$", "_N", path.name) for path in (tmp_path / "distill" / "default").iterdir()}
+    found = {re.sub(r"_[12]$", "_N", path.name) for path in (tmp_path / "distill" / "default").iterdir()}
     assert found == {name for row in table("file") for name in names_in(row[0])}
 
 

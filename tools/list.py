@@ -4,7 +4,6 @@ python tools/list.py [methods|models|datasets|configs|plans ...]
 """
 
 import argparse
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -61,10 +60,10 @@ def plans() -> list[tuple[str, ...]]:
 
 
 def _yaml_files(wanted: Callable[[Path], bool]) -> list[tuple[str]]:
-    """Files below ``configs/`` of this checkout, as seen from here; those named ``_..._`` are only inherited from."""
-    root = Path(__file__).resolve().parents[1] / "configs"
-    found = [path for path in sorted(root.rglob("*.yaml")) if path.name[0] != "_" and wanted(path)]
-    return [(os.path.relpath(path),) for path in found]
+    """Files below ``configs/``, as seen from the checkout; those named ``_..._`` are only inherited from."""
+    root = Path(__file__).resolve().parents[1]
+    found = [path for path in sorted((root / "configs").rglob("*.yaml")) if path.name[0] != "_" and wanted(path)]
+    return [(str(path.relative_to(root)),) for path in found]
 
 
 SECTIONS = Registry(

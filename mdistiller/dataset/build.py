@@ -11,8 +11,9 @@ import torch
 from mdistiller.registry import InputError, dataset_dict, distiller_dict
 
 from .base import Split
-from .fields import batch_fields, views_of
+from .fields import batch_fields, views_of, wants_negatives
 from .loader import BatchedImages, Loader
+from .negatives import negatives_from
 from .subsets import hold_out, reduce_train
 
 LOADERS = ("auto", "device", "workers")  # what DATASET.LOADER takes
@@ -78,19 +79,24 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
             images do not fit into the device's memory.
     """
     dataset = dataset_dict[cfg.DATASET.TYPE]
-    views = views_of(batch_fields(distiller_dict[cfg.DISTILLER.TYPE]), dataset)
+    method, seed = distiller_dict[cfg.DISTILLER.TYPE], cfg.EXPERIMENT.SEED
+    views = views_of(batch_fields(method), dataset)
     splits = load_splits(cfg)
     workers = _worker_count(cfg, torch.device(device))
     place = {"device": "cpu" if workers is not None else device, "channels_last": cfg.SOLVER.CHANNELS_LAST}
-    seed, batch_size = cfg.EXPERIMENT.SEED, cfg.DATASET.TEST.BATCH_SIZE
+    batch_size = cfg.DATASET.TEST.BATCH_SIZE
 
     def test_loader(split: Split) -> Loader:
         """No view, no workers: passing a batch between processes takes longer than normalising it."""
         return Loader(BatchedImages(split, {"image": ("test", ())}, dataset.mean, dataset.std, **place), batch_size)
 
     try:
+        labels = splits.train.labels.to(place["device"])
+        negatives = negatives_from(cfg, method.section, labels) if wants_negatives(method) else None
         train = Loader(
-            BatchedImages(splits.train, views, dataset.mean, dataset.std, seed, with_index=True, **place),
+            BatchedImages(
+                splits.train, views, dataset.mean, dataset.std, seed, with_index=True, negatives=negatives, **place
+            ),
             cfg.SOLVER.BATCH_SIZE,
             shuffle=True,
             seed=seed,
@@ -99,7 +105,7 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
         )
         val = None if splits.val is None else test_loader(splits.val)
         test = test_loader(splits.test)
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         raise InputError(f"the images do not fit into the memory of {device}; set DATASET.LOADER workers") from error
     if len(train) == 0:
         raise InputError(

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mdistiller.functional import draws
 
 from .base import Split
+from .negatives import Negatives
 from .views import Draws, View, apply_view, name_key, normalize
 
 Request = tuple[int, Tensor]
@@ -34,6 +35,7 @@ class BatchedImages(Dataset):
         mean, std: of the three channels, where white is 1.
         seed: of the augmentation.
         with_index: also deliver ``index``.
+        negatives: also deliver ``contrastive_index``; made of labels on the device.
         device: where images and labels are kept and batches are made; their indices must lie there.
         channels_last: NHWC layout of the images delivered.
     """
@@ -46,6 +48,7 @@ class BatchedImages(Dataset):
         std: tuple[float, ...],
         seed: int = 0,
         with_index: bool = False,
+        negatives: Negatives | None = None,
         device: torch.device | str = "cpu",
         channels_last: bool = False,
     ) -> None:
@@ -57,12 +60,16 @@ class BatchedImages(Dataset):
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.seed = seed
         self.with_index = with_index
+        self.negatives = negatives
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, request: Request) -> Batch:
-        """``{field: (B, 3, H, W) float32, "target": (B,) int64}``, and ``"index": (B,) int64`` if wanted."""
+        """``{field: (B, 3, H, W) float32, "target": (B,) int64}``.
+
+        If wanted, also ``"index"``, ``(B,)`` int64, and ``"contrastive_index"``, ``(B, K + 1)`` int64.
+        """
         epoch, index = request
         images = self.split.images.index_select(0, index)
         batch = {}
@@ -72,6 +79,8 @@ class BatchedImages(Dataset):
         batch["target"] = self.split.labels.index_select(0, index)
         if self.with_index:
             batch["index"] = index
+        if self.negatives is not None:
+            batch["contrastive_index"] = self.negatives.draw(epoch, index)
         return batch
 
 

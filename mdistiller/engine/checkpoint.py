@@ -22,6 +22,7 @@ import tarfile
 import tempfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +96,12 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str, *, keep
         os.fsync(folder)  # or a power cut may undo the rename
     finally:
         os.close(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files of writes that a crash interrupted."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
 
 
 def _link_over(source: Path, target: Path) -> None:
@@ -299,6 +306,15 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str)
             problems.append(f"{title}: {', '.join(keys[:4])}{more}")
     if problems:
         raise CheckpointError(f"{what} does not fit: {'; '.join(problems)}")
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> int:
+    """A checksum of a state dict's names and values, to tell whether a file is the one that was written."""
+    checksum = 0
+    for key, value in state.items():
+        checksum = zlib.crc32(key.encode(), checksum)
+        checksum = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), checksum)
+    return checksum
 
 
 def load_into(model: nn.Module, path: str | os.PathLike[str], what: str) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .batch import images_of
-from .checkpoint import check_fit, load_into, save_checkpoint, write_atomically
+from .checkpoint import CheckpointError, check_fit, fingerprint, load_into, save_checkpoint, write_atomically
 from .evaluate import Evaluation, evaluate, hits_at
 from .solver import learning_rate
 from .utils import log_msg
@@ -114,10 +114,11 @@ class NonFiniteGuard(Hook):
             terms = ", ".join(f"{name} {value.item():g}" for name, value in output.losses.items())
             index = output.batch.get("index")
             images = "" if index is None else f"; images {index.tolist()}"
+            latest = self.trainer.folder / "latest"
+            saved = f"{latest} holds the last good state; " if latest.is_file() else ""
             raise NonFiniteLossError(
                 f"the loss is not finite at step {step} (epoch {self.trainer.epoch}): {terms}; learning rate "
-                f"{rate:g}{images}. {self.trainer.folder / 'latest'} holds the last good state; "
-                "a lower SOLVER.LR, SOLVER.WARMUP_EPOCHS or SOLVER.AMP off may help"
+                f"{rate:g}{images}. {saved}a lower SOLVER.LR, SOLVER.WARMUP_EPOCHS or SOLVER.AMP off may help"
             )
 
 
@@ -187,6 +188,8 @@ class Clock(Hook):
 
     def after_epoch(self) -> None:
         self.seconds["train"] += time.perf_counter() - self.epoch_start
+
+    def epoch_done(self) -> None:
         self.trainer.results["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,6 +243,7 @@ class Evaluate(Hook):
         self.scores: list[tuple[float, float]] = []  # top-1 and top-5 of each evaluation
         self.prefix = "val" if trainer.test_loader is not None else "test"
         self.is_best = False
+        self.best_fingerprint = 0  # of the student in student_best
 
     def after_epoch(self) -> None:
         trainer, self.is_best = self.trainer, False
@@ -272,6 +276,7 @@ class Evaluate(Hook):
             "top1", -1.0
         ):  # a tie goes to the later, as in mdistiller
             self.is_best = True
+            self.best_fingerprint = fingerprint(trainer.distiller.student.state_dict())
             trainer.results["best"] = _as_dict(result, trainer.epoch, self.prefix)
         recent = [top1 for top1, _ in self.scores[-trainer.cfg.LOG.MEAN_OF_LAST :]]
         trainer.results["mean_of_last"] = {
@@ -285,20 +290,23 @@ class Evaluate(Hook):
         if trainer.test_loader is None:
             return
         last = self.score(trainer.test_loader)
-        best_epoch = trainer.results["best"]["epoch"]
-        current = {k: v.clone() for k, v in trainer.distiller.student.state_dict().items()}
-        load_into(trainer.distiller.student, trainer.folder / "student_best", "student")
+        best_epoch, student = trainer.results["best"]["epoch"], trainer.distiller.student
+        current = {k: v.clone() for k, v in student.state_dict().items()}
+        load_into(student, trainer.folder / "student_best", "student")
+        if fingerprint(student.state_dict()) != self.best_fingerprint:
+            raise CheckpointError(f"{trainer.folder / 'student_best'} is not the student of epoch {best_epoch}")
         best = self.score(trainer.test_loader)
-        trainer.distiller.student.load_state_dict(current)
+        student.load_state_dict(current)
         trainer.results["validation"] = {key: trainer.results[key] for key in ("last", "best")}
         trainer.results["last"] = _as_dict(last, trainer.cfg.SOLVER.EPOCHS, "test")
         trainer.results["best"] = _as_dict(best, best_epoch, "test") | {"picked_on": "validation"}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scores": self.scores}
+        return {"scores": self.scores, "best_fingerprint": self.best_fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scores = [tuple(score) for score in state.get("scores", [])]
+        self.best_fingerprint = state.get("best_fingerprint", 0)
 
 
 def _as_dict(result: Evaluation, epoch: int, split: str) -> dict[str, Any]:

@@ -16,11 +16,12 @@ import torch
 
 import mdistiller
 from mdistiller.dataset import Loaders, build_loaders
+from mdistiller.plugins import load_methods
 from mdistiller.registry import InputError, dataset_dict
 
 from .build import build_distiller, build_student, build_teacher, needs_teacher, teacher_checkpoint
 from .cfg import experiment_name, relevant_part
-from .checkpoint import write_atomically
+from .checkpoint import previous, remove_leftovers, write_atomically
 from .config_node import read_yaml
 from .evaluate import evaluate
 from .experiment import changed_keys
@@ -55,6 +56,7 @@ def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str,
     if overwrite:
         _clear(folder)
     _make(folder)
+    remove_leftovers(folder)
     write_atomically(folder / "config.yaml", cfg.dump())
     write_atomically(folder / "environment.json", json.dumps(_environment(cfg, trainer), indent=1) + "\n")
     trainer.results.update(facts)
@@ -63,6 +65,7 @@ def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str,
 
 def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
     """Data, networks, method and trainer, and the facts about them for ``results.json``."""
+    file = load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)  # in this process, perhaps not the first
     seed_everything(cfg.EXPERIMENT.SEED)
     # Before the data, like the networks: nothing is downloaded for a run that cannot start.
     precision = Precision.from_cfg(cfg)
@@ -78,6 +81,8 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
         "seed": cfg.EXPERIMENT.SEED,
         "training_images": loaders.num_data,
     }
+    if file is not None:
+        facts["method_file"] = {"path": str(file.path), "sha256": file_digest(file.path)}
     if teacher is not None:
         facts["teacher"] = score_teacher(cfg, teacher, loaders)
     torch.manual_seed(cfg.EXPERIMENT.SEED)  # a method's own modules do not depend on the teacher's size
@@ -145,7 +150,8 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool) -> bool:
         )
     if resume:
         _check_same_experiment(folder, cfg)
-        return (folder / "latest").is_file()
+        latest = folder / "latest"
+        return latest.is_file() or previous(latest).is_file()
     if not overwrite:
         raise InputError(
             f"{folder} holds a run already; go on with it by --resume, replace it by --overwrite, or name "

@@ -148,7 +148,7 @@ def test_where_batches_are_made(monkeypatch, loader, num_workers, device, expect
 
 def test_images_that_do_not_fit_on_the_device(monkeypatch):
     def fail(*args, **kwargs):
-        raise torch.OutOfMemoryError
+        raise torch.cuda.OutOfMemoryError
 
     monkeypatch.setattr(Split, "to", fail)
     with pytest.raises(InputError, match=r"do not fit into the memory of cpu; set DATASET.LOADER workers"):

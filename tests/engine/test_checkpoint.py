@@ -80,6 +80,7 @@ class Bomb:
         return (open, (str(self.path), "w"))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("write", [torch.save, lambda obj, path: path.write_bytes(pickle.dumps(obj))])
 def test_a_file_that_would_execute_code_is_not_executed(tmp_path, write):
     write({"model": Bomb(tmp_path / "pwned")}, tmp_path / "file")

@@ -20,13 +20,14 @@ from cli_runner import run_tool
 from method_cases import build, make_batch, total
 
 import mdistiller
+import mdistiller.dataset
 import mdistiller.engine.build
 import mdistiller.engine.run
 import mdistiller.reports
 from mdistiller.engine.cfg import CFG, load_config, value_of
 from mdistiller.engine.config_node import ConfigNode
 from mdistiller.models import cifar_model_dict
-from mdistiller.registry import distiller_dict
+from mdistiller.registry import dataset_dict, distiller_dict
 from mdistiller.reports.table import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,7 @@ BOTH = README + CONTRIBUTING + "".join(DOCS.values())
 # The files of CONTRIBUTING's walk-through: a line that holds nothing but `path`: and below it the content.
 WALK_THROUGH = dict(re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```", CONTRIBUTING, re.MULTILINE | re.DOTALL))
 METHOD_FILE = "mdistiller/distillers/MYKD.py"
-IMPORT_NAMES = {"yaml": "PyYAML", "sklearn": "scikit-learn"}
+IMPORT_NAMES = {"yaml": "PyYAML", "sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -170,6 +171,7 @@ def test_commands_are_accepted(line, walk_through_method, walk_through_folder, m
     monkeypatch.setattr(mdistiller.engine.run, "run", reach)
     monkeypatch.setattr(mdistiller.engine.build, "build_student", reach)
     monkeypatch.setattr(mdistiller.reports, "run_plan", reach)
+    monkeypatch.setattr(mdistiller.dataset, "load_splits", reach)
     _, script, *arguments = shlex.split(line)
     name = Path(script).stem
     if name == "list":
@@ -248,6 +250,10 @@ def test_method_table_is_complete():
     """A new method needs a row in README's table, and a name there must be registered."""
     rows = table("method", "what the student minimises")
     assert sorted(name for row in rows for name in names_in(row[0])) == sorted(distiller_dict)
+
+
+def test_data_set_table_is_complete():
+    assert sorted(name for row in table("data set") for name in names_in(row[0])) == sorted(dataset_dict)
 
 
 def test_table_of_a_runs_files(tmp_path):

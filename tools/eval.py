@@ -37,7 +37,7 @@ def main() -> None:
     else:
         model = build_student(cfg, num_classes)
         load_into(model, args.ckpt, f"model {args.model}")
-    result = evaluate(precision.place(model), build_loaders(cfg).test, precision)
+    result = evaluate(precision.place(model), build_loaders(cfg, precision.device).test, precision)
     print(
         f"{args.model} on {result.count} test images of {args.dataset}: "
         f"top-1 {result.top1:.2f}, top-5 {result.top5:.2f}, loss {result.loss:.4f}"

@@ -8,6 +8,7 @@ from .cifar100 import CIFAR100
 from .digits import Digits
 from .fields import batch_fields
 from .loader import Loader
+from .shapes import Shapes
 
 __all__ = [
     "CIFAR100",
@@ -15,6 +16,7 @@ __all__ = [
     "Digits",
     "Loader",
     "Loaders",
+    "Shapes",
     "Split",
     "Splits",
     "batch_fields",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: torch.device) -> Split:
+        """The same on ``device``; itself if it lies there."""
+        return Split(self.images.to(device), self.labels.to(device))
+
     def take(self, positions: Tensor) -> Split:
         """The images at ``positions``, in that order."""
         return Split(self.images[positions], self.labels[positions])
@@ -47,15 +51,17 @@ class DataSet:
     model_family: ClassVar[str]  # key of registry.MODEL_FAMILIES
     public_teachers: ClassVar[bool] = False  # whether the checkpoints in the model table were trained on it
     views: ClassVar[dict[str, View]]  # "weak" is what a method gets that asks for plain "image"
+    defaults: ClassVar[dict[str, Any]] = {}  # keys of its own, in the section DATASET.<NAME>
 
     @classmethod
-    def load(cls, root: Path, image_size: int, download: bool) -> tuple[Split, Split]:
+    def load(cls, root: Path, image_size: int, download: bool, **options: Any) -> tuple[Split, Split]:
         """Training and test images.
 
         Args:
             root: folder of the data, one for all data sets; those that need no files ignore it.
             image_size: pixels a side of the images returned.
             download: fetch missing files.
+            options: the keys of ``defaults``, in lower case.
         Raises:
             InputError: files are missing or unreadable; says which and what to do.
         """

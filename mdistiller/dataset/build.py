@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mdistiller.registry import InputError, dataset_dict, distiller_dict
 
-from .base import DataSet, Split
+from .base import Split
 from .fields import batch_fields, views_of, wants_negatives
 from .loader import BatchedImages, Loader
 from .negatives import negatives_from
 from .subsets import hold_out, reduce_train
+
+LOADERS = ("auto", "device", "workers")  # what DATASET.LOADER takes
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def load_splits(cfg: Any) -> Splits:
     """
     dataset = dataset_dict[cfg.DATASET.TYPE]
     size = cfg.DATASET.IMAGE_SIZE or dataset.image_size
-    train, test = dataset.load(Path(cfg.DATASET.ROOT).expanduser(), size, cfg.DATASET.DOWNLOAD)
+    own = {key.lower(): cfg.DATASET[dataset.name.upper()][key] for key in dataset.defaults}
+    train, test = dataset.load(Path(cfg.DATASET.ROOT).expanduser(), size, cfg.DATASET.DOWNLOAD, **own)
     val, seed = None, cfg.EXPERIMENT.SEED
     if cfg.DATASET.VAL_FRACTION != 0:
         rest, held_out = hold_out(train.labels, cfg.DATASET.VAL_FRACTION, seed)
@@ -61,38 +66,60 @@ def load_splits(cfg: Any) -> Splits:
     return Splits(train if kept is None else train.take(kept), val, test)
 
 
-def build_loaders(cfg: Any) -> Loaders:
+def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
     """The loaders of a run of method ``DISTILLER.TYPE`` on data set ``DATASET.TYPE``.
 
+    Args:
+        cfg: the configuration.
+        device: where the networks run. With ``DATASET.LOADER`` ``device`` images are kept and batches made there;
+            ``auto`` means that on a GPU, and anywhere with ``DATASET.NUM_WORKERS`` 0.
+
     Raises:
-        InputError: see :func:`load_splits`, :func:`batch_fields` and :func:`views_of`; or no batch is left.
+        InputError: see :func:`load_splits`, :func:`batch_fields` and :func:`views_of`; or no batch is left; or the
+            images do not fit into the device's memory.
     """
     dataset = dataset_dict[cfg.DATASET.TYPE]
     method, seed = distiller_dict[cfg.DISTILLER.TYPE], cfg.EXPERIMENT.SEED
     views = views_of(batch_fields(method), dataset)
     splits = load_splits(cfg)
-    negatives = negatives_from(cfg, method.section, splits.train.labels) if wants_negatives(method) else None
-    train = Loader(
-        BatchedImages(splits.train, views, dataset.mean, dataset.std, seed, with_index=True, negatives=negatives),
-        cfg.SOLVER.BATCH_SIZE,
-        shuffle=True,
-        seed=seed,
-        drop_last=cfg.SOLVER.DROP_LAST,
-        num_workers=cfg.DATASET.NUM_WORKERS,
-    )
+    workers = _worker_count(cfg, torch.device(device))
+    place = {"device": "cpu" if workers is not None else device, "channels_last": cfg.SOLVER.CHANNELS_LAST}
+    batch_size = cfg.DATASET.TEST.BATCH_SIZE
+
+    def test_loader(split: Split) -> Loader:
+        """No view, no workers: passing a batch between processes takes longer than normalising it."""
+        return Loader(BatchedImages(split, {"image": ("test", ())}, dataset.mean, dataset.std, **place), batch_size)
+
+    try:
+        labels = splits.train.labels.to(place["device"])
+        negatives = negatives_from(cfg, method.section, labels) if wants_negatives(method) else None
+        train = Loader(
+            BatchedImages(
+                splits.train, views, dataset.mean, dataset.std, seed, with_index=True, negatives=negatives, **place
+            ),
+            cfg.SOLVER.BATCH_SIZE,
+            shuffle=True,
+            seed=seed,
+            drop_last=cfg.SOLVER.DROP_LAST,
+            num_workers=workers or 0,
+        )
+        val = None if splits.val is None else test_loader(splits.val)
+        test = test_loader(splits.test)
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(f"the images do not fit into the memory of {device}; set DATASET.LOADER workers") from error
     if len(train) == 0:
         raise InputError(
             f"SOLVER.DROP_LAST leaves nothing of {train.num_data} training images: the only batch is smaller "
             f"than SOLVER.BATCH_SIZE={train.batch_size}; give a batch size of at most {train.num_data}"
         )
-    batch_size = cfg.DATASET.TEST.BATCH_SIZE
-    return Loaders(
-        train=train,
-        val=None if splits.val is None else _test_loader(splits.val, dataset, batch_size),
-        test=_test_loader(splits.test, dataset, batch_size),
-        num_data=len(splits.train),
-        num_classes=dataset.num_classes,
-    )
+    return Loaders(train, val, test, num_data=len(splits.train), num_classes=dataset.num_classes)
+
+
+def _worker_count(cfg: Any, device: torch.device) -> int | None:
+    """Worker processes for the training batches; ``None``: they are made on the device."""
+    count, choice = cfg.DATASET.NUM_WORKERS, cfg.DATASET.LOADER
+    on_device = choice == "device" or (choice == "auto" and (device.type != "cpu" or count == 0))
+    return None if on_device else count
 
 
 def get_dataset(cfg: Any) -> tuple[Loader, Loader, int, int]:
@@ -102,9 +129,3 @@ def get_dataset(cfg: Any) -> tuple[Loader, Loader, int, int]:
     """
     loaders = build_loaders(cfg)
     return loaders.train, loaders.val or loaders.test, loaders.num_data, loaders.num_classes
-
-
-def _test_loader(split: Split, dataset: type[DataSet], batch_size: int) -> Loader:
-    """No view, no workers: passing a batch between processes takes longer than normalising it."""
-    images = BatchedImages(split, {"image": ("test", ())}, dataset.mean, dataset.std)
-    return Loader(images, batch_size)

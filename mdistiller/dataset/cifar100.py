@@ -23,7 +23,7 @@ from mdistiller.registry import InputError
 
 from .base import DataSet, Split, register_dataset, resize_images
 from .randaugment import RandAugment
-from .views import Cutout, HorizontalFlip, RandomCrop, View
+from .views import Cutout, HorizontalFlip, RandomCrop, View, rotations
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class CIFAR100(DataSet):
     views: ClassVar[dict[str, View]] = {
         "weak": (RandomCrop(), HorizontalFlip()),
         "strong": (RandomCrop(), HorizontalFlip(), RandAugment(n=2), Cutout()),
+        **rotations((RandomCrop(), HorizontalFlip())),
     }
 
     @classmethod

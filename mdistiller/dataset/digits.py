@@ -16,7 +16,7 @@ from mdistiller.registry import InputError
 from .base import DataSet, Split, register_dataset, resize_images
 from .randaugment import RandAugment
 from .subsets import stratified_mask
-from .views import Cutout, RandomCrop, View, name_key
+from .views import Cutout, RandomCrop, View, name_key, rotations
 
 TEST_FRACTION = 0.3
 SPLIT_KEY = name_key("digits test split")  # in place of a seed: the split is part of the data set
@@ -34,6 +34,7 @@ class Digits(DataSet):
     views: ClassVar[dict[str, View]] = {
         "weak": (RandomCrop(),),
         "strong": (RandomCrop(), RandAugment(n=2), Cutout()),
+        **rotations((RandomCrop(),)),
     }
 
     @classmethod

@@ -2,7 +2,8 @@
 
 The sampler hands out requests ``(epoch, indices)`` and the data set answers each with a finished batch. The
 epoch is part of the request, so worker processes that live through all epochs know it; and since the
-augmentation is a pure function of the request, their number changes nothing but the speed.
+augmentation is a pure function of the request, it makes no difference whether worker processes answer it or the
+device on which the networks run, except for the speed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class BatchedImages(Dataset):
         mean, std: of the three channels, where white is 1.
         seed: of the augmentation.
         with_index: also deliver ``index``.
-        negatives: also deliver ``contrastive_index``.
+        negatives: also deliver ``contrastive_index``; made of labels on the device.
+        device: where images and labels are kept and batches are made; their indices must lie there.
+        channels_last: NHWC layout of the images delivered.
     """
 
     def __init__(
@@ -46,11 +49,15 @@ class BatchedImages(Dataset):
         seed: int = 0,
         with_index: bool = False,
         negatives: Negatives | None = None,
+        device: torch.device | str = "cpu",
+        channels_last: bool = False,
     ) -> None:
-        self.split = split
+        self.device = torch.device(device)
+        self.split = split.to(self.device)
         self.views = views
-        self.mean = torch.tensor(mean).view(-1, 1, 1)
-        self.std = torch.tensor(std).view(-1, 1, 1)
+        self.mean = torch.tensor(mean, device=self.device).view(-1, 1, 1)
+        self.std = torch.tensor(std, device=self.device).view(-1, 1, 1)
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.seed = seed
         self.with_index = with_index
         self.negatives = negatives
@@ -68,7 +75,7 @@ class BatchedImages(Dataset):
         batch = {}
         for field, (name, view) in self.views.items():
             rng = Draws.of_view(name, self.seed, epoch, index)
-            batch[field] = normalize(apply_view(view, images, rng), self.mean, self.std)
+            batch[field] = normalize(apply_view(view, images, rng), self.mean, self.std, self.layout)
         batch["target"] = self.split.labels.index_select(0, index)
         if self.with_index:
             batch["index"] = index
@@ -80,12 +87,15 @@ class BatchedImages(Dataset):
 class EpochSampler(Sampler[Request]):
     """The requests of one epoch, from its step ``start_step`` on; see :class:`Loader`."""
 
-    def __init__(self, num_data: int, batch_size: int, shuffle: bool, seed: int, drop_last: bool) -> None:
+    def __init__(
+        self, num_data: int, batch_size: int, shuffle: bool, seed: int, drop_last: bool, device: torch.device
+    ) -> None:
         self.num_data = num_data
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
         self.drop_last = drop_last
+        self.device = device
         self.epoch = 1
         self.start_step = 0
 
@@ -94,14 +104,14 @@ class EpochSampler(Sampler[Request]):
         return whole + (rest > 0 and not self.drop_last)
 
     def order(self, epoch: int) -> Tensor:
-        """All indices in the order of this epoch."""
+        """All indices in the order of this epoch, on the CPU."""
         if not self.shuffle:
             return torch.arange(self.num_data)
         return draws.permutation(self.num_data, self.seed, name_key("order of images"), epoch)
 
     def __iter__(self) -> Iterator[Request]:
         # Not a generator: one would read the epoch only when the first batch is asked for.
-        batches = self.order(self.epoch).split(self.batch_size)[self.start_step : len(self)]
+        batches = self.order(self.epoch).to(self.device).split(self.batch_size)[self.start_step : len(self)]
         return iter([(self.epoch, indices) for indices in batches])
 
 
@@ -118,7 +128,12 @@ class Loader:
         shuffle: a new order in each epoch; otherwise the order of the data set.
         seed: of the order.
         drop_last: leave out a last batch that is smaller.
-        num_workers: processes that prepare batches; 0: this one. They are started once and kept.
+        num_workers: processes that prepare batches on the CPU. They are started once and kept. 0: this process
+            makes a batch when it is asked for, on the data set's device. On a GPU the order of images is all that is
+            then copied, once an epoch, and no batch waits for the GPU.
+
+    Raises:
+        ValueError: workers for a data set that does not lie on the CPU.
     """
 
     def __init__(
@@ -131,23 +146,16 @@ class Loader:
         drop_last: bool = False,
         num_workers: int = 0,
     ) -> None:
+        if num_workers and dataset.device.type != "cpu":
+            raise ValueError(f"num_workers={num_workers}, but the images lie on {dataset.device}, which takes 0")
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_data = len(dataset)
-        self.sampler = EpochSampler(self.num_data, batch_size, shuffle, seed, drop_last)
-        self._batches = DataLoader(
-            dataset,
-            batch_size=None,  # the sampler's items are whole batches
-            sampler=self.sampler,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            worker_init_fn=_leave_signals_to_the_parent,
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),  # or each iteration would advance the global one
-            pin_memory=torch.cuda.is_available(),
-        )
-        # Python ends what is left of the workers by SIGTERM, to which they are deaf: end them before, in torch's way.
-        weakref.finalize(self, _end_workers, self._batches)
+        self.sampler = EpochSampler(self.num_data, batch_size, shuffle, seed, drop_last, dataset.device)
+        self._batches = _start_workers(dataset, self.sampler, num_workers) if num_workers else None
+        if num_workers:
+            # Python ends what is left of them by SIGTERM, to which they are deaf: end them before, in torch's way.
+            weakref.finalize(self, _end_workers, self._batches)
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
@@ -167,9 +175,23 @@ class Loader:
         self.sampler.start_step = start_step
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self._batches)
+        batches = map(self.dataset.__getitem__, iter(self.sampler)) if self._batches is None else iter(self._batches)
         self.set_epoch(self.sampler.epoch + 1)
         return batches
+
+
+def _start_workers(dataset: BatchedImages, sampler: EpochSampler, num_workers: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=None,  # the sampler's items are whole batches
+        sampler=sampler,
+        num_workers=num_workers,
+        persistent_workers=True,
+        worker_init_fn=_leave_signals_to_the_parent,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # or each iteration would advance the global one
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -22,7 +22,7 @@ class Negatives:
     """Draws rows of K + 1 positions in the training set, as a function of seed, epoch and image.
 
     Args:
-        labels: ``(N,)`` of the training set.
+        labels: ``(N,)`` of the training set, on the device of the draws.
         count: K, the negatives of each image. They differ from each other unless K exceeds the images of other
             classes; each of these is drawn with the same probability.
         mode: the positive is the image itself (``exact``) or any image of its class (``relax``).
@@ -53,7 +53,7 @@ class Negatives:
         others = len(self.labels) - size
         # One of each of K equal stretches of a circle of all negatives, which is turned at random: they are
         # distinct, and none is likelier than another.
-        slot = torch.arange(self.count)[None, :]
+        slot = torch.arange(self.count, device=index.device)[None, :]
         low, high = slot * others // self.count, (slot + 1) * others // self.count
         chosen = low + (draws.uniform(slot + 2, start=start).double() * (high - low).clamp(min=1)).long()
         turn = (draws.uniform(0, start=start).double() * others).long()

@@ -39,6 +39,10 @@ class Transform(NamedTuple):
     kind: str
     function: Callable[[Tensor, Tensor], Tensor]
 
+    def magnitude(self, level: Tensor) -> Tensor:
+        """``(b,)`` float64: ``level`` 0 is the low, 1 the high end of the range."""
+        return level.double() * (self.high - self.low) + self.low
+
 
 @dataclass(frozen=True)
 class RandAugment:
@@ -65,12 +69,16 @@ def transform_images(images: Tensor, choice: Tensor, level: Tensor) -> Tensor:
         choice: ``(B,)`` positions in :data:`TRANSFORMS`.
         level: ``(B,)`` in [0, 1], from the low to the high end of the range of magnitudes.
     """
+    return _transform_in_groups(images, choice, level) if images.is_cpu else _transform_by_masks(images, choice, level)
+
+
+def _transform_in_groups(images: Tensor, choice: Tensor, level: Tensor) -> Tensor:
+    """Each transformation on the images that drew it. How many drew which must be known: a GPU would be waited for."""
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in FINISH}
     for transform, rows in zip(TRANSFORMS, _rows_by_choice(choice), strict=True):
         if len(rows):
-            share = level.index_select(0, rows).double()
-            magnitude = share * (transform.high - transform.low) + transform.low
             chosen = images.index_select(0, rows)
+            magnitude = transform.magnitude(level.index_select(0, rows))
             parts[transform.kind].append((rows, transform.function(chosen, magnitude)))
     done = []
     for kind, found in parts.items():
@@ -80,6 +88,26 @@ def transform_images(images: Tensor, choice: Tensor, level: Tensor) -> Tensor:
     rows, results = _joined(done)
     # Back in order. Faster than index_copy into a clone, which moves single bytes.
     return results.index_select(0, rows.argsort())
+
+
+def _transform_by_masks(images: Tensor, choice: Tensor, level: Tensor) -> Tensor:
+    """Each transformation on all images, of which those that drew it are taken: more work and no waiting."""
+    batch, channels = images.shape[:2]
+    results = {
+        "table": _levels(images).to(torch.uint8).expand(batch, channels, -1),
+        "map": _identity_map_with(0, torch.ones_like(level, dtype=torch.float64)),
+        "image": images,
+    }
+    of_kind = {kind: torch.zeros_like(choice, dtype=torch.bool) for kind in FINISH}
+    for position, transform in enumerate(TRANSFORMS):
+        drawn = choice == position
+        kind = transform.kind
+        found = transform.function(images, transform.magnitude(level))
+        results[kind] = torch.where(drawn.view(-1, *[1] * (found.ndim - 1)), found, results[kind])
+        of_kind[kind] = of_kind[kind] | drawn
+    for kind, finish in FINISH.items():
+        images = torch.where(of_kind[kind][:, None, None, None], finish(images, results[kind]), images)
+    return images
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -247,7 +275,8 @@ def _blend(flat: Tensor, image: Tensor, share: Tensor) -> Tensor:
 
 
 def _identity_map_with(position: int, values: Tensor) -> Tensor:
-    maps = values.new_tensor([1, 0, 0, 0, 1, 0]).repeat(len(values), 1)
+    maps = values.new_zeros(len(values), 6)
+    maps[:, 0:5:4].fill_(1)
     maps[:, position] = values
     return maps
 

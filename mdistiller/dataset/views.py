@@ -68,10 +68,12 @@ def apply_view(view: View, images: Tensor, rng: Draws) -> Tensor:
     return images
 
 
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """``(x / 255 - mean) / std`` in float32; ``mean`` and ``std`` are ``(C, 1, 1)``."""
+def normalize(
+    images: Tensor, mean: Tensor, std: Tensor, layout: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    """``(x / 255 - mean) / std`` in float32 and the layout given; ``mean`` and ``std`` are ``(C, 1, 1)``."""
     white = torch.full_like(mean, 255)  # CUDA divides by a plain number by multiplying with its reciprocal
-    return images.float().div_(white).sub_(mean).div_(std)
+    return images.to(torch.float32, memory_format=layout).div_(white).sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,24 @@ class HorizontalFlip:
     slots = 1
 
     def __call__(self, images: Tensor, rng: Draws) -> Tensor:
-        rows = (rng.uniform(0) < self.p).nonzero().squeeze(1)
-        return images.index_copy(0, rows, images.index_select(0, rows).flip(3))
+        flipped = rng.uniform(0) < self.p
+        return torch.where(flipped[:, None, None, None], images.flip(3), images)
+
+
+@dataclass(frozen=True)
+class Rotate90:
+    """A turn of ``k`` quarters counter-clockwise; images must be square where ``k`` is odd."""
+
+    k: int
+    slots = 0
+
+    def __call__(self, images: Tensor, rng: Draws) -> Tensor:
+        return images.rot90(self.k, (2, 3))
+
+
+def rotations(view: View) -> dict[str, View]:
+    """``rot90``, ``rot180`` and ``rot270``: the images of ``view``, each view with draws of its own, then turned."""
+    return {f"rot{90 * k}": (*view, Rotate90(k)) for k in (1, 2, 3)}
 
 
 @dataclass(frozen=True)
@@ -129,7 +147,7 @@ class Cutout:
         side = rng.uniform(0).double() * self.max_ratio * width
         inside = self._span(rng.uniform(2), side, height)[:, :, None]
         inside = inside & self._span(rng.uniform(1), side, width)[:, None, :]
-        color = images.new_tensor(self.color).view(-1, 1, 1)
+        color = torch.stack([images.new_full((1, 1), level) for level in self.color])  # new_tensor would wait for a GPU
         return torch.where(inside[:, None], color, images)
 
     @staticmethod

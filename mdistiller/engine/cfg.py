@@ -13,6 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from mdistiller.dataset import dataset_dict
+from mdistiller.dataset.build import LOADERS
 from mdistiller.distillers import distiller_dict
 from mdistiller.plugins import load_methods, method_file
 from mdistiller.registry import InputError, suggestion
@@ -79,7 +80,8 @@ CFG.DATASET.TYPE = "cifar100"
 CFG.DATASET.ROOT = "./data"
 CFG.DATASET.DOWNLOAD = True  # fetch what is missing, where the data set can be fetched
 CFG.DATASET.IMAGE_SIZE = 0  # pixels a side; 0: the data set's own
-CFG.DATASET.NUM_WORKERS = 2  # processes that prepare batches; 0: the training process itself
+CFG.DATASET.LOADER = "auto"  # where batches are made: device: where the networks run; workers: on the CPU
+CFG.DATASET.NUM_WORKERS = 2  # processes of LOADER workers; LOADER auto: device on a GPU or where this is 0
 CFG.DATASET.TRAIN_FRACTION = 1.0  # share of the training images that is used, the same of each class
 CFG.DATASET.TRAIN_PER_CLASS = 0  # or: this many of each class; 0: all
 CFG.DATASET.VAL_FRACTION = 0.0  # share of the training images held out to pick the best epoch on
@@ -129,14 +131,18 @@ CFG.LOG.PROGRESS = "auto"  # progress bar; auto: on a terminal only; on; off
 CFG.LOG.WANDB = False
 
 
-def _collect_method_sections() -> None:
-    """One section for each method that has defaults, as its file states them."""
+def _collect_sections() -> None:
+    """One section for each method, and below ``DATASET`` for each data set, that has defaults, as its file states."""
+    for dataset in dataset_dict.values():
+        section = dataset.name.upper()
+        if dataset.defaults and section not in CFG.DATASET:
+            CFG.DATASET[section] = CN(copy.deepcopy(dataset.defaults))
     for method in distiller_dict.values():
         if method.defaults is not None and method.section not in CFG:
             CFG[method.section] = CN(copy.deepcopy(method.defaults))
 
 
-_collect_method_sections()
+_collect_sections()
 
 
 METHOD_KEYS = ("DISTILLER.TYPE", "DISTILLER.PLUGINS")
@@ -148,7 +154,7 @@ def load_config(path: str = "", options: Sequence[str] = ()) -> CN:
     Raises:
         InputError: see :meth:`ConfigNode.merge_from_file` and :func:`check_config`.
     """
-    _collect_method_sections()  # a script may have registered a method since the import
+    _collect_sections()  # a script may have registered a method since the import
     cfg = CFG.clone()
     cfg.defrost()
     pairs = zip(options[::2], options[1::2], strict=False)
@@ -196,6 +202,7 @@ def check_config(cfg: CN) -> None:
     _one_of(cfg, "DISTILLER.TYPE", distiller_dict, "method")
     _check_method_settings(cfg)
     _one_of(cfg, "DATASET.TYPE", dataset_dict, "data set")
+    _one_of(cfg, "DATASET.LOADER", LOADERS, "loader")
     _one_of(cfg, "SOLVER.TRAINER", trainer_dict, "trainer")
     _one_of(cfg, "SOLVER.TYPE", OPTIMIZERS, "optimiser")
     _one_of(cfg, "SOLVER.LR_SCHEDULE", SCHEDULES, "schedule")

@@ -72,11 +72,12 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
     """Data, networks, method and trainer, and the facts about them for ``results.json``."""
     file = load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)  # in this process, perhaps not the first
     seed_everything(cfg.EXPERIMENT.SEED)
-    Precision.from_cfg(cfg)  # before the data, like the networks: nothing is downloaded for a run that cannot start
+    # Before the data, like the networks: nothing is downloaded for a run that cannot start.
+    precision = Precision.from_cfg(cfg)
     num_classes = dataset_dict[cfg.DATASET.TYPE].num_classes
     student = build_student(cfg, num_classes)
     teacher = build_teacher(cfg, num_classes) if needs_teacher(cfg) else None
-    loaders = build_loaders(cfg)
+    loaders = build_loaders(cfg, precision.device)
     facts: dict[str, Any] = {
         "experiment": experiment_name(cfg),
         "method": cfg.DISTILLER.TYPE,

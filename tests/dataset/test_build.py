@@ -34,6 +34,7 @@ def make_cfg(*options):
             "DOWNLOAD": False,
             "IMAGE_SIZE": 0,
             "NUM_WORKERS": 0,
+            "LOADER": "auto",
             "TRAIN_FRACTION": 1.0,
             "TRAIN_PER_CLASS": 0,
             "VAL_FRACTION": 0.0,
@@ -41,7 +42,7 @@ def make_cfg(*options):
         }
     )
     cfg.DISTILLER = CfgNode({"TYPE": "ONE"})
-    cfg.SOLVER = CfgNode({"BATCH_SIZE": 64, "DROP_LAST": False})
+    cfg.SOLVER = CfgNode({"BATCH_SIZE": 64, "DROP_LAST": False, "CHANNELS_LAST": False})
     cfg.merge_from_list(list(options))
     cfg.freeze()
     return cfg
@@ -118,6 +119,40 @@ def test_cifar100_from_its_files(tmp_path):
     loaders = build_loaders(cfg)
     assert (loaders.num_data, loaders.num_classes, loaders.test.num_data) == (200, 100, 100)
     assert next(iter(loaders.train))["image_strong"].shape == (64, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("loader", "num_workers", "device", "expected"),
+    [
+        ("auto", 0, "cpu", ("cpu", 0)),
+        ("auto", 2, "cpu", ("cpu", 2)),
+        ("auto", 2, "meta", ("meta", 0)),  # as on a GPU
+        ("device", 2, "cpu", ("cpu", 0)),
+        ("device", 2, "meta", ("meta", 0)),
+        ("workers", 2, "meta", ("cpu", 2)),
+        ("workers", 0, "meta", ("cpu", 0)),
+    ],
+)
+def test_where_batches_are_made(monkeypatch, loader, num_workers, device, expected):
+    made = []
+    monkeypatch.setattr(
+        "mdistiller.dataset.build.Loader",
+        lambda images, *args, num_workers=0, **named: made.append((images, num_workers)) or [1],
+    )
+    build_loaders(make_cfg("DATASET.LOADER", loader, "DATASET.NUM_WORKERS", num_workers), device)
+    (train, count), (test, none) = made
+    assert (train.device.type, count) == expected
+    assert (test.device.type, none) == (expected[0], 0)  # test images are only normalised, which needs no help
+    assert train.split.images.device.type == expected[0]
+
+
+def test_images_that_do_not_fit_on_the_device(monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(Split, "to", fail)
+    with pytest.raises(InputError, match=r"do not fit into the memory of cpu; set DATASET.LOADER workers"):
+        build_loaders(make_cfg())
 
 
 def test_unknown_names():

@@ -100,6 +100,47 @@ def test_workers_change_nothing():
     assert_same(alone, helped)
 
 
+@pytest.mark.gpu
+def test_the_device_changes_nothing():
+    here = make_loader()
+    dataset = BatchedImages(SPLIT, TWO_VIEWS, CIFAR100.mean, CIFAR100.std, 0, with_index=True, device="cuda")
+    there = Loader(dataset, 8, shuffle=True)
+    for start_step in (0, 3):
+        here.set_epoch(2, start_step)
+        there.set_epoch(2, start_step)
+        batches = list(there)
+        assert all(value.is_cuda for batch in batches for value in batch.values())
+        assert_same(here, [{key: value.cpu() for key, value in batch.items()} for batch in batches])
+
+
+@pytest.mark.gpu
+def test_no_batch_waits_for_the_gpu():
+    dataset = BatchedImages(SPLIT, TWO_VIEWS, CIFAR100.mean, CIFAR100.std, 0, with_index=True, device="cuda")
+    loader = Loader(dataset, 8, shuffle=True)
+    list(loader)
+    batches = iter(loader)  # the order of images is copied here
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        list(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_workers_need_images_on_the_cpu():
+    dataset = BatchedImages(SPLIT, TWO_VIEWS, CIFAR100.mean, CIFAR100.std, device="meta")
+    with pytest.raises(ValueError, match="num_workers=2, but the images lie on meta, which takes 0"):
+        Loader(dataset, 8, num_workers=2)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_channels_last_changes_the_layout_only(num_workers):
+    dataset = BatchedImages(SPLIT, TWO_VIEWS, CIFAR100.mean, CIFAR100.std, 0, with_index=True, channels_last=True)
+    batches = list(Loader(dataset, 8, shuffle=True, num_workers=num_workers))
+    assert_same(batches, make_loader())
+    images = [batch[field] for batch in batches for field in TWO_VIEWS]
+    assert all(image.is_contiguous(memory_format=torch.channels_last) for image in images)
+
+
 def test_a_view_is_the_same_beside_others_and_alone():
     both, weak, strong = (list(make_loader(v)) for v in (TWO_VIEWS, {"image": WEAK}, {"image": STRONG}))
     for batch, batch_weak, batch_strong in zip(both, weak, strong, strict=True):

@@ -80,3 +80,10 @@ def test_settings_come_from_the_methods_section_or_from_crd():
     del cfg["CRD"]
     with pytest.raises(InputError, match=r"give CRD\.NCE\.K"):
         negatives_from(cfg, "OTHER", LABELS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["exact", "relax"])
+def test_same_on_the_gpu(mode):
+    here, there = (Negatives(labels, 6, mode, seed=3) for labels in (LABELS, LABELS.cuda()))
+    assert torch.equal(there.draw(2, EVERYONE.cuda()).cpu(), here.draw(2, EVERYONE))

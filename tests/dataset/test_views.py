@@ -8,7 +8,16 @@ from torchvision import transforms
 from torchvision.transforms import functional as reference
 
 from mdistiller.dataset import dataset_dict
-from mdistiller.dataset.views import Cutout, Draws, HorizontalFlip, RandomCrop, apply_view, normalize
+from mdistiller.dataset.views import (
+    Cutout,
+    Draws,
+    HorizontalFlip,
+    RandomCrop,
+    Rotate90,
+    apply_view,
+    normalize,
+    rotations,
+)
 
 INDEX = torch.arange(100, 140)
 IMAGES = torch.randint(0, 256, (40, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -67,6 +76,28 @@ def test_normalize_is_bitwise_what_mdistillers_transforms_give():
     expected = torch.stack([transform(image.permute(1, 2, 0).numpy()) for image in IMAGES])
     found = normalize(IMAGES, torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_quarter_turns(rng, k):
+    found = Rotate90(k)(IMAGES, rng)
+    for image, turned in zip(IMAGES, found, strict=True):
+        assert torch.equal(turned, reference.rotate(image, 90 * k))
+    assert Rotate90.slots == 0
+
+
+def test_rotated_views_are_the_view_turned():
+    for k, (name, view) in enumerate(rotations((RandomCrop(),)).items(), start=1):
+        drawn = Draws.of_view(name, 1, 2, INDEX)
+        assert name == f"rot{90 * k}"
+        assert torch.equal(apply_view(view, IMAGES, drawn), RandomCrop()(IMAGES, drawn).rot90(k, (2, 3)))
+
+
+def test_normalize_in_channels_last_changes_the_layout_only():
+    mean, std = torch.full((3, 1, 1), 0.47), torch.full((3, 1, 1), 0.26)
+    plain, last = (normalize(IMAGES, mean, std, f) for f in (torch.contiguous_format, torch.channels_last))
+    assert torch.equal(plain, last)
+    assert last.is_contiguous(memory_format=torch.channels_last) and not last.is_contiguous()
 
 
 def recipes():

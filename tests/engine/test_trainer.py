@@ -12,6 +12,7 @@ from runs import make_trainer, same_state, teacher_file, tiny_config
 from torch import nn
 
 from mdistiller.distillers import Vanilla
+from mdistiller.engine.batch import to_batch
 from mdistiller.engine.checkpoint import CheckpointError, load_checkpoint, load_weights
 from mdistiller.engine.evaluate import evaluate
 from mdistiller.engine.hooks import Hook, NonFiniteLossError
@@ -105,6 +106,24 @@ def teacher_of(trainer, state):
 def test_a_frozen_teacher_is_scored_once(tmp_path):
     results = make_trainer(tmp_path, **KD, SOLVER__EPOCHS=1, DISTILLER__TEACHER_CKPT=teacher_file(tmp_path)).train()
     assert "top1" in results["teacher"] and "after" not in results["teacher"]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batches_of_the_device_and_of_workers_train_alike_to_the_bit(tmp_path, channels_last):
+    values = {**KD, "SOLVER__CHANNELS_LAST": channels_last, "DISTILLER__TEACHER_CKPT": teacher_file(tmp_path)}
+    states = []
+    for loader, workers in (("device", 0), ("workers", 1)):
+        trainer = make_trainer(tmp_path / loader, **values, DATASET__LOADER=loader, DATASET__NUM_WORKERS=workers)
+        trainer.train()
+        states.append(outcome(trainer))
+    assert same_state(*states)
+
+
+def test_a_batch_made_on_the_device_is_not_copied(tmp_path):
+    trainer = make_trainer(tmp_path, SOLVER__CHANNELS_LAST=True)
+    item = next(iter(trainer.train_loader))
+    batch = to_batch(item, trainer.precision)
+    assert all(batch[key].data_ptr() == item[key].data_ptr() for key in item)
 
 
 def test_resume_from_the_file_goes_on_after_the_last_epoch(tmp_path):

@@ -1,0 +1,1 @@
+"""What data and networks look like, as pictures and numbers."""

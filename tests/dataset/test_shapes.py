@@ -142,7 +142,7 @@ def test_sizes_come_from_the_configuration():
     assert (len(splits.train), len(splits.test)) == (300, 100)
     default = load_config(options=["DATASET.TYPE", "shapes"])
     assert (default.DATASET.SHAPES.TRAIN_SIZE, default.DATASET.SHAPES.TEST_SIZE) == (20_000, 2_000)
-    fatal, _ = changed_keys(default, cfg)
+    fatal, _ = changed_keys(default, cfg, "")
     assert len(fatal) == 2  # a run is not resumed with other images
 
 

@@ -4,6 +4,7 @@ from mdistiller.registry import distiller_dict
 
 from ._base import Distiller, Vanilla, register_distiller
 from .KD import KD, KDTwoViews
+from .MDR import MDR
 from .VRM import VRM
 
-__all__ = ["KD", "VRM", "Distiller", "KDTwoViews", "Vanilla", "distiller_dict", "register_distiller"]
+__all__ = ["KD", "MDR", "VRM", "Distiller", "KDTwoViews", "Vanilla", "distiller_dict", "register_distiller"]

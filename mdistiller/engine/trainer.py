@@ -20,6 +20,7 @@ from .checkpoint import CheckpointError, check_fit, load_checkpoint, previous
 from .experiment import changed_keys
 from .hooks import Hook, default_hooks
 from .precision import Precision
+from .prepare import prepare
 from .random_state import random_state, restore_random_state
 from .solver import build_optimizer
 from .utils import log_msg
@@ -99,6 +100,8 @@ class BaseTrainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         if resume:
             self.resume()
+        if self.step == 0:  # else the result came with the state
+            prepare(self)
         try:
             self._call("before_train")
             while self.epoch <= self.cfg.SOLVER.EPOCHS:

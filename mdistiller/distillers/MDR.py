@@ -478,8 +478,12 @@ class MDR(Distiller):
 
     def preparation(self) -> tuple[nn.Module, dict[str, Any]]:
         """What :meth:`prepare` trains, and the settings, beside teacher, data and seed, that it depends on."""
-        used = ("STAGES", "AUGMENT", "MIXUP_ALPHA", "TEMPERATURE")
-        settings = {key: value for key, value in self.own.items() if key in used or key.startswith("SM_")}
+        used = {"STAGES", "AUGMENT"} | {key for key in self.own if key.startswith("SM_")}
+        if self.own.AUGMENT == "mixup":
+            used.add("MIXUP_ALPHA")
+        if self.own.SM_TRAINING == "contrastive":
+            used.add("TEMPERATURE")
+        settings = {key: self.own[key] for key in sorted(used)}
         return self.teacher_modules, settings
 
     def _prepare_step(

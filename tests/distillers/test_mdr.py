@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from method_cases import CLASSES, SIZE, build, config, make_batch, total
 
-from mdistiller.dataset import dataset_dict
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.MDR import (
     GRID,
@@ -456,6 +455,8 @@ def test_stages_as_declared():
     net = cifar_model_dict["vgg8"][0](num_classes=CLASSES)
     assert probe(net, 32, "skip_first").widths == [128, 256, 512, 512]
     assert probe(net, 32, "declared").widths == [64, 128, 256, 512, 512]
+    for way, stages in (("skip_first", 4), ("declared", 5)):
+        assert build_distiller(config("MDR", {"MDR.STAGES": way}), net, net).stages == stages
 
 
 def test_probing_leaves_the_network_as_it_was():
@@ -590,6 +591,17 @@ def test_each_key_of_the_first_phase_changes_its_result_and_its_file(key, value)
     assert one.preparation()[1] != other.preparation()[1]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "needed"), [("TEMPERATURE", 1.0, {"SM_TRAINING": "contrastive"}), ("MIXUP_ALPHA", 0.3, {})]
+)
+def test_the_first_phase_depends_on_what_it_uses_alone(key, value, needed):
+    unused = {"AUGMENT": "rotation"}
+    plain, same = (with_keys(**unused, **given).preparation()[1] for given in ({}, {key: value}))
+    assert plain == same
+    before, after = (with_keys(**needed, **given).preparation()[1] for given in ({}, {key: value}))
+    assert before != after
+
+
 def test_a_step_of_the_first_phase_written_out():
     """The loss of one epoch of one batch: sum over stages of the mean cross-entropy, at the initial weights."""
     mdr = with_keys(SM_EPOCHS=1)
@@ -612,7 +624,3 @@ def test_without_modules_there_is_nothing_to_prepare():
     mdr = with_keys(SM_TRAINING="none")
     assert prepare(mdr) == {}
     assert not mdr.teacher_modules.state_dict()
-
-
-def test_the_size_of_the_probe_is_the_data_sets():
-    assert config("MDR").DATASET.IMAGE_SIZE == 0 and dataset_dict[config("MDR").DATASET.TYPE].image_size == 32

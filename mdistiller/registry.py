@@ -8,7 +8,7 @@ decorators of the packages and plain assignment (``distiller_dict["MINE"] = Mine
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -45,23 +45,35 @@ def suggestion(name: str, allowed: Iterable[str]) -> str:
     return "known: " + (", ".join(allowed) or "none")
 
 
+def _origin(entry: Any) -> Any:
+    """Module and name of a class or function; a cell of a notebook that is run twice keeps both."""
+    return getattr(entry, "__module__", None), getattr(entry, "__qualname__", entry)
+
+
 class Registry(dict):
     """A dictionary from names to things of one kind, whose missing key says what is close.
 
     Args:
         kind: what an entry is, for messages: ``"distiller"``.
+
+    ``finder`` is asked for a name that is missing, and may enter it; it returns the entry or ``None``.
     """
+
+    finder: Callable[[str], Any] | None = None
 
     def __init__(self, kind: str, entries: dict[str, Any] | None = None) -> None:
         super().__init__(entries or {})
         self.kind = kind
 
     def __missing__(self, name: str) -> Any:
+        found = self.finder(name) if self.finder is not None else None
+        if found is not None:
+            return found
         raise UnknownName(f"no {self.kind} named {name!r}; {suggestion(str(name), self)}")
 
     def add(self, name: str, entry: Any) -> None:
-        """Enter ``entry``; a second, different entry of the same name is refused."""
-        if name in self and self[name] is not entry:
+        """Enter ``entry``; another one of the same name is refused, unless it is the same definition run again."""
+        if name in self and self[name] is not entry and _origin(self[name]) != _origin(entry):
             raise ValueError(f"{self.kind} {name!r} is registered already, as {self[name]!r}")
         self[name] = entry
 

@@ -197,7 +197,8 @@ REFUSED = [
     ("train", f"{PLAIN} EXPERIMENT.NAME notes --overwrite", "output/digits/notes exists and is no run's folder"),
     ("train", f"{PLAIN} EXPERIMENT.NAME first --resume SOLVER.BATCH_SIZE 10 EXPERIMENT.SEED 1", "another experiment",
      "SOLVER.BATCH_SIZE was 20, is 10", "EXPERIMENT.SEED was 0, is 1"),
-    ("train", f"{PLAIN} EXPERIMENT.NAME first --resume SOLVER.EPOCHS 1", "has 2 epochs behind it already"),
+    ("train", f"{PLAIN} EXPERIMENT.NAME first --resume SOLVER.EPOCHS 1", "has 2 epochs behind it",
+     "SOLVER.EPOCHS is 1"),
     ("train", f"{PLAIN} EXPERIMENT.NAME damaged --resume SOLVER.EPOCHS 3", "cannot resume: ",
      "damaged/latest is damaged or no checkpoint", "; and "),
     ("train", f"{PLAIN} EXPERIMENT.NAME unreadable --resume", "cannot read output/digits/unreadable/config.yaml"),
@@ -327,7 +328,7 @@ def read_events(folder: Path) -> dict[str, dict[int, float]]:
     from tensorboardX.proto.event_pb2 import Event
 
     scalars: dict[str, dict[int, float]] = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.glob("events*")):
         data, at = path.read_bytes(), 0
         while at < len(data):
             (length,) = struct.unpack_from("<Q", data, at)

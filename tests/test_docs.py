@@ -1,4 +1,4 @@
-"""What README and CONTRIBUTING say is true: their code runs, their commands parse, their paths and links exist."""
+"""What README, CONTRIBUTING and docs/ say is true: code runs, commands parse, paths and links exist."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README, CONTRIBUTING, CHANGELOG = (
     (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 )
-BOTH = README + CONTRIBUTING
+DOCS = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+BOTH = README + CONTRIBUTING + "".join(DOCS.values())
 # The files of CONTRIBUTING's walk-through: a line that holds nothing but `path`: and below it the content.
 WALK_THROUGH = dict(re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```", CONTRIBUTING, re.MULTILINE | re.DOTALL))
 METHOD_FILE = "mdistiller/distillers/MYKD.py"
@@ -221,9 +222,16 @@ def test_paths_exist(path):
     assert path in WALK_THROUGH or any(ROOT.glob(pattern))
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?://)([^)#]+)", BOTH + CHANGELOG))))
-def test_relative_links_resolve(target):
-    assert (ROOT / target).exists()
+LINKS = [
+    (path, target)
+    for path, text in {ROOT / "README.md": README + CONTRIBUTING + CHANGELOG, **DOCS}.items()
+    for target in sorted(set(re.findall(r"\]\((?!https?://)([^)#]+)", text)))
+]
+
+
+@pytest.mark.parametrize(("path", "target"), LINKS, ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
+def test_relative_links_resolve(path, target):
+    assert (path.parent / target).exists()
 
 
 # Tables

@@ -9,8 +9,9 @@ from typing import Any
 from mdistiller.registry import InputError, dataset_dict, distiller_dict
 
 from .base import DataSet, Split
-from .fields import batch_fields, views_of
+from .fields import batch_fields, views_of, wants_negatives
 from .loader import BatchedImages, Loader
+from .negatives import negatives_from
 from .subsets import hold_out, reduce_train
 
 
@@ -67,13 +68,15 @@ def build_loaders(cfg: Any) -> Loaders:
         InputError: see :func:`load_splits`, :func:`batch_fields` and :func:`views_of`; or no batch is left.
     """
     dataset = dataset_dict[cfg.DATASET.TYPE]
-    views = views_of(batch_fields(distiller_dict[cfg.DISTILLER.TYPE]), dataset)
+    method, seed = distiller_dict[cfg.DISTILLER.TYPE], cfg.EXPERIMENT.SEED
+    views = views_of(batch_fields(method), dataset)
     splits = load_splits(cfg)
+    negatives = negatives_from(cfg, method.section, splits.train.labels) if wants_negatives(method) else None
     train = Loader(
-        BatchedImages(splits.train, views, dataset.mean, dataset.std, cfg.EXPERIMENT.SEED, with_index=True),
+        BatchedImages(splits.train, views, dataset.mean, dataset.std, seed, with_index=True, negatives=negatives),
         cfg.SOLVER.BATCH_SIZE,
         shuffle=True,
-        seed=cfg.EXPERIMENT.SEED,
+        seed=seed,
         drop_last=cfg.SOLVER.DROP_LAST,
         num_workers=cfg.DATASET.NUM_WORKERS,
     )

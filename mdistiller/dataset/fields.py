@@ -9,7 +9,7 @@ from mdistiller.registry import InputError
 from .base import DataSet
 from .views import View
 
-GIVEN = ("self", "target", "index", "epoch")  # what a method gets without asking for a view
+GIVEN = ("self", "target", "index", "epoch", "contrastive_index")  # what a method may have beside views
 
 
 def batch_fields(distiller: type) -> tuple[str, ...]:
@@ -31,6 +31,11 @@ def batch_fields(distiller: type) -> tuple[str, ...]:
                 f"have image, image_<view>, {', '.join(GIVEN[1:])}, and parameters with a default"
             )
     return fields or ("image",)
+
+
+def wants_negatives(distiller: type) -> bool:
+    """Whether ``forward_train`` names ``contrastive_index``: positions of images to contrast each image with."""
+    return "contrastive_index" in inspect.signature(distiller.forward_train).parameters
 
 
 def views_of(fields: tuple[str, ...], dataset: type[DataSet]) -> dict[str, tuple[str, View]]:

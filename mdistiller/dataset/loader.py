@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mdistiller.functional import draws
 
 from .base import Split
+from .negatives import Negatives
 from .views import Draws, View, apply_view, name_key, normalize
 
 Request = tuple[int, Tensor]
@@ -33,6 +34,7 @@ class BatchedImages(Dataset):
         mean, std: of the three channels, where white is 1.
         seed: of the augmentation.
         with_index: also deliver ``index``.
+        negatives: also deliver ``contrastive_index``.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class BatchedImages(Dataset):
         std: tuple[float, ...],
         seed: int = 0,
         with_index: bool = False,
+        negatives: Negatives | None = None,
     ) -> None:
         self.split = split
         self.views = views
@@ -50,12 +53,16 @@ class BatchedImages(Dataset):
         self.std = torch.tensor(std).view(-1, 1, 1)
         self.seed = seed
         self.with_index = with_index
+        self.negatives = negatives
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, request: Request) -> Batch:
-        """``{field: (B, 3, H, W) float32, "target": (B,) int64}``, and ``"index": (B,) int64`` if wanted."""
+        """``{field: (B, 3, H, W) float32, "target": (B,) int64}``.
+
+        If wanted, also ``"index"``, ``(B,)`` int64, and ``"contrastive_index"``, ``(B, K + 1)`` int64.
+        """
         epoch, index = request
         images = self.split.images.index_select(0, index)
         batch = {}
@@ -65,6 +72,8 @@ class BatchedImages(Dataset):
         batch["target"] = self.split.labels.index_select(0, index)
         if self.with_index:
             batch["index"] = index
+        if self.negatives is not None:
+            batch["contrastive_index"] = self.negatives.draw(epoch, index)
         return batch
 
 

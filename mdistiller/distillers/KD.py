@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32
+from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
 
@@ -45,6 +46,8 @@ class KD(Distiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
         self.temperature = cfg.KD.TEMPERATURE
+        if not self.temperature > 0:
+            raise InputError(f"KD.TEMPERATURE must be above 0, got {self.temperature}")
         self.ce_weight = cfg.KD.LOSS.CE_WEIGHT
         self.kd_weight = cfg.KD.LOSS.KD_WEIGHT
 

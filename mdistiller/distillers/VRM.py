@@ -46,7 +46,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,10 +82,11 @@ REDUCTIONS = ("element", "edge", "sum")
 UNCERTAINTIES = ("cross", "mixture", "sum")
 ADAPTORS = ("residual", "mlp", "none")
 
-CHUNK = 2**18  # entries of a temporary tensor: 2 MB in float64, which the processor's cache holds
-# Relative to |x|^2 + |y|^2, an expanded |x - y|^2 below this ...
-NOISE = 32 * torch.finfo(torch.float64).eps  # ... is rounding and counts as zero.
-NEAR = {torch.float64: 1e-6, torch.float32: 1e-2}  # ... has lost digits: computed from the difference where they matter.
+CHUNK = 2**19  # entries of a temporary tensor: 4 MB in float64
+# Expanding |x - y|^2 loses digits of short edges. Relative to |x|^2 + |y|^2, what lies below NOISE is rounding and
+# counts as zero; what lies below NEAR is computed from the difference instead, where such short edges are kept.
+NOISE = 32 * torch.finfo(torch.float64).eps
+NEAR = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 
 def vrm_loss(
@@ -152,15 +153,19 @@ def edge_uncertainty(p_real: Tensor, p_virtual: Tensor, kind: str = "cross") -> 
         InputError: an unknown kind.
     """
     if kind not in UNCERTAINTIES:
-        raise InputError(f"uncertainty (config key VRM.UNCERTAINTY): no {kind!r}; {suggestion(str(kind), UNCERTAINTIES)}")
-    p, q = at_least_float32(p_real.detach()), at_least_float32(p_virtual.detach())
-    with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
-        if kind == "cross":
-            return -(p @ q.clamp_min(torch.finfo(q.dtype).tiny).log().T)
-        if kind == "sum":
-            return torch.special.entr(p).sum(1)[:, None] + torch.special.entr(q).sum(1)
-        mixtures = [torch.special.entr((p[rows, None] + q) / 2).sum(2) for rows in _chunks(len(p), q.numel())]
-        return torch.cat(mixtures)
+        raise InputError(
+            f"uncertainty (config key VRM.UNCERTAINTY): no {kind!r}; {suggestion(str(kind), UNCERTAINTIES)}"
+        )
+    with torch.no_grad(), torch.autocast(p_real.device.type, enabled=False):
+        return _uncertainty(at_least_float32(p_real), at_least_float32(p_virtual), kind)
+
+
+def _uncertainty(p: Tensor, q: Tensor, kind: str) -> Tensor:
+    if kind == "cross":
+        return (p @ q.clamp_min(torch.finfo(q.dtype).tiny).log().T).neg_()
+    if kind == "sum":
+        return torch.special.entr(p).sum(1)[:, None] + torch.special.entr(q).sum(1)
+    return torch.cat([torch.special.entr((p[rows, None] + q) / 2).sum(2) for rows in _chunks(len(p), q.numel())])
 
 
 def zs_norm(logits: Tensor) -> Tensor:
@@ -192,7 +197,7 @@ class Rules:
             raise InputError(f"{_named('prune_percentile')} must be from 0 to 100, got {self.prune_percentile}")
         if not 0 <= self.edge_eps < float("inf"):
             raise InputError(f"{_named('edge_eps')} must be 0 or more, got {self.edge_eps}")
-        if not 0 < self.huber_delta:
+        if not self.huber_delta > 0:
             raise InputError(f"{_named('huber_delta')} must be above 0, got {self.huber_delta}")
 
     @property
@@ -229,189 +234,180 @@ def virtual_relations(
     inputs = (p_real_s, p_virtual_s, p_real_t, p_virtual_t)
     if p_real_s.ndim != 2 or any(p.shape != p_real_s.shape for p in inputs):
         raise InputError(f"VRM takes four tensors of one shape (B, C), got {[tuple(p.shape) for p in inputs]}")
-    p_real_s, p_virtual_s, p_real_t, p_virtual_t = (at_least_float32(p) for p in inputs)
-    p_real_t, p_virtual_t = p_real_t.detach(), p_virtual_t.detach()
-    losses, facts = {}, {}
-    for graph, real_s, virtual_s, real_t, virtual_t in (
-        ("isv", p_real_s, p_virtual_s, p_real_t, p_virtual_t),
-        ("icv", p_real_s.T, p_virtual_s.T, p_real_t.T, p_virtual_t.T),
-    ):
-        normalize = graph == "icv" and rules.icv_normalize
-        reliable, facts[f"uncertainty_{graph}"] = _reliable_edges(real_s, virtual_s, rules, normalize)
-        losses[graph], facts[f"kept_{graph}"] = _EdgeDistance.apply(
-            real_s, virtual_s, real_t, virtual_t, reliable, rules
-        )
-    return losses["isv"], losses["icv"], facts
+    isv, icv, facts = _VirtualRelations.apply(p_real_s, p_virtual_s, p_real_t.detach(), p_virtual_t.detach(), rules)
+    names = ("kept_isv", "uncertainty_isv", "kept_icv", "uncertainty_icv")
+    return isv, icv, dict(zip(names, facts.unbind(), strict=True))
 
 
-@torch.no_grad()
+class _VirtualRelations(torch.autograd.Function):
+    """The losses of both graphs, with their gradients computed along with them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, p_real_s: Tensor, p_virtual_s: Tensor, p_real_t: Tensor, p_virtual_t: Tensor, rules: Rules
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(p_real_s.device.type, enabled=False):
+            given = torch.stack([p_real_s, p_virtual_s, p_real_t, p_virtual_t]).unflatten(0, (2, 2))
+            vertices = given.to(_working_dtype(given))
+            isv = _compare(vertices, rules, False, any(ctx.needs_input_grad))
+            icv = _compare(vertices.mT, rules, rules.icv_normalize, any(ctx.needs_input_grad))
+        dtype = at_least_float32(p_real_s).dtype
+        ctx.save_for_backward(isv.gradient.to(dtype), icv.gradient.mT.to(dtype))
+        facts = torch.stack([isv.kept, isv.uncertainty, icv.kept, icv.uncertainty]).float()
+        ctx.mark_non_differentiable(facts)
+        return isv.loss.to(dtype), icv.loss.to(dtype), facts
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_isv: Tensor, grad_icv: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        of_isv, of_icv = ctx.saved_tensors
+        real, virtual = grad_isv * of_isv + grad_icv * of_icv
+        return real, virtual, None, None, None
+
+
+class _Comparison(NamedTuple):
+    """What the comparison of two graphs gives; ``gradient`` ``(2, N, D)`` is that of the student's two views."""
+
+    loss: Tensor
+    gradient: Tensor
+    kept: Tensor
+    uncertainty: Tensor
+
+
+def _compare(vertices: Tensor, rules: Rules, normalize: bool, with_gradient: bool) -> _Comparison:
+    """Compare the student's and the teacher's graph.
+
+    Args:
+        vertices: ``(2, 2, N, D)``: student and teacher, real and virtual view, N vertices of D entries.
+        rules: how.
+        normalize: make distributions of the vertices before the uncertainty is taken.
+        with_gradient: else ``gradient`` is zero.
+    """
+    keep, uncertainty = _reliable_edges(*vertices[0], rules, normalize)
+    centred = vertices - vertices.mean((1, 2), keepdim=True)  # edges stay the same, smaller numbers cancel less
+    # In float64 an edge of 1e-3 times the mean length still has 9 digits; shorter ones are looked after.
+    near = None
+    if vertices.dtype is torch.float32 or rules.edge_eps < 1e-3:
+        near = torch.empty_like(keep)
+    lengths = _lengths(vertices, centred, near)
+    if rules.edge_eps:
+        keep &= (lengths >= rules.edge_eps * lengths.mean((1, 2), keepdim=True)).all(0)
+    gradient = torch.zeros_like(vertices[0])
+    add_to = gradient if with_gradient else None
+    factor = rules.product_factor
+    if factor is None:
+        total = _by_entries(vertices, keep, rules, add_to)
+    elif near is None:
+        total = _by_products(centred, lengths, keep, factor, add_to)
+    else:
+        total = _by_entries(vertices, keep & near, rules, add_to)
+        total += _by_products(centred, lengths, keep & ~near, factor, add_to)
+    count = keep.sum()
+    scale = rules.scale(count.clamp_min(1), vertices.shape[-1])
+    return _Comparison(total.clamp_min(0) / scale, gradient.div_(scale), count / keep.numel(), uncertainty)
+
+
 def _reliable_edges(real: Tensor, virtual: Tensor, rules: Rules, normalize: bool) -> tuple[Tensor, Tensor]:
     """The ``(N, N)`` mask of Eq. 2, and the mean uncertainty ``()``.
 
     ``H <= torch.quantile(H, m / 100)``, without the sort and its limit of 16.7 million entries: the quantile lies
     between two neighbours in size, so what lies at or below it lies at or below the lower one.
     """
-    real, virtual = (p.to(_working_dtype(p)) for p in (real, virtual))
     if normalize:
         tiny = torch.finfo(real.dtype).tiny
         real, virtual = (p / p.sum(1, keepdim=True).clamp_min(tiny) for p in (real, virtual))
-    h = edge_uncertainty(real, virtual, rules.uncertainty)
+    h = _uncertainty(real, virtual, rules.uncertainty)
     rank = int(rules.prune_percentile / 100 * (h.numel() - 1))
-    return h <= h.flatten().kthvalue(rank + 1).values, h.mean().float()
+    return h <= h.flatten().kthvalue(rank + 1).values, h.mean()
 
 
-class _EdgeDistance(torch.autograd.Function):
-    """Distance of two graphs' kept edges, with the gradient computed along with it.
+def _lengths(vertices: Tensor, centred: Tensor, near: Tensor | None) -> Tensor:
+    """``(2, N, N)`` lengths ``||x_i - y_j||`` in both networks, from the expanded squares.
 
-    ``apply(real_s, virtual_s, real_t, virtual_t, reliable, rules)`` of vertices ``(N, D)`` and a mask ``(N, N)`` gives
-    the loss and the share of edges kept.
+    Where ``near`` ``(N, N)`` is given, it is set to which edges are short enough to have lost digits, and those are
+    computed from the differences. Else lengths of the size of the rounding become zero.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, real_s: Tensor, virtual_s: Tensor, real_t: Tensor, virtual_t: Tensor, reliable: Tensor, rules: Rules
-    ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(real_s.device.type, enabled=False):
-            pair = _PairOfGraphs(real_s, virtual_s, real_t, virtual_t, reliable, rules)
-            loss, *gradients = pair.distance(with_gradient=any(ctx.needs_input_grad[:2]))
-        ctx.save_for_backward(*gradients)
-        share = pair.keep.float().mean()
-        ctx.mark_non_differentiable(share)
-        return loss.to(real_s.dtype), share
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_real, grad_virtual = ctx.saved_tensors
-        return grad_loss * grad_real, grad_loss * grad_virtual, None, None, None, None
-
-
-class _PairOfGraphs:
-    """The student's and the teacher's graph over one set of N vertices of D entries in each view.
-
-    x are real vertices, y virtual ones; ``x_s[i] - y_s[j]`` is the student's edge before it is normalised.
-    """
-
-    def __init__(
-        self, real_s: Tensor, virtual_s: Tensor, real_t: Tensor, virtual_t: Tensor, reliable: Tensor, rules: Rules
-    ) -> None:
-        self.rules = rules
-        self.given = (real_s, virtual_s, real_t, virtual_t)
-        self.dtype = _working_dtype(real_s)
-        self.x_s, self.y_s = self._centred(real_s, virtual_s)
-        self.x_t, self.y_t = self._centred(real_t, virtual_t)
-        # In float64 an edge of 1e-3 times the mean length still has 9 digits; shorter ones are looked after.
-        look_near = self.dtype is torch.float32 or rules.edge_eps < 1e-3
-        self.length_s, near_s = self._lengths(self.x_s, self.y_s, (real_s, virtual_s), look_near)
-        self.length_t, near_t = self._lengths(self.x_t, self.y_t, (real_t, virtual_t), look_near)
-        self.keep = reliable
-        for length in (self.length_s, self.length_t):
-            self.keep = self.keep & (length >= rules.edge_eps * length.mean())
-        self.near = near_s | near_t if look_near else None
-
-    def _centred(self, real: Tensor, virtual: Tensor) -> tuple[Tensor, Tensor]:
-        """Differences stay as they are, and smaller numbers cancel less."""
-        x, y = real.to(self.dtype), virtual.to(self.dtype)
-        centre = (x.mean(0) + y.mean(0)) / 2
-        return x - centre, y - centre
-
-    def _lengths(
-        self, x: Tensor, y: Tensor, given: tuple[Tensor, Tensor], look_near: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """``(N, N)`` lengths ``||x_i - y_j||``, and which of them were too short to be expanded."""
-        squares_x, squares_y = x.square().sum(1), y.square().sum(1)
-        lengths = x.new_empty(len(x), len(y))
-        near = torch.empty_like(lengths, dtype=torch.bool) if look_near else None
-        for rows in _chunks(len(x), len(y)):
-            both = squares_x[rows, None] + squares_y
-            squares = torch.addmm(both, x[rows], y.T, alpha=-2)
-            if near is None:
-                squares.masked_fill_(squares <= NOISE * both, 0)
-            else:
-                near[rows] = squares <= NEAR[self.dtype] * both
-            torch.sqrt(squares.clamp_min_(0), out=lengths[rows])
-        if near is not None:
-            for i, j in self._pairs(near):
-                lengths[i, j] = self._differences(*given, i, j).norm(dim=1)
-        return lengths, near
-
-    def distance(self, with_gradient: bool) -> tuple[Tensor, ...]:
-        """The reduced loss, and its gradients with respect to the student's real and virtual vertices."""
-        grad_x, grad_y = torch.zeros_like(self.x_s), torch.zeros_like(self.y_s)
-        gradients = (grad_x, grad_y) if with_gradient else None
-        if self.rules.product_factor is None:
-            total = self._by_entries(self.keep, gradients)
-        elif self.near is None:
-            total = self._by_products(self.keep, gradients)
+    squares_x, squares_y = centred.square().sum(3).unbind(1)
+    (x, y), count = centred.unbind(1), centred.shape[2]
+    lengths = centred.new_empty(2, count, count)
+    for rows in _chunks(count, 2 * count):
+        both = squares_x[:, rows, None] + squares_y[:, None]
+        squares = torch.baddbmm(both, x[:, rows], y.mT, alpha=-2)
+        if near is None:
+            squares.masked_fill_(squares <= NOISE * both, 0)
         else:
-            total = self._by_products(self.keep & ~self.near, gradients)
-            total = total + self._by_entries(self.keep & self.near, gradients)
-        edges = self.keep.sum().clamp_min(1)
-        scale = self.rules.scale(edges, self.x_s.shape[1])
-        real, virtual = self.given[:2]
-        return total / scale, (grad_x / scale).to(real.dtype), (grad_y / scale).to(virtual.dtype)
-
-    def _by_products(self, edges: Tensor, gradients: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Sum over ``edges`` of ``f * ||e_s - e_t||^2``; adds its gradients.
-
-        With d the differences, n their lengths and c = <e_s, e_t>, the gradient of an edge's 2 - 2c with respect to
-        d_s is ``-2 (P d_t - Q d_s)``, ``P = 1 / (n_s n_t)``, ``Q = c / n_s^2``: matrices too.
-        """
-        x_s, y_s, x_t, y_t = self.x_s, self.y_s, self.x_t, self.y_t
-        factor = self.rules.product_factor
-        inner_x, inner_y = (x_s * x_t).sum(1), (y_s * y_t).sum(1)
-        total = x_s.new_zeros(())
-        for rows in _chunks(len(x_s), len(y_s)):
-            n_s, n_t, kept = self.length_s[rows], self.length_t[rows], edges[rows]
-            lengths = n_s * n_t
-            proper = kept & (lengths > 0)  # the others have a zero vector on at least one side: c is 0
-            p = lengths.reciprocal_().masked_fill_(~proper, 0)
-            c = (inner_x[rows, None] + inner_y).addmm_(x_s[rows], y_t.T, alpha=-1).addmm_(x_t[rows], y_s.T, alpha=-1)
-            c *= p
-            # A zero vector has length 0 instead of 1.
-            total += (kept & (n_s > 0)).sum() + (kept & (n_t > 0)).sum() - 2 * c.sum()
-            if gradients is None:
-                continue
-            grad_x, grad_y = gradients
-            p *= 2 * factor
-            q = c.mul_(2 * factor).div_(n_s.square().clamp_min_(torch.finfo(n_s.dtype).tiny))
-            of_x = q.sum(1, keepdim=True) * x_s[rows] - p.sum(1, keepdim=True) * x_t[rows]
-            grad_x[rows] += of_x.addmm_(p, y_t).addmm_(q, y_s, alpha=-1)
-            grad_y += q.sum(0)[:, None] * y_s - p.sum(0)[:, None] * y_t
-            grad_y.addmm_(p.T, x_t[rows]).addmm_(q.T, x_s[rows], alpha=-1)
-        return factor * total
-
-    def _by_entries(self, edges: Tensor, gradients: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Sum over ``edges`` of the metric, edge by edge in chunks; adds its gradients."""
-        real_s, virtual_s, real_t, virtual_t = self.given
-        total = self.x_s.new_zeros(())
-        for i, j in self._pairs(edges):
-            edge_s, length = _unit(self._differences(real_s, virtual_s, i, j))
-            edge_t, _ = _unit(self._differences(real_t, virtual_t, i, j))
-            value, slope = self.rules.of_entries(edge_s - edge_t)
-            total += value.sum()
-            if gradients is not None:
-                slope -= edge_s * (slope * edge_s).sum(1, keepdim=True)
-                slope = torch.where(length > 0, slope / length, 0)
-                gradients[0].index_add_(0, i, slope)
-                gradients[1].index_add_(0, j, slope, alpha=-1)
-        return total
-
-    def _pairs(self, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows and columns of what is set in an ``(N, N)`` mask, in chunks."""
-        pairs = mask.nonzero()
-        for rows in _chunks(len(pairs), self.x_s.shape[1]):
-            yield pairs[rows, 0], pairs[rows, 1]
-
-    def _differences(self, real: Tensor, virtual: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """From the vertices as given: centred ones carry a rounding that near pairs don't bear in float32."""
-        return real[i].to(self.dtype) - virtual[j].to(self.dtype)
+            near[rows] = (squares <= NEAR[squares.dtype] * both).any(0)
+            squares.clamp_min_(0)
+        torch.sqrt(squares, out=lengths[:, rows])
+    if near is not None:
+        for i, j in _pairs(near, vertices):
+            lengths[:, i, j] = _differences(vertices, i, j).norm(dim=2)
+    return lengths
 
 
-def _unit(differences: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows at length 1, a zero row as it is; and the lengths ``(M, 1)``."""
-    length = differences.norm(dim=1, keepdim=True)
-    return torch.where(length > 0, differences / length, 0), length
+def _by_products(centred: Tensor, lengths: Tensor, edges: Tensor, factor: float, gradient: Tensor | None) -> Tensor:
+    """Sum over ``edges`` ``(N, N)`` of ``factor * ||e_s - e_t||^2``; its gradient is added to ``gradient``.
+
+    With d the differences, n their lengths and ``c = <e_s, e_t>``, the gradient of an edge's ``2 - 2c`` with respect
+    to d_s is ``2 (Q d_s - P d_t)``, ``Q = c / n_s^2``, ``P = 1 / (n_s n_t)``. Over all edges, with the row sums of Q
+    and P on a diagonal, that makes ``(diag(Q 1) x_s - Q y_s) - (diag(P 1) x_t - P y_t)`` for the real vertices x.
+    ``lengths`` are overwritten.
+    """
+    (x, y), count = centred.unbind(1), centred.shape[2]
+    inner_x, inner_y = (centred[0] * centred[1]).sum(2)
+    # No edge, no inverse length: it drops out of all that follows. A zero vector drops out on its side.
+    inverse = lengths.masked_fill_(~(edges & (lengths > 0)), torch.inf).reciprocal_()
+    total = inverse.count_nonzero()  # squared lengths
+    sums_x, sums_y = centred.new_zeros(2, 2, count)  # of Q and of P, along the rows and along the columns
+    for rows in _chunks(count, 2 * count):
+        qp = torch.empty_like(inverse[:, rows])
+        q, p = qp
+        torch.mul(inverse[0, rows], inverse[1, rows], out=p)
+        c = torch.add(inner_x[rows, None], inner_y, out=q)
+        c.addmm_(x[0, rows], y[1].T, alpha=-1).addmm_(x[1, rows], y[0].T, alpha=-1).mul_(p)
+        total = total - 2 * c.sum()
+        if gradient is not None:
+            q.mul_(inverse[0, rows]).mul_(inverse[0, rows])
+            sums_x[:, rows] = qp.sum(2)
+            sums_y += qp.sum(1)
+            gradient[0, rows].addmm_(q, y[0], alpha=-2 * factor).addmm_(p, y[1], alpha=2 * factor)
+            gradient[1].addmm_(q.T, x[0, rows], alpha=-2 * factor).addmm_(p.T, x[1, rows], alpha=2 * factor)
+    if gradient is not None:
+        for of_view, z, (sum_q, sum_p) in zip(gradient, (x, y), (sums_x, sums_y), strict=True):
+            of_view.addcmul_(sum_q[:, None], z[0], value=2 * factor).addcmul_(sum_p[:, None], z[1], value=-2 * factor)
+    return factor * total
+
+
+def _by_entries(vertices: Tensor, edges: Tensor, rules: Rules, gradient: Tensor | None) -> Tensor:
+    """Sum of the metric over ``edges``, edge by edge in chunks; its gradient is added to ``gradient``."""
+    total = vertices.new_zeros(())
+    for i, j in _pairs(edges, vertices):
+        differences = _differences(vertices, i, j)
+        lengths = differences.norm(dim=2, keepdim=True)
+        unit = torch.where(lengths > 0, differences / lengths, 0)
+        value, slope = rules.of_entries(unit[0] - unit[1])
+        total += value.sum()
+        if gradient is not None:
+            slope -= unit[0] * (slope * unit[0]).sum(1, keepdim=True)
+            slope = torch.where(lengths[0] > 0, slope / lengths[0], 0)
+            gradient[0].index_add_(0, i, slope)
+            gradient[1].index_add_(0, j, slope, alpha=-1)
+    return total
+
+
+def _pairs(edges: Tensor, vertices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows and columns of what is set in an ``(N, N)`` mask, in chunks."""
+    pairs = edges.nonzero()
+    for rows in _chunks(len(pairs), 2 * vertices.shape[3]):
+        yield pairs[rows, 0], pairs[rows, 1]
+
+
+def _differences(vertices: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """``(2, M, D)`` edges in both networks before they are normalised.
+
+    Of the vertices as given: centring rounds, which short edges do not bear in float32.
+    """
+    return vertices[:, 0, i] - vertices[:, 1, j]
 
 
 def _chunks(count: int, entries: int) -> Iterator[slice]:
@@ -437,9 +433,7 @@ class LogitAdaptor(nn.Module):
     def __init__(self, num_classes: int, residual: bool) -> None:
         super().__init__()
         self.residual = residual
-        self.mlp = nn.Sequential(
-            nn.Linear(num_classes, num_classes), nn.ReLU(), nn.Linear(num_classes, num_classes)
-        )
+        self.mlp = nn.Sequential(nn.Linear(num_classes, num_classes), nn.ReLU(), nn.Linear(num_classes, num_classes))
         if residual:
             nn.init.zeros_(self.mlp[2].weight)
             nn.init.zeros_(self.mlp[2].bias)
@@ -525,13 +519,15 @@ def count_classes(network: nn.Module) -> int | None:
 
 
 def make_adaptor(kind: str, num_classes: int | None) -> nn.Module:
-    """The module that ``VRM.ADAPTOR`` names. Its weights follow from the seed, and it leaves the generator as it was."""
+    """The module that ``VRM.ADAPTOR`` names, with seeded weights; the random generator is left as it was."""
     if kind not in ADAPTORS:
         raise InputError(f"VRM.ADAPTOR: no {kind!r}; {suggestion(str(kind), ADAPTORS)}")
     if kind == "none":
         return nn.Identity()
     if num_classes is None:
-        raise InputError("VRM.ADAPTOR needs the student's number of classes, which is read off its last nn.Linear, "
-                         "and this student has none; set VRM.ADAPTOR none")  # fmt: skip
+        raise InputError(
+            "VRM.ADAPTOR: the number of classes is read off the student's last nn.Linear, and this student has none; "
+            "set VRM.ADAPTOR none"
+        )
     with torch.random.fork_rng(devices=[]):
         return LogitAdaptor(num_classes, residual=kind == "residual")

@@ -7,7 +7,8 @@ The contract, which the trainer reads off the signatures and nothing else:
 - ``forward_train(self, image, target, **kwargs)`` returns ``(student logits, {name: loss})``. The names
   of its parameters say what a batch must hold: ``image`` is the data set's weak view, ``image_weak,
   image_strong`` are two views of the same images, ``index`` is the position of each image in the training
-  set. ``epoch`` (from 1) is always passed.
+  set, ``contrastive_index`` a row of positions to contrast it with. ``epoch`` counts from 1. What is not named
+  is not passed, unless there is a ``**kwargs``, which takes ``index`` and ``epoch`` always.
 - Everything trainable is a parameter of the module and is optimised with the student, unless
   ``get_learnable_parameters`` says otherwise.
 

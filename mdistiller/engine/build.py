@@ -15,6 +15,7 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.registry import MODEL_FAMILIES, Registry, dataset_dict
 
 from .checkpoint import CheckpointError, check_fit, load_weights
+from .precision import hard_coded_cuda_explained, resolve_device
 
 TEACHER_RELEASE = "https://github.com/megvii-research/mdistiller/releases/tag/checkpoints"
 
@@ -44,7 +45,7 @@ def build_student(cfg: Any, num_classes: int) -> nn.Module:
 
 def needs_teacher(cfg: Any) -> bool:
     """Whether the method's constructor asks for a teacher."""
-    return "teacher" in inspect.signature(distiller_dict[cfg.DISTILLER.TYPE].__init__).parameters
+    return "teacher" in constructor_arguments(distiller_dict[cfg.DISTILLER.TYPE]).values()
 
 
 def build_teacher(cfg: Any, num_classes: int) -> nn.Module:
@@ -126,6 +127,29 @@ def _check_class_count(model: nn.Module, state: dict[str, torch.Tensor], path: P
         )
 
 
+CONSTRUCTOR = ("student", "teacher", "cfg", "num_data")  # what a method may ask for, in mdistiller's order
+
+
+def constructor_arguments(method: type) -> dict[str, str]:
+    """For each parameter of a method's constructor that is given something, which of ``CONSTRUCTOR`` it is.
+
+    Parameters are known by these names. Where a method that needs them has others, they count by their place.
+
+    Raises:
+        TypeError: it requires more than there is.
+    """
+    parameters = list(inspect.signature(method).parameters.values())
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    required = [p.name for p in named if p.default is p.empty]
+    if not named and any(p.kind is p.VAR_POSITIONAL for p in parameters):  # hands all on
+        return {name: name for name in CONSTRUCTOR[:3]}
+    if all(name in CONSTRUCTOR for name in required):
+        return {p.name: p.name for p in named if p.name in CONSTRUCTOR}
+    if len(required) > len(CONSTRUCTOR) or any(p.kind is p.KEYWORD_ONLY for p in named if p.name in required):
+        raise TypeError(f"{method.__name__}.__init__ asks for {required}; a method may ask for {list(CONSTRUCTOR)}")
+    return dict(zip(required, CONSTRUCTOR, strict=False))
+
+
 def build_distiller(cfg: Any, student: nn.Module, teacher: nn.Module | None = None, num_data: int = 0) -> nn.Module:
     """The method that ``DISTILLER.TYPE`` names; its constructor's parameters say what it is given.
 
@@ -137,8 +161,8 @@ def build_distiller(cfg: Any, student: nn.Module, teacher: nn.Module | None = No
     """
     method = distiller_dict[cfg.DISTILLER.TYPE]
     available = {"student": student, "teacher": teacher, "cfg": cfg, "num_data": num_data}
-    asked = [name for name in inspect.signature(method.__init__).parameters if name != "self"]
-    unknown = [name for name in asked if name not in available]
-    if unknown:
-        raise TypeError(f"{method.__name__}.__init__ asks for {unknown}; a method may ask for {list(available)}")
-    return method(**{name: available[name] for name in asked})
+    arguments = constructor_arguments(method)
+    with hard_coded_cuda_explained(resolve_device(cfg.SOLVER.DEVICE)):
+        if arguments.keys() <= inspect.signature(method).parameters.keys():
+            return method(**{name: available[source] for name, source in arguments.items()})
+        return method(*(available[source] for source in arguments.values()))

@@ -9,17 +9,64 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from mdistiller.dataset import dataset_dict
 from mdistiller.distillers import distiller_dict
+from mdistiller.plugins import load_methods, method_file
 from mdistiller.registry import InputError, suggestion
 
 from .config_node import ConfigNode as CN
 from .trainer import trainer_dict
 from .utils import log_msg
 
-CFG = CN()
+
+class ConfigTree(CN):
+    """The root: knows the method files that are merged into it and makes room for their settings."""
+
+    def before_merge(self, trees: Sequence[Any]) -> None:
+        """Load the method files that ``DISTILLER.PLUGINS`` and ``DISTILLER.TYPE`` ask for.
+
+        Raises:
+            InputError: see :func:`mdistiller.plugins.load_methods`.
+        """
+        asked = dict(self.DISTILLER)
+        for tree in trees:
+            given = tree.get("DISTILLER") if isinstance(tree, dict) else None
+            asked |= given if isinstance(given, dict) else {}
+        name, plugins = asked["TYPE"], asked["PLUGINS"]
+        plugins = [plugins] if isinstance(plugins, str) else plugins
+        if isinstance(name, str) and isinstance(plugins, (list, tuple)):  # or the merge itself will complain
+            self.admit_method([str(path) for path in plugins], name)
+            if name not in distiller_dict and name not in self and any(name in tree for tree in trees):
+                # Before the merge calls its section unknown.
+                raise InputError(
+                    f"DISTILLER.TYPE: no method named {name!r}; {suggestion(name, distiller_dict)}; a method file "
+                    "from elsewhere is named by DISTILLER.PLUGINS"
+                )
+
+    def admit_method(self, plugins: Sequence[str], name: str) -> None:
+        """Load the method called ``name`` and make room for its settings.
+
+        A method file of another project states no defaults. The sections that it reads and that nobody has
+        take any key then, and those of its keys that are missing from sections of ours take any value.
+        """
+        file = load_methods(plugins, name)
+        method = distiller_dict.get(name)
+        if method is None:
+            return
+        if method.defaults is not None and method.section not in self:
+            self[method.section] = CN(copy.deepcopy(method.defaults))
+        if file is not None:
+            for key in file.reads or [method.section]:
+                section, _, rest = key.partition(".")
+                if rest and section not in self:
+                    self[section] = CN(new_allowed=True)
+                self.allow_key(key)
+
+
+CFG = ConfigTree()
 
 CFG.EXPERIMENT = CN()
 CFG.EXPERIMENT.PROJECT = "distill"  # a run's folder is LOG.PREFIX/PROJECT/(NAME or TAG)
@@ -44,6 +91,7 @@ CFG.DISTILLER.TYPE = "NONE"  # plain training
 CFG.DISTILLER.TEACHER = "ResNet50"
 CFG.DISTILLER.TEACHER_CKPT = ""  # the teacher's weights; empty: where its public weights are unpacked
 CFG.DISTILLER.STUDENT = "resnet32"
+CFG.DISTILLER.PLUGINS = []  # method files from elsewhere, as paths; see mdistiller/plugins.py
 
 CFG.SOLVER = CN()
 CFG.SOLVER.TRAINER = "base"
@@ -91,6 +139,9 @@ def _collect_method_sections() -> None:
 _collect_method_sections()
 
 
+METHOD_KEYS = ("DISTILLER.TYPE", "DISTILLER.PLUGINS")
+
+
 def load_config(path: str = "", options: Sequence[str] = ()) -> CN:
     """A checked, frozen configuration: defaults, then the file, then ``KEY VALUE`` options.
 
@@ -100,6 +151,9 @@ def load_config(path: str = "", options: Sequence[str] = ()) -> CN:
     _collect_method_sections()  # a script may have registered a method since the import
     cfg = CFG.clone()
     cfg.defrost()
+    pairs = zip(options[::2], options[1::2], strict=False)
+    # First, since the file may hold settings of the method that the options name.
+    cfg.merge_from_list([part for pair in pairs if pair[0] in METHOD_KEYS for part in pair])
     if path:
         cfg.merge_from_file(path)
     cfg.merge_from_list(list(options))
@@ -138,7 +192,9 @@ def check_config(cfg: CN) -> None:
     Raises:
         InputError: names the key, the value found and what is allowed.
     """
+    load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)
     _one_of(cfg, "DISTILLER.TYPE", distiller_dict, "method")
+    _check_method_settings(cfg)
     _one_of(cfg, "DATASET.TYPE", dataset_dict, "data set")
     _one_of(cfg, "SOLVER.TRAINER", trainer_dict, "trainer")
     _one_of(cfg, "SOLVER.TYPE", OPTIMIZERS, "optimiser")
@@ -161,11 +217,38 @@ def check_config(cfg: CN) -> None:
     _each(cfg, ("SOLVER.BETAS",), lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1")
     if not (cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG):
         raise InputError("EXPERIMENT.NAME and EXPERIMENT.TAG are both empty; one must name the run")
+    if ".." in PurePath(experiment_name(cfg)).parts:
+        raise InputError(f"the run's folder {experiment_name(cfg)} must lie below LOG.PREFIX; leave out '..'")
     if cfg.SOLVER.EPOCHS <= cfg.SOLVER.WARMUP_EPOCHS:
         raise InputError(
             f"SOLVER.WARMUP_EPOCHS is {cfg.SOLVER.WARMUP_EPOCHS}, which leaves nothing of "
             f"SOLVER.EPOCHS {cfg.SOLVER.EPOCHS}"
         )
+
+
+def _check_method_settings(cfg: CN) -> None:
+    """Refuse to start a method file whose constructor reads keys that nobody gives."""
+    method = distiller_dict[cfg.DISTILLER.TYPE]
+    file = method_file(method)
+    if file is None:
+        return
+    builder = next((cls.__name__ for cls in method.__mro__ if "__init__" in vars(cls)), "")
+    missing = [key for key in file.required.get(builder, ()) if not _is_given(cfg, key)]
+    if missing:
+        raise InputError(
+            f"{file.path.name} reads settings that have no default and are not given: {', '.join(missing)}; its "
+            "project has them in engine/cfg.py or in its configs: give them in the config or as KEY VALUE"
+        )
+
+
+def _is_given(cfg: CN, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(cfg, dict):
+            return True  # an attribute of a value, such as a method of a text
+        if part not in cfg:
+            return False
+        cfg = cfg[part]
+    return True
 
 
 def value_of(cfg: CN, key: str) -> Any:

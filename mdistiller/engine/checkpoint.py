@@ -263,7 +263,8 @@ def _explain_unpickling(path: Path, error: Exception) -> str:
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """A model's state dict from a file: ``{"model": state_dict}``, ``{"state_dict": ...}`` or the dict itself.
 
-    ``module.`` in front of every key, as DataParallel writes it, is dropped.
+    ``module.`` in front of every key, as DataParallel writes it, is dropped. Of a distiller (``latest``, ``best``) it
+    is the student.
 
     Raises:
         CheckpointError: see :func:`load_checkpoint`; or a file that holds no state dict.
@@ -278,6 +279,8 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise CheckpointError(f"checkpoint {path} holds no state dict under 'model'; found: {found}")
     if all(key.startswith("module.") for key in content):
         content = {key.removeprefix("module."): value for key, value in content.items()}
+    if any(key.startswith("student.") for key in content):  # latest, best: a whole distiller
+        content = {key.removeprefix("student."): v for key, v in content.items() if key.startswith("student.")}
     return dict(content)
 
 

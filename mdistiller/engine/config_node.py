@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 from mdistiller.registry import InputError, closest, suggestion
 
 BASE_KEY = "_BASE_"
+ALLOWED = "__allowed_keys__"
 WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -60,7 +61,22 @@ def read_yaml(path: Path) -> Any:
 
 
 class ConfigNode(CfgNode):
-    """``yacs.config.CfgNode`` with loose numbers, helpful errors and inheritance between files."""
+    """``yacs.config.CfgNode`` with loose numbers, helpful errors and inheritance between files.
+
+    A key without a default has no type either: it takes any value. Such keys are those of a node with
+    ``new_allowed``, and those named by :meth:`allow_key`.
+    """
+
+    def allow_key(self, key: str) -> None:
+        """Take a value for the dotted ``key``, which has no default."""
+        first, _, rest = key.partition(".")
+        if rest and isinstance(self.get(first), ConfigNode):
+            self[first].allow_key(rest)
+        elif first not in self:
+            self.__dict__.setdefault(ALLOWED, set()).add(first)
+
+    def before_merge(self, trees: Sequence[Any]) -> None:
+        """Called with what is about to be merged; may add what it needs."""
 
     def merge_from_file(self, cfg_filename: str | os.PathLike[str]) -> None:
         """Merge a YAML file, the files that its ``_BASE_`` names first.
@@ -69,7 +85,9 @@ class ConfigNode(CfgNode):
             InputError: a file that is missing, is no YAML mapping, or inherits from itself; an unknown key;
                 a value of the wrong type.
         """
-        for path, tree in _read_with_bases(Path(cfg_filename)):
+        files = _read_with_bases(Path(cfg_filename))
+        self.before_merge([tree for _, tree in files])
+        for path, tree in files:
             self._merge(tree, source=str(path))
 
     def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
@@ -79,17 +97,24 @@ class ConfigNode(CfgNode):
                 f"options come in pairs KEY VALUE; {cfg_list[-1]!r} has no value "
                 f"(given: {' '.join(map(str, cfg_list))})"
             )
-        for key, word in zip(cfg_list[::2], cfg_list[1::2], strict=True):
-            value = _literal(word)
-            if isinstance(word, str) and not isinstance(value, str) and isinstance(self._get(str(key)), str):
-                value = word  # a text that looks like a number or a list: NAME 1e3
-            tree: Any = value
-            for part in reversed(str(key).split(".")):
-                tree = {part: tree}
+        trees = [self._option(str(key), word) for key, word in zip(cfg_list[::2], cfg_list[1::2], strict=True)]
+        self.before_merge(trees)
+        for tree in trees:
             self._merge(tree, source="command line")
+
+    def _option(self, key: str, word: Any) -> Any:
+        """``KEY VALUE`` as the tree that a file would hold."""
+        default = self._get(key)
+        tree = word if default is None else _literal(word)  # without a default, it is read when it is merged
+        if isinstance(word, str) and not isinstance(tree, str) and isinstance(default, str):
+            tree = word  # a text that looks like a number or a list: NAME 1e3
+        for part in reversed(key.split(".")):
+            tree = {part: tree}
+        return tree
 
     def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
         """Merge another node; the same checks as for a file."""
+        self.before_merge([cfg_other])
         self._merge(cfg_other, source="merged node")
 
     def _get(self, key: str) -> Any:
@@ -105,13 +130,19 @@ class ConfigNode(CfgNode):
         root = self if root is None else root
         for key, value in tree.items():
             full_key = f"{prefix}{key}"
-            if key not in self:
-                if not self.is_new_allowed():
-                    full_key = ".".join([full_key, *_only_path(value)])
-                    raise InputError(f"{source}: unknown config key {full_key!r}; {_keys_nearby(full_key, root)}")
-                self[key] = ConfigNode(value) if isinstance(value, dict) else value
-            elif isinstance(self[key], CfgNode):
+            untyped = self.is_new_allowed() or key in self.__dict__.get(ALLOWED, ())
+            if key not in self and not untyped:
+                full_key = ".".join([full_key, *_only_path(value)])
+                raise InputError(f"{source}: unknown config key {full_key!r}; {_keys_nearby(full_key, root)}")
+            if isinstance(self.get(key), CfgNode):
+                if not isinstance(self[key], ConfigNode):  # a script put a plain yacs node here
+                    self[key] = ConfigNode(self[key])
                 self[key]._merge(value, source, f"{full_key}.", root)
+            elif untyped and isinstance(value, dict):
+                self[key] = ConfigNode(new_allowed=True)
+                self[key]._merge(value, source, f"{full_key}.", root)
+            elif untyped:
+                self[key] = _literal(value)  # as yacs reads it: 1e-3 is a number
             else:
                 self[key] = convert(value, self[key], full_key, source)
 
@@ -143,6 +174,8 @@ def convert(value: Any, default: Any, key: str, source: str) -> Any:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
     elif kind in (list, tuple):
+        if isinstance(value, str) and (not default or isinstance(default[0], str)):
+            value = [value]
         if isinstance(value, (list, tuple)):
             items = [convert(v, default[0], key, source) if default else v for v in value]
             return kind(items)

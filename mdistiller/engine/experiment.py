@@ -22,8 +22,13 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
+def changed_keys(before: dict[str, Any], now: dict[str, Any], section: str) -> tuple[list[str], list[str]]:
     """Compare two trees of settings; keys that only one of them has do not count.
+
+    Args:
+        before: the settings that the run was started with.
+        now: those it is to go on with.
+        section: the method's own, of which everything is part of the experiment.
 
     Returns:
         The changes that make it another experiment, and the others, each as ``"KEY was A, is B"``.
@@ -32,5 +37,18 @@ def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str]
     fatal, harmless = [], []
     for key in now:
         if key in before and before[key] != now[key]:
-            (fatal if key in FIXED_ON_RESUME else harmless).append(f"{key} was {before[key]}, is {now[key]}")
+            part_of_it = key in FIXED_ON_RESUME or key.startswith(f"{section}.")
+            (fatal if part_of_it else harmless).append(f"{key} was {before[key]}, is {now[key]}")
     return fatal, harmless
+
+
+# What says where and how fast a run works, not what comes out of it.
+WITHOUT_INFLUENCE = (
+    "LOG.", "EXPERIMENT.PROJECT", "EXPERIMENT.NAME", "EXPERIMENT.TAG", "DATASET.ROOT", "DATASET.DOWNLOAD",
+    "DATASET.NUM_WORKERS", "DATASET.TEST.BATCH_SIZE", "SOLVER.DEVICE", "DISTILLER.TEACHER_CKPT",
+)  # fmt: skip
+
+
+def settings_of_result(tree: dict[str, Any]) -> dict[str, Any]:
+    """The flat settings that decide a run's result; of the teacher, its file counts rather than the path to it."""
+    return {key: value for key, value in flatten(tree).items() if not key.startswith(WITHOUT_INFLUENCE)}

@@ -7,6 +7,9 @@ They talk to each other through the trainer only: ``trainer.row`` is the epoch's
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import json
 import os
 import signal
@@ -23,7 +26,15 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .batch import images_of
-from .checkpoint import CheckpointError, check_fit, fingerprint, load_into, save_checkpoint, write_atomically
+from .checkpoint import (
+    CheckpointError,
+    DiskFullError,
+    check_fit,
+    fingerprint,
+    load_into,
+    save_checkpoint,
+    write_atomically,
+)
 from .evaluate import Evaluation, evaluate, hits_at
 from .solver import learning_rate
 from .utils import log_msg
@@ -31,6 +42,9 @@ from .writers import CsvWriter, TensorboardWriter, WandbWriter, WorklogWriter
 
 if TYPE_CHECKING:
     from .trainer import BaseTrainer, StepOutput
+
+
+SPLITS = {"val": "validation", "test": "test"}
 
 
 class NonFiniteLossError(RuntimeError):
@@ -91,6 +105,10 @@ class NonFiniteGuard(Hook):
         self.unchecked: list[tuple[int, float, StepOutput]] = []
 
     def after_step(self, output: StepOutput) -> None:
+        index = {
+            key: value for key, value in output.batch.items() if key == "index"
+        }  # the images would fill the memory
+        output = dataclasses.replace(output, batch=index, logits=None)
         self.unchecked.append((self.trainer.step, self.trainer.row["lr"], output))
         if len(self.unchecked) >= self.interval:
             self.check()
@@ -182,22 +200,28 @@ class Clock(Hook):
         super().__init__(trainer)
         self.seconds = {"data": 0.0, "train": 0.0, "evaluation": 0.0}
         self.epoch_start = self.data_in_epoch = 0.0
+        self.within_steps = False
 
     def before_epoch(self) -> None:
         self.epoch_start, self.data_in_epoch = time.perf_counter(), 0.0
+        self.within_steps = True
 
     def data_arrived(self, seconds: float) -> None:
         self.seconds["data"] += seconds
         self.data_in_epoch += seconds
 
     def after_epoch(self) -> None:
-        self.seconds["train"] += time.perf_counter() - self.epoch_start
+        self.seconds, self.within_steps = self._so_far(), False
 
     def epoch_done(self) -> None:
         self.trainer.results["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
 
+    def _so_far(self) -> dict[str, float]:
+        running = time.perf_counter() - self.epoch_start if self.within_steps else 0.0
+        return {**self.seconds, "train": self.seconds["train"] + running}
+
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds}
+        return {"seconds": self._so_far()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seconds.update(state.get("seconds", {}))
@@ -254,7 +278,7 @@ class Evaluate(Hook):
         if trainer.epoch % trainer.cfg.LOG.EVAL_FREQ and trainer.epoch != trainer.cfg.SOLVER.EPOCHS:
             return
         start = time.perf_counter()
-        result = self.score(trainer.val_loader)
+        result = self.score(trainer.distiller, trainer.val_loader)
         trainer.row.update(
             {
                 f"{self.prefix}_acc": result.top1,
@@ -263,14 +287,14 @@ class Evaluate(Hook):
             }
         )
         if self.weight_average is not None:
-            ema = evaluate(self.weight_average.student, trainer.val_loader, trainer.precision, self.on_batch)
+            ema = self.score(self.weight_average.student, trainer.val_loader)
             trainer.row[f"{self.prefix}_acc_ema"] = ema.top1
             trainer.results["ema"] = _as_dict(ema, trainer.epoch, self.prefix)
         self.clock.seconds["evaluation"] += time.perf_counter() - start
         self._keep(result)
 
-    def score(self, loader: Any) -> Evaluation:
-        return evaluate(self.trainer.distiller, loader, self.trainer.precision, self.on_batch)
+    def score(self, model: torch.nn.Module, loader: Any) -> Evaluation:
+        return evaluate(model, loader, self.trainer.precision, self.on_batch)
 
     def _keep(self, result: Evaluation) -> None:
         trainer = self.trainer
@@ -285,25 +309,37 @@ class Evaluate(Hook):
         recent = [top1 for top1, _ in self.scores[-trainer.cfg.LOG.MEAN_OF_LAST :]]
         trainer.results["mean_of_last"] = {
             "evaluations": len(recent),
+            "split": SPLITS[self.prefix],
             "top1": statistics.fmean(recent),
             "std": statistics.stdev(recent) if len(recent) > 1 else 0.0,
         }
 
     def after_train(self) -> None:
+        """With a validation split: last, best and average meet the test images now, for the first time."""
         trainer = self.trainer
         if trainer.test_loader is None:
             return
-        last = self.score(trainer.test_loader)
-        best_epoch, student = trainer.results["best"]["epoch"], trainer.distiller.student
-        current = {k: v.clone() for k, v in student.state_dict().items()}
-        load_into(student, trainer.folder / "student_best", "student")
+        results, scored = trainer.results, {"last": self.score(trainer.distiller, trainer.test_loader)}
+        if self.weight_average is not None:
+            scored["ema"] = self.score(self.weight_average.student, trainer.test_loader)
+        try:
+            scored["best"] = self.score(self._best_student(results["best"]["epoch"]), trainer.test_loader)
+        except CheckpointError as error:
+            print(log_msg(f"WARNING: the best student is not scored on the test images: {error}", "EVAL"), flush=True)
+            results["best"]["problem"] = str(error)
+        # Only now, since a signal during the scoring saves the results as they are.
+        results["validation"] = {key: dict(results[key]) for key in (*scored, "mean_of_last")}
+        for key, score in scored.items():
+            results[key] = _as_dict(score, results[key]["epoch"], "test")
+        results["best"]["picked_on"] = "validation"
+
+    def _best_student(self, epoch: int) -> torch.nn.Module:
+        """A copy of the student with the weights of its best epoch; the student itself may be saved meanwhile."""
+        student = copy.deepcopy(self.trainer.distiller.student)
+        load_into(student, self.trainer.folder / "student_best", "student")
         if fingerprint(student.state_dict()) != self.best_fingerprint:
-            raise CheckpointError(f"{trainer.folder / 'student_best'} is not the student of epoch {best_epoch}")
-        best = self.score(trainer.test_loader)
-        student.load_state_dict(current)
-        trainer.results["validation"] = {key: trainer.results[key] for key in ("last", "best")}
-        trainer.results["last"] = _as_dict(last, trainer.cfg.SOLVER.EPOCHS, "test")
-        trainer.results["best"] = _as_dict(best, best_epoch, "test") | {"picked_on": "validation"}
+            raise CheckpointError(f"{self.trainer.folder / 'student_best'} is not the student of epoch {epoch}")
+        return student
 
     def state_dict(self) -> dict[str, Any]:
         return {"scores": self.scores, "best_fingerprint": self.best_fingerprint}
@@ -321,7 +357,7 @@ def _as_dict(result: Evaluation, epoch: int, split: str) -> dict[str, Any]:
         "epoch": epoch,
         "images": result.count,
     }
-    return {**scores, "split": "validation" if split == "val" else "test"}
+    return {**scores, "split": SPLITS[split]}
 
 
 class Writers(Hook):
@@ -343,6 +379,7 @@ class Writers(Hook):
             self.writers.append(WandbWriter(trainer.cfg, trainer.folder))
         for writer in self.writers:
             writer.start(self.rows, trainer.step)
+        trainer.results.pop("stopped_by", None)
         self._write_results("running")
 
     def after_step(self, output: StepOutput) -> None:
@@ -377,6 +414,9 @@ class Writers(Hook):
         write_atomically(self.trainer.folder / "results.json", json.dumps(content, indent=1) + "\n")
 
     def close(self) -> None:
+        if self.writers and self.trainer.results.get("status") == "running":
+            with contextlib.suppress(DiskFullError):  # which may be why the run stopped
+                self._write_results("stopped")
         for writer in self.writers:
             writer.close()
 
@@ -420,10 +460,9 @@ class Checkpoints(Hook):
             save_checkpoint(student, trainer.folder / f"student_{name}")
             save_checkpoint(state, trainer.folder / (f"epoch_{name}" if name.isdigit() else name))
         save_checkpoint(student, trainer.folder / "student_latest")
+        if finished == trainer.cfg.SOLVER.EPOCHS:
+            save_checkpoint(student, trainer.folder / "student_last")
         self.save_latest()  # last: all that it says has happened is on the disk then
-
-    def after_train(self) -> None:
-        save_checkpoint({"model": self.trainer.distiller.student.state_dict()}, self.trainer.folder / "student_last")
 
 
 class StopSignals(Hook):

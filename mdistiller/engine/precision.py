@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import traceback
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,3 +85,26 @@ def resolve_device(name: str) -> torch.device:
         reason = str(error).split("\n")[0]
         raise InputError(f"SOLVER.DEVICE {name!r} cannot be used here: {reason}; use auto, cpu or cuda") from None
     return device
+
+
+@contextmanager
+def hard_coded_cuda_explained(device: torch.device) -> Iterator[None]:
+    """Around a method's code: where it moves something to the GPU in a run on another device, say where it does.
+
+    Raises:
+        InputError: in place of torch's error; names file and line.
+    """
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        asked_for_gpu = any(frame.name == "_lazy_init" and "torch" in frame.filename for frame in frames)
+        if device.type != "cpu" or not (asked_for_gpu or "on the same device" in str(error)):
+            raise
+        torch_folder = str(Path(torch.__file__).parent)
+        place = [frame for frame in frames if not frame.filename.startswith(torch_folder)][-1]
+        problem = "needs a GPU" if asked_for_gpu else "meets a tensor that the method keeps on the GPU"
+        raise InputError(
+            f"{place.filename}, line {place.lineno}: {place.line!r} {problem}, and this run is on the CPU; run it on a "
+            "GPU (SOLVER.DEVICE), or let the file write .to(tensor.device) where it writes .cuda()"
+        ) from None

@@ -1,6 +1,6 @@
 """A method's stage before training, computed once and kept in a file.
 
-A method takes part by ``prepare(batches, autocast)``, which changes the method's modules and returns facts for
+A method takes part by ``prepare(batches, autocast)``, with parameters of these names, which changes the method's modules and returns facts for
 ``results.json``. ``preparation()`` beside it gives the module that holds the result, and the method's own settings that
 the result depends on; together with the teacher's weights, the data, the seed and the number format they name the file,
 so that students of one teacher share it. Without ``preparation`` the stage is run each time.
@@ -12,6 +12,7 @@ the stage leaves nothing behind; the run starts it again.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import time
 from collections.abc import Iterator
@@ -53,8 +54,8 @@ def prepare(trainer: BaseTrainer) -> None:
         PreparationError: the result is not finite; it is not kept.
     """
     distiller = trainer.distiller
-    if not hasattr(distiller, "prepare"):
-        return
+    if list(inspect.signature(getattr(distiller, "prepare", prepare)).parameters) != ["batches", "autocast"]:
+        return  # none, or a method file from elsewhere that calls something else so
     name = trainer.cfg.DISTILLER.TYPE
     if not hasattr(distiller, "preparation"):
         seconds, facts = _compute(trainer, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import platform
@@ -9,14 +10,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torchvision
 
 import mdistiller
 from mdistiller.dataset import Loaders, build_loaders
-from mdistiller.registry import InputError, dataset_dict
+from mdistiller.plugins import load_methods
+from mdistiller.registry import InputError, dataset_dict, distiller_dict
 
 from .build import build_distiller, build_student, build_teacher, needs_teacher, teacher_checkpoint
 from .cfg import experiment_name, relevant_part
@@ -45,25 +51,26 @@ def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str,
         InputError: anything about the configuration, the data or the files that keeps the run from starting.
     """
     folder = run_folder(cfg)
-    resume = check_folder(folder, cfg, resume, overwrite)
+    check_folder(folder, cfg, resume, overwrite)
     trainer, facts = build_run(cfg)
-    if resume:
-        trainer.resume()
-        done, wanted = trainer.epoch - 1, cfg.SOLVER.EPOCHS
-        if done > wanted:
-            raise InputError(f"{folder} has {done} epochs behind it already, more than SOLVER.EPOCHS {wanted}")
-    if overwrite:
-        _clear(folder)
     _make(folder)
-    remove_leftovers(folder)
-    write_atomically(folder / "config.yaml", cfg.dump())
-    write_atomically(folder / "environment.json", json.dumps(_environment(cfg, trainer), indent=1) + "\n")
-    trainer.results.update(facts)
-    return trainer.train()
+    with _alone_in(folder):
+        resume = check_folder(folder, cfg, resume, overwrite)  # again: another run may have been faster
+        if resume:
+            trainer.resume()
+            _check_rest(trainer, facts, folder)
+        if overwrite:
+            _clear(folder)
+        remove_leftovers(folder)
+        write_atomically(folder / "config.yaml", cfg.dump())
+        _write_environment(folder / "environment.json", _environment(cfg, trainer), resume)
+        trainer.results.update(facts)
+        return trainer.train()
 
 
 def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
     """Data, networks, method and trainer, and the facts about them for ``results.json``."""
+    file = load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)  # in this process, perhaps not the first
     seed_everything(cfg.EXPERIMENT.SEED)
     Precision.from_cfg(cfg)  # before the data, like the networks: nothing is downloaded for a run that cannot start
     num_classes = dataset_dict[cfg.DATASET.TYPE].num_classes
@@ -78,6 +85,8 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
         "seed": cfg.EXPERIMENT.SEED,
         "training_images": loaders.num_data,
     }
+    if file is not None:
+        facts["method_file"] = {"path": str(file.path), "sha256": file_digest(file.path)}
     if teacher is not None:
         facts["teacher"] = score_teacher(cfg, teacher, loaders)
     torch.manual_seed(cfg.EXPERIMENT.SEED)  # a method's own modules do not depend on the teacher's size
@@ -132,7 +141,7 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool) -> bool:
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     try:
-        filled = folder.is_dir() and any(folder.iterdir())
+        filled = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
     except OSError as error:
         raise _unusable(folder, error) from None
     if not filled:
@@ -159,19 +168,67 @@ def _check_same_experiment(folder: Path, cfg: Any) -> None:
     content = read_yaml(folder / "config.yaml")
     if not isinstance(content, dict):
         raise InputError(f"{folder / 'config.yaml'} holds no configuration; replace the run by --overwrite")
-    fatal, harmless = changed_keys(content, relevant_part(cfg))
+    fatal, harmless = changed_keys(content, relevant_part(cfg), distiller_dict[cfg.DISTILLER.TYPE].section)
     if fatal:
         raise InputError(f"{folder} holds another experiment and cannot be resumed as this one: {', '.join(fatal)}")
     for change in harmless:
         print(log_msg(f"resuming although {change}", "INFO"))
 
 
-def _clear(folder: Path) -> None:
-    """Delete a run's files; folders below it may be other runs and stay."""
-    if not folder.is_dir():
+def _check_rest(trainer: BaseTrainer, facts: dict[str, Any], folder: Path) -> None:
+    """What only shows once the state is there: another teacher behind the same path, fewer epochs than are done."""
+    before, now = (results.get("teacher", {}).get("sha256") for results in (trainer.results, facts))
+    if before and now and before != now:
+        raise InputError(
+            f"{folder} was run with another teacher: its checkpoint's SHA-256 was {before[:12]}..., is {now[:12]}..."
+        )
+    begun, wanted = trainer.epoch - (trainer.step_in_epoch == 0), trainer.cfg.SOLVER.EPOCHS
+    scored = trainer.results.get("last", {}).get("epoch", 0)
+    if begun > wanted or (begun == wanted and trainer.step_in_epoch == 0 and scored < wanted):
+        raise InputError(
+            f"{folder} has {begun} epochs behind it, the last of them under way or not evaluated, and SOLVER.EPOCHS is "
+            f"{wanted}; give at least {begun + (begun == wanted)}"
+        )
+
+
+LOCK = ".lock"
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder; the system gives the lock back when this one dies.
+
+    Raises:
+        InputError: another process trains there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
         return
-    for path in folder.iterdir():
-        if path.is_file():
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"another process is training in {folder}; name another folder with EXPERIMENT.NAME"
+            ) from None
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
+
+
+RUN_FILES = (
+    "latest", "latest_previous", "best", "epoch_*", "student_*", "metrics.csv", "worklog.txt", "results.json",
+    "config.yaml", "environment.json",
+)  # fmt: skip
+
+
+def _clear(folder: Path) -> None:
+    """Delete what a run writes; notes of others and folders below it stay."""
+    for pattern in RUN_FILES:
+        for path in folder.glob(pattern):
             path.unlink()
     shutil.rmtree(folder / "train.events", ignore_errors=True)
 
@@ -190,17 +247,32 @@ def _unusable(folder: Path, error: OSError) -> InputError:
     return InputError(f"cannot write to {folder}: {error.strerror}; choose another place with LOG.PREFIX")
 
 
+def _write_environment(path: Path, environment: dict[str, Any], resumed: bool) -> None:
+    """Where the run is going on; where it ran before a resume is kept under ``"earlier"``."""
+    earlier: list[Any] = []
+    if resumed:
+        with suppress(OSError, ValueError):
+            before = json.loads(path.read_text())
+            earlier = [*before.pop("earlier", []), before]
+    write_atomically(path, json.dumps({**environment, "earlier": earlier}, indent=1) + "\n")
+
+
 def _environment(cfg: Any, trainer: BaseTrainer) -> dict[str, Any]:
     device = trainer.precision.device
     return {
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
         "mdistiller": mdistiller.__version__,
         "git": _git_hash(),
         "python": platform.python_version(),
+        "numpy": np.__version__,
         "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
+        "host": platform.node(),
         "machine": platform.platform(),
         "seed": cfg.EXPERIMENT.SEED,
     }
@@ -216,6 +288,8 @@ def _git_hash() -> str | None:
         ).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None  # installed somewhere below a checkout of something else
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -45,7 +45,18 @@ def _groups(cfg: Any, distiller: nn.Module) -> list[dict[str, Any]]:
     for group in groups:
         group["params"] = [p for p in group["params"] if not (id(p) in seen or seen.add(id(p)))]
         group["lr_scale"] = group.get("lr", cfg.SOLVER.LR) / cfg.SOLVER.LR
+    _check_nothing_frozen(distiller, groups)
     return groups
+
+
+def _check_nothing_frozen(distiller: nn.Module, groups: list[dict[str, Any]]) -> None:
+    teacher = getattr(distiller, "teacher", None)
+    frozen = {id(p) for p in teacher.parameters() if not p.requires_grad} if teacher is not None else set()
+    if any(id(p) in frozen for group in groups for p in group["params"]):
+        raise InputError(
+            f"{type(distiller).__name__} optimises parameters of the teacher, which is frozen; its constructor must "
+            "say requires_grad_(True) of them, and teacher_parameters() must return them, or they are not saved"
+        )
 
 
 def learning_rate(solver: Any, epoch: int, done: float = 0.0) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from .batch import to_batch
 from .checkpoint import CheckpointError, check_fit, load_checkpoint, previous
 from .experiment import changed_keys
 from .hooks import Hook, default_hooks
-from .precision import Precision
+from .precision import Precision, hard_coded_cuda_explained
 from .prepare import prepare
 from .random_state import random_state, restore_random_state
 from .solver import build_optimizer
@@ -81,6 +82,7 @@ class BaseTrainer:
         self.step = 0  # steps done since the start
         self.row: dict[str, float] = {}  # the epoch's line in the logs, filled by the hooks
         self.results: dict[str, Any] = {}  # results.json, filled by the hooks
+        self.accepted = accepted_fields(self.distiller)
         self.hooks: list[Hook] = default_hooks(self)
         check_batches(self.distiller, train_loader)
 
@@ -100,6 +102,10 @@ class BaseTrainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         if resume:
             self.resume()
+        if self.step == 0 and (self.folder / "latest").exists():
+            raise InputError(
+                f"{self.folder} holds a run already; go on with it by resume=True, or give another name or LOG.PREFIX"
+            )
         if self.step == 0:  # else the result came with the state
             prepare(self)
         try:
@@ -107,6 +113,9 @@ class BaseTrainer:
             while self.epoch <= self.cfg.SOLVER.EPOCHS:
                 self.run_epoch()
             self._call("after_train")
+        except BaseException as error:
+            self.results["stopped_by"] = f"{type(error).__name__}: {error}"[:500]
+            raise
         finally:
             for hook in self.hooks:
                 hook.close()
@@ -132,8 +141,11 @@ class BaseTrainer:
         self._call("epoch_done")
 
     def run_step(self, batch: dict[str, Tensor]) -> StepOutput:
-        with self.precision.autocast():
-            logits, losses = self.distiller(**batch, epoch=self.epoch)
+        given = {**batch, "epoch": self.epoch}
+        if self.accepted is not None:
+            given = {name: value for name, value in given.items() if name in self.accepted}
+        with self.precision.autocast(), hard_coded_cuda_explained(self.precision.device):
+            logits, losses = self.distiller(**given)
         losses = {name: loss.mean() for name, loss in losses.items()}  # some methods return shape (1,)
         self.update(losses)
         detached = {name: loss.detach() for name, loss in losses.items()}
@@ -213,12 +225,17 @@ class BaseTrainer:
         """
         model = self._check_state(state, source)
         self.distiller.load_state_dict(model, strict=False)
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # weight decay and the like are the configuration's, as the learning rate is
         self.epoch = state["epoch"] + 1
         self.step_in_epoch = state.get("step_in_epoch", 0)
         self.step = state.get("step", state["epoch"] * self.steps_per_epoch)
         self.row = state.get("row", {})
         self.results.update(state.get("results", {}))
+        if "best_acc" in state:  # mdistiller's; it doesn't say which epoch that was
+            self.results["best"] = {"top1": float(state["best_acc"]), "epoch": None, "split": "test"}
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
         for hook in self.hooks:
@@ -233,7 +250,8 @@ class BaseTrainer:
                 f"{source} cannot be resumed from: it must hold epoch, model and optimizer, and holds {found}"
             )
         if "config" in state:
-            fatal, _ = changed_keys(yaml.safe_load(state["config"]), self.cfg)
+            section = getattr(self.distiller, "section", "")
+            fatal, _ = changed_keys(yaml.safe_load(state["config"]), self.cfg, section)
             if fatal:
                 raise CheckpointError(f"{source} belongs to another experiment: {', '.join(fatal)}")
         check_optimizer_fit(self.optimizer, state["optimizer"], source)
@@ -242,6 +260,14 @@ class BaseTrainer:
 
 trainer_dict["base"] = BaseTrainer
 trainer_dict["crd"] = BaseTrainer  # mdistiller's name for the loop with an index in the batch
+trainer_dict["ours"] = BaseTrainer  # and that of its fork MLLD, and of MLLD's forks, for the loop with two views
+
+
+def accepted_fields(distiller: nn.Module) -> set[str] | None:
+    """What ``forward_train`` takes of a batch; ``None``: all of it, by ``**kwargs``."""
+    parameters = inspect.signature(distiller.forward_train).parameters
+    variadic = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return None if variadic else set(parameters)
 
 
 def trained_state(distiller: nn.Module) -> dict[str, Tensor]:

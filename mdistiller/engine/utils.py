@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluate import evaluate, hits_at
+from .solver import learning_rate
 
-__all__ = ["AverageMeter", "accuracy", "load_checkpoint", "log_msg", "save_checkpoint", "validate"]
+__all__ = [
+    "AverageMeter",
+    "accuracy",
+    "adjust_learning_rate",
+    "load_checkpoint",
+    "log_msg",
+    "save_checkpoint",
+    "validate",
+]
 
 COLORS = {"INFO": 36, "TRAIN": 32, "EVAL": 31}
 
@@ -58,3 +68,11 @@ def validate(val_loader, distiller) -> tuple[float, float, float]:
     """Top-1 and top-5 accuracy in percent and mean cross-entropy of the student, as mdistiller gives them."""
     result = evaluate(distiller, val_loader)
     return result.top1, result.top5, result.loss
+
+
+def adjust_learning_rate(epoch: int, cfg: Any, optimizer: torch.optim.Optimizer) -> float:
+    """Set and return the learning rate with which ``epoch`` (from 1) begins, for loops of one's own."""
+    rate = learning_rate(cfg.SOLVER, epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+    return rate

@@ -17,8 +17,10 @@ from .checkpoint import write_atomically
 from .utils import log_msg
 
 Row = dict[str, float]
-# mdistiller's tags; the rest of a row goes to TensorBoard under its own name.
-WORKLOG_KEYS = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")
+# mdistiller's tags, and those of a validation split; the rest of a row goes to TensorBoard under its own name.
+WORKLOG_KEYS = (
+    "train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss", "val_acc", "val_acc_top5", "val_loss",
+)  # fmt: skip
 
 
 class Writer:
@@ -87,11 +89,16 @@ class WorklogWriter(Writer):
 
 
 class TensorboardWriter(Writer):
-    """``train.events``: each epoch's values by epoch; loss and rate by step, every ``frequency`` steps."""
+    """``train.events``: each epoch's values by epoch; in ``steps`` below it loss and rate every ``frequency`` steps.
+
+    Two folders, since a resume discards what lies behind its point, and that is counted in epochs for the one and in
+    steps for the other.
+    """
 
     def __init__(self, folder: Path, frequency: int) -> None:
         self.folder, self.frequency = folder, frequency
         self.events: Any = None
+        self.steps: Any = None
 
     def start(self, rows: list[Row], step: int) -> None:
         try:
@@ -100,11 +107,13 @@ class TensorboardWriter(Writer):
             print(log_msg("no TensorBoard files: tensorboardX is not installed (pip install tensorboardX)"))
             return
         self.events = SummaryWriter(str(self.folder), purge_step=len(rows) + 1 if rows else None)
+        if self.frequency:
+            self.steps = SummaryWriter(str(self.folder / "steps"), purge_step=step + 1 if step else None)
 
     def write_step(self, step: int, loss: Tensor, rate: float) -> None:
-        if self.events is not None and self.frequency and step % self.frequency == 0:
-            self.events.add_scalar("step/train_loss", loss.item(), step)
-            self.events.add_scalar("step/lr", rate, step)
+        if self.steps is not None and step % self.frequency == 0:
+            self.steps.add_scalar("step/train_loss", loss.item(), step)
+            self.steps.add_scalar("step/lr", rate, step)
 
     def write_epoch(self, row: Row) -> None:
         if self.events is None:
@@ -115,8 +124,9 @@ class TensorboardWriter(Writer):
         self.events.flush()
 
     def close(self) -> None:
-        if self.events is not None:
-            self.events.close()
+        for events in (self.events, self.steps):
+            if events is not None:
+                events.close()
 
 
 class WandbWriter(Writer):

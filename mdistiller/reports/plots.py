@@ -35,7 +35,7 @@ def learning_curves(plan: Plan, path: Path) -> None:
             values = list(zip(*[[value for _, value in curve] for curve in curves], strict=True))
             panel.plot(epochs, [sum(v) / len(v) for v in values], color=color, label=method)
             panel.fill_between(epochs, list(map(min, values)), list(map(max, values)), color=color, alpha=0.15, lw=0)
-        panel.set(title=pair, xlabel="epoch", ylabel="test accuracy [%]")
+        panel.set(title=pair, xlabel="epoch", ylabel="accuracy [%], mean and span of the seeds")
         panel.grid(alpha=0.3)
         panel.legend(loc="lower right")
     figure.suptitle(plan.title, fontsize=10)

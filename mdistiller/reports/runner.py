@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -17,7 +19,8 @@ import torch
 
 from mdistiller.engine.cfg import CFG
 from mdistiller.engine.config_node import read_yaml
-from mdistiller.engine.experiment import flatten
+from mdistiller.engine.experiment import settings_of_result
+from mdistiller.engine.hooks import StopRequested
 from mdistiller.engine.precision import resolve_device
 from mdistiller.engine.run import file_digest, run
 from mdistiller.registry import InputError
@@ -73,8 +76,11 @@ def _same_run(cell: Cell) -> bool:
         before = read_yaml(cell.folder / "config.yaml")
     except (OSError, InputError):
         return False
-    if not isinstance(before, dict) or {**flatten(CFG), **flatten(before)} != flatten(cell.cfg):
-        return False  # a key that is newer than the run counts as its default
+    if not isinstance(before, dict):
+        return False
+    # A key that is newer than the run counts as its default.
+    if {**settings_of_result(CFG), **settings_of_result(before)} != settings_of_result(cell.cfg):
+        return False
     used, now = _results(cell).get("teacher", {}).get("sha256"), Path(cell.cfg.DISTILLER.TEACHER_CKPT)
     return used is None or not now.is_file() or used == file_digest(now)
 
@@ -101,25 +107,43 @@ def _run_all(cells: list[Cell], jobs: int, say: Callable[[str], None]) -> None:
         raise InputError("some runs failed:\n  " + "\n  ".join(sorted(failed)))
 
 
+def _move_aside(folder: Path) -> None:
+    """Keep a run that had other settings, beside its place."""
+    if (folder / "config.yaml").is_file():
+        number = next(n for n in itertools.count(1) if not Path(f"{folder}_old{n}").exists())
+        folder.rename(f"{folder}_old{number}")
+
+
 def _in_processes(cells: list[Cell], jobs: int) -> Iterable[tuple[Cell, float, str]]:
     if not cells:
         return
     threads = max(1, _cores() // jobs)
     context = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
-    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
         futures = {pool.submit(_run_cell, cell): cell for cell in cells}
-        for future in as_completed(futures):
-            try:
-                seconds, problem = future.result()
-            except (OSError, BrokenExecutor) as error:  # its log cannot be written; its process was killed
-                seconds, problem = 0.0, str(error)
-            yield futures[future], seconds, problem
+        try:
+            for future in as_completed(futures):
+                try:
+                    seconds, problem = future.result()
+                except (OSError, BrokenExecutor) as error:  # its log cannot be written; its process was killed
+                    seconds, problem = 0.0, str(error)
+                yield futures[future], seconds, problem
+        except BaseException:  # Ctrl-C: what runs saves its state, the rest is not begun
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _start_worker(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between runs; a run takes it to stop and save
+    torch.set_num_threads(threads)
 
 
 def _run_cell(cell: Cell) -> tuple[float, str]:
     """Run one cell in a worker process, its output in ``cell.console``. Returns seconds and what went wrong."""
     cell.console.parent.mkdir(parents=True, exist_ok=True)
     start, same = time.perf_counter(), _same_run(cell)
+    if not same:
+        _move_aside(cell.folder)
     problem = ""
     with (
         cell.console.open("a" if same else "w") as console,
@@ -127,8 +151,10 @@ def _run_cell(cell: Cell) -> tuple[float, str]:
         contextlib.redirect_stderr(console),
     ):
         try:
-            known = (cell.folder / "config.yaml").is_file()
-            run(cell.cfg, resume=same, overwrite=known and not same)
+            run(cell.cfg, resume=same)
+        except StopRequested as stopped:
+            print(stopped)
+            problem = "interrupted; the next call goes on with it"
         except Exception as error:  # a failing run must not end the others
             traceback.print_exc()
             problem = str(error).split("\n")[0] or type(error).__name__

@@ -94,6 +94,9 @@ def check_claims(plan: Plan, rows: list[Summary]) -> list[tuple[bool, str]]:
     for better, worse in plan.claims:
         for pair in plan.pairs:
             a, b = found[better, pair], found[worse, pair]
+            if min(len(a.top1), len(b.top1)) < 2:
+                verdicts.append((False, f"whether {better} beats {worse} on {pair} cannot be told from one seed"))
+                continue
             gain, needed = a.mean - b.mean, max(a.std, b.std)
             holds = gain > needed
             sentence = f"{better} {'beats' if holds else 'does NOT beat'} {worse} on {pair}: {gain:+.2f} points"

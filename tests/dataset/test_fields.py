@@ -20,7 +20,7 @@ class Anything:
 
 
 class NeedsMore:
-    def forward_train(self, image, target, contrastive_index): ...
+    def forward_train(self, image, target, contrastive_index, saliency): ...
 
 
 class Rotated:
@@ -36,7 +36,7 @@ def test_fields(method, fields):
 
 
 def test_a_field_that_nobody_delivers():
-    with pytest.raises(InputError, match=r"NeedsMore.forward_train requires 'contrastive_index'"):
+    with pytest.raises(InputError, match=r"NeedsMore.forward_train requires 'saliency'"):
         batch_fields(NeedsMore)
 
 

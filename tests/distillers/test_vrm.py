@@ -1,15 +1,15 @@
 """VRM's losses against the edges written out one by one, at the ends, and what they cost."""
 
-import resource
-import subprocess
+import itertools
+import statistics
 import sys
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cli_runner import ROOT
 from method_cases import build, config, make_batch, total
+from torch.profiler import ProfilerActivity, profile
 
 from mdistiller.distillers import VRM
 from mdistiller.distillers.VRM import edge_uncertainty, vrm_loss, zs_norm
@@ -77,7 +77,7 @@ def written_out(
 
 
 def assert_equals_written_out(given, tolerance=1e-10, **options):
-    """Value and gradient of both losses; the gradient relative to its largest entry."""
+    """Value and gradient of both losses; the gradient relative to its largest entry or to the loss."""
     for graph, columns in enumerate((False, True)):
         ours = [x.clone().requires_grad_() for x in given]
         theirs = [x.double().clone().requires_grad_() for x in given]
@@ -90,7 +90,9 @@ def assert_equals_written_out(given, tolerance=1e-10, **options):
         assert ours[2].grad is None and ours[3].grad is None
         for a, b in zip(ours[:2], theirs[:2], strict=True):
             gradient = torch.zeros_like(b) if b.grad is None else b.grad
-            assert (a.grad.double() - gradient).abs().max() <= tolerance * max(gradient.abs().max(), 1e-3)
+            assert (a.grad.double() - gradient).abs().max() <= tolerance * max(
+                gradient.abs().max(), expected.item(), 1e-3
+            )
 
 
 @pytest.mark.parametrize("metric", ["mse", "l1", "huber", "cosine"])
@@ -183,7 +185,7 @@ def test_zero_for_identical_networks(metric, edge_eps):
         student = [x.clone().requires_grad_() for x in (real, virtual)]
         losses = vrm_loss(*student, real, virtual, metric=metric, edge_eps=edge_eps)
         sum(losses).backward()
-        assert all(0 <= abs(loss.item()) < 1e-12 for loss in losses)
+        assert all(0 <= loss.item() < 1e-12 for loss in losses)
         assert all(torch.isfinite(x.grad).all() for x in student)
 
 
@@ -456,23 +458,23 @@ def both_graphs_as_tensors(*given):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("images", "classes", "factor", "repeats"), [(64, 100, 10, 20), (256, 1000, 100, 2)])
+@pytest.mark.parametrize(("images", "classes", "factor", "repeats"), [(64, 100, 3, 30), (256, 1000, 50, 3)])
 def test_faster_than_written_out(images, classes, factor, repeats):
-    """Paired, in CPU time; the best of a few, because the first call pays for memory."""
+    """Medians of CPU time, measured in turns. One core showed 6 to 10 times and 130 times; half of it must hold."""
     given = predictions(images, classes, temperature=4.0, dtype=torch.float32)
-    times = [(step(vrm_loss, given), step(both_graphs_as_tensors, given)) for _ in range(repeats)]
-    ours, theirs = (min(column) for column in zip(*times, strict=True))
-    print(f"B={images}, C={classes}: {1e3 * ours:.2f} ms, written out {1e3 * theirs:.1f} ms, {theirs / ours:.0f} times")
+    times = [(step(vrm_loss, given), step(both_graphs_as_tensors, given)) for _ in range(repeats + 1)][1:]
+    ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+    print(f"B={images}, C={classes}: {1e3 * ours:.2f} ms, written out {1e3 * theirs:.1f} ms, {theirs / ours:.1f} times")
     assert theirs > factor * ours
 
 
-MEMORY = """
-import resource, torch
-from test_vrm import predictions, step, vrm_loss
-step(vrm_loss, predictions(64, 100, dtype=torch.float32))
-given = predictions(256, 1000, temperature=4.0, dtype=torch.float32)
-big = torch.zeros({reserve}).sum()  # temporaries of ``predictions`` lie below the peak that is measured from
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-step(vrm_loss, given)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
+def test_memory_at_a_thousand_classes():
+    """Tensors alive at once beside the inputs, where one written-out edge tensor alone has 1 GB."""
+    given = [x.requires_grad_(i < 2) for i, x in enumerate(predictions(256, 1000, dtype=torch.float32))]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        sum(vrm_loss(*given)).backward()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    peak = max(itertools.accumulate(sizes))
+    print(f"{peak / 2**20:.1f} MB")
+    assert 2**20 < peak < 64 * 2**20

@@ -100,8 +100,9 @@ def test_old_format_is_read(tmp_path):
         {"model": {"weight": torch.ones(2, 2), "bias": torch.ones(2)}, "epoch": 240, "accuracy": torch.tensor(70.0)},
         {"state_dict": {"weight": torch.ones(2, 2), "bias": torch.ones(2)}},
         {"module.weight": torch.ones(2, 2), "module.bias": torch.ones(2)},
+        {"model": {"student.weight": torch.ones(2, 2), "student.bias": torch.ones(2), "teacher.w": torch.ones(1)}},
     ],
-    ids=["mdistiller", "state_dict", "bare DataParallel"],
+    ids=["mdistiller", "state_dict", "bare DataParallel", "latest"],
 )
 def test_forms_of_weights(tmp_path, content):
     save_checkpoint(content, tmp_path / "file")

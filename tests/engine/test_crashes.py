@@ -17,7 +17,8 @@ from runs import TINY, make_trainer, same_state, teacher_file, tiny_config
 
 from mdistiller.engine import hooks
 from mdistiller.engine.checkpoint import CheckpointError, DiskFullError, load_checkpoint, save_checkpoint
-from mdistiller.engine.run import run
+from mdistiller.engine.run import _alone_in, run
+from mdistiller.registry import InputError
 
 DRIVER = Path(__file__).with_name("crash_driver.py")
 # Both views of a method with augmentation; latest also within the epochs of 4 steps.
@@ -214,14 +215,117 @@ def test_a_damaged_latest_gives_way_to_the_one_before(tmp_path, capsys, damage):
     assert same_state(dict(resumed.distiller.state_dict()), dict(whole.distiller.state_dict()))
 
 
-def test_a_student_best_of_another_run_is_not_scored(tmp_path):
+def test_a_student_best_of_another_run_is_not_scored(tmp_path, capsys):
     other = make_trainer(tmp_path / "other", EXPERIMENT__SEED=1, SOLVER__EPOCHS=1)
     other.train()
     trainer = make_trainer(tmp_path / "mine", DATASET__VAL_FRACTION=0.2)
     trainer.train()
     shutil.copy(other.folder / "student_last", trainer.folder / "student_best")
-    with pytest.raises(CheckpointError, match="student_best is not the student of epoch"):
-        make_trainer(tmp_path / "mine", DATASET__VAL_FRACTION=0.2).train(resume=True)
+    results = make_trainer(tmp_path / "mine", DATASET__VAL_FRACTION=0.2).train(resume=True)
+    assert "student_best is not the student of epoch" in results["best"]["problem"]
+    assert "WARNING: the best student is not scored" in capsys.readouterr().out
+    assert results["best"]["split"] == "validation"
+    assert results["last"]["split"] == "test"
+
+
+def test_a_signal_while_the_best_student_is_scored_leaves_the_last_one_alone(tmp_path):
+    values = {"DATASET__VAL_FRACTION": 0.2, "SOLVER__EMA_DECAY": 0.5}
+    expected = make_trainer(tmp_path / "whole", **values).train()
+    trainer = make_trainer(tmp_path / "struck", **values)
+    stop = next(hook for hook in trainer.hooks if isinstance(hook, hooks.StopSignals))
+    best_student = hooks.Evaluate._best_student
+
+    def strike(self, epoch):
+        stop.received = signal.SIGINT
+        return best_student(self, epoch)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(hooks.StopRequested):
+        patch.setattr(hooks.Evaluate, "_best_student", strike)
+        trainer.train()
+    assert json.loads((trainer.folder / "results.json").read_text())["status"] == "stopped"
+    resumed = make_trainer(tmp_path / "struck", **values).train(resume=True)
+    for key in ("last", "best", "ema", "mean_of_last", "validation"):
+        assert resumed[key] == expected[key], key
+    assert resumed["mean_of_last"]["split"] == "validation"
+    assert "stopped_by" not in resumed
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    cfg = tiny_config(tmp_path, SOLVER__EPOCHS=1)
+    with (
+        _alone_in(_made(tmp_path / "distill" / "default")),
+        pytest.raises(InputError, match="another process is training in"),
+    ):
+        run(cfg)
+    run(cfg)
+    with pytest.raises(InputError, match="holds a run already"):
+        run(cfg)
+    assert not (tmp_path / "distill" / "default" / ".lock").exists()
+
+
+def _made(folder):
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_a_trainer_in_python_does_not_write_over_a_run(tmp_path):
+    make_trainer(tmp_path, SOLVER__EPOCHS=1).train()
+    with pytest.raises(InputError, match="holds a run already"):
+        make_trainer(tmp_path, SOLVER__EPOCHS=1).train()
+
+
+def test_settings_of_the_optimiser_may_change_on_resume_and_then_count(tmp_path):
+    make_trainer(tmp_path, SOLVER__EPOCHS=1).train()
+    resumed = make_trainer(tmp_path, SOLVER__EPOCHS=2, SOLVER__WEIGHT_DECAY=0.125, SOLVER__MOMENTUM=0.5)
+    resumed.train(resume=True)
+    (group,) = resumed.optimizer.param_groups
+    assert (group["weight_decay"], group["momentum"]) == (0.125, 0.5)
+
+
+def test_settings_of_the_method_and_the_teachers_file_may_not_change_on_resume(tmp_path):
+    values = {"DISTILLER__TYPE": "KD", "DISTILLER__TEACHER_CKPT": teacher_file(tmp_path), "SOLVER__EPOCHS": 1}
+    run(tiny_config(tmp_path, **values))
+    values["SOLVER__EPOCHS"] = 2
+    with pytest.raises(InputError, match=r"KD\.TEMPERATURE was 4\.0, is 2\.0"):
+        run(tiny_config(tmp_path, **values, KD__TEMPERATURE=2.0), resume=True)
+    shutil.copy(tmp_path / "distill" / "default" / "student_last", values["DISTILLER__TEACHER_CKPT"])
+    with pytest.raises(InputError, match="was run with another teacher"):
+        run(tiny_config(tmp_path, **values), resume=True)
+
+
+def test_fewer_epochs_than_are_begun_or_scored_are_refused_on_resume(tmp_path):
+    run(tiny_config(tmp_path, SOLVER__EPOCHS=4, LOG__EVAL_FREQ=4, LOG__SAVE_CHECKPOINT_FREQ=3))
+    folder = tmp_path / "distill" / "default"
+    shutil.copy(folder / "epoch_3", folder / "latest")
+    with pytest.raises(InputError, match=r"3 epochs behind it.*SOLVER\.EPOCHS is 3; give at least 4"):
+        run(tiny_config(tmp_path, SOLVER__EPOCHS=3, LOG__EVAL_FREQ=4), resume=True)
+
+
+def test_the_seconds_of_a_broken_off_epoch_count(tmp_path):
+    trainer = make_trainer(tmp_path)
+    clock = next(hook for hook in trainer.hooks if isinstance(hook, hooks.Clock))
+    clock.before_epoch()
+    time.sleep(0.02)
+    assert clock.state_dict()["seconds"]["train"] >= 0.02
+    clock.after_epoch()
+    saved = clock.state_dict()["seconds"]["train"]
+    time.sleep(0.02)
+    assert clock.state_dict()["seconds"]["train"] == saved
+
+
+def test_overwriting_spares_what_is_not_the_runs(tmp_path):
+    run(tiny_config(tmp_path, SOLVER__EPOCHS=1))
+    notes = tmp_path / "distill" / "default" / "notes.txt"
+    notes.write_text("mine")
+    run(tiny_config(tmp_path, SOLVER__EPOCHS=1), overwrite=True)
+    assert notes.read_text() == "mine"
+
+
+def test_where_a_run_was_before_a_resume_is_kept(tmp_path):
+    for epochs, resume in ((1, False), (2, True), (3, True)):
+        run(tiny_config(tmp_path, SOLVER__EPOCHS=epochs), resume=resume)
+    environment = json.loads((tmp_path / "distill" / "default" / "environment.json").read_text())
+    assert len(environment["earlier"]) == 2
 
 
 def test_leftovers_of_an_interrupted_write_are_removed(tmp_path):

@@ -188,3 +188,10 @@ def test_a_method_without_a_result_to_keep(tmp_path, monkeypatch):
     prepare(trainer)
     assert trainer.results["preparation"]["from_file"] is False
     assert not (tmp_path / FOLDER).exists()
+
+
+def test_something_else_of_that_name_is_left_alone(tmp_path, monkeypatch):
+    trainer = mdr(tmp_path)
+    monkeypatch.setattr(type(trainer.distiller), "prepare", lambda self, feat: 1 / 0)
+    prepare(trainer)
+    assert "preparation" not in trainer.results

@@ -93,6 +93,23 @@ def test_averages_are_over_images_not_batches(tmp_path):
     assert trainer.results["images_seen"] == count == 30
 
 
+class Watched(Vanilla):
+    """Watches the number of images of each step."""
+
+    def forward_train(self, image, target, **kwargs):
+        self.monitors = {"images": torch.tensor(float(len(image)))}
+        return super().forward_train(image, target)
+
+
+def test_what_a_method_monitors_is_logged_and_is_no_loss(tmp_path):
+    trainer = make_trainer(tmp_path, SOLVER__EPOCHS=1)
+    trainer.distiller = Watched(trainer.distiller.student)
+    trainer.train()
+    sizes = [len(batch["target"]) for batch in trainer.train_loader]
+    assert trainer.row["monitor/images"] == pytest.approx(sum(n * n for n in sizes) / sum(sizes))
+    assert trainer.row["train_loss"] == pytest.approx(trainer.row["loss/ce"])
+
+
 def test_every_view_counts_as_an_image_seen(tmp_path):
     trainer = make_trainer(tmp_path, **KD, SOLVER__EPOCHS=1, DISTILLER__TEACHER_CKPT=teacher_file(tmp_path))
     trainer.train()

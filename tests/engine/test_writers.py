@@ -61,7 +61,8 @@ def test_tensorboard_frequency_and_resume(tmp_path, monkeypatch):
         writer.write_step(step, torch.tensor(1.5), 0.1)
     writer.write_epoch(SCORED)
     assert writer.events.purge_step == 2
-    assert writer.events.scalars[:2] == [("step/train_loss", 1.5, 6), ("step/lr", 0.1, 6)]
+    assert writer.steps.purge_step == 5  # steps of finished epochs stay
+    assert writer.steps.scalars == [("step/train_loss", 1.5, 6), ("step/lr", 0.1, 6)]
     assert ("test_acc", 61.256, 2) in writer.events.scalars
 
 

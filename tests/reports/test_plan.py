@@ -21,13 +21,13 @@ def test_committed_plans_load_and_say_how_to_run_them(path):
     assert f"# python tools/reproduce.py --plan configs/plans/{path.name}\n" in path.read_text()
 
 
-def test_the_demo_is_twelve_runs_and_a_teacher():
+def test_the_demo_is_fifteen_runs_and_a_teacher():
     plan = load_plan("configs/plans/demo.yaml")
     cells = plan.cells()
     (teacher,) = plan.teachers().values()
-    assert len(cells) == len({cell.folder for cell in cells}) == 12
-    assert [cell.method for cell in cells[:4]] == ["plain", "KD", "plain, two views", "KD, two views"]
-    assert [cell.seed for cell in cells[::4]] == [0, 1, 2]
+    assert len(cells) == len({cell.folder for cell in cells}) == 15
+    assert [cell.method for cell in cells[:5]] == ["plain", "KD", "plain, two views", "KD, two views", "VRM"]
+    assert [cell.seed for cell in cells[::5]] == [0, 1, 2]
     assert teacher.cfg.DISTILLER.STUDENT == "resnet20"
     for cell in cells:
         assert f"{teacher.folder}/student_last" == cell.cfg.DISTILLER.TEACHER_CKPT

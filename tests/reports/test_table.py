@@ -70,12 +70,13 @@ def test_the_table_as_csv():
         ([90.0, 92.0], [88.0, 90.0], True, "KD beats plain on p: +2.00 points, larger std 1.41"),
         ([90.0, 94.0], [89.0, 91.0], False, "KD does NOT beat plain on p: +2.00 points, larger std 2.83"),
         ([90.0, 92.0], [87.0, 93.0], False, "KD does NOT beat plain on p: +1.00 points, larger std 4.24"),
-        ([90.0], [90.0], False, "KD does NOT beat plain on p: +0.00 points, larger std 0.00"),
-        ([80.0], [90.0], False, "KD does NOT beat plain on p: -10.00 points, larger std 0.00"),
+        ([90.0, 90.0], [90.0, 90.0], False, "KD does NOT beat plain on p: +0.00 points, larger std 0.00"),
+        ([80.0, 80.0], [90.0, 90.0], False, "KD does NOT beat plain on p: -10.00 points, larger std 0.00"),
+        ([95.0], [90.0, 91.0], False, "whether KD beats plain on p cannot be told from one seed"),
     ],
 )
 def test_a_claim_holds_above_the_larger_standard_deviation(better, worse, holds, sentence):
     plan = make_plan(claims=[("KD", "plain")])
-    same = [row("KD", [91.0], "q"), row("plain", [90.0], "q")]
+    same = [row("KD", [91.0, 91.0], "q"), row("plain", [90.0, 90.0], "q")]
     verdicts = check_claims(plan, [row("KD", better), row("plain", worse), *same])
     assert verdicts == [(holds, sentence), (True, "KD beats plain on q: +1.00 points, larger std 0.00")]

@@ -1,0 +1,81 @@
+"""Modules that several methods share: what fits a student's feature map to its teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.registry import InputError
+
+
+class ConvReg(nn.Module):
+    """FitNet's regressor: one convolution and a batch norm from the student's map to the shape of the teacher's.
+
+    Args:
+        s_shape: of the student's map, ``(B, C, H, W)``; B does not matter.
+        t_shape: of the teacher's.
+        use_relu: end with a ReLU.
+
+    Raises:
+        InputError: a student's map that is smaller than the teacher's in another ratio than 1 to 2.
+    """
+
+    def __init__(self, s_shape: Sequence[int], t_shape: Sequence[int], use_relu: bool = True) -> None:
+        super().__init__()
+        self.use_relu = use_relu
+        (_, s_channels, *s_size), (_, t_channels, *t_size) = s_shape, t_shape
+        if s_size == [2 * side for side in t_size]:
+            self.conv = nn.Conv2d(s_channels, t_channels, kernel_size=3, stride=2, padding=1)
+        elif t_size == [2 * side for side in s_size]:
+            self.conv = nn.ConvTranspose2d(s_channels, t_channels, kernel_size=4, stride=2, padding=1)
+        elif all(s >= t for s, t in zip(s_size, t_size, strict=True)):
+            kernel = tuple(1 + s - t for s, t in zip(s_size, t_size, strict=True))
+            self.conv = nn.Conv2d(s_channels, t_channels, kernel_size=kernel)
+        else:
+            raise InputError(
+                f"ConvReg takes a student's map to a teacher's that is smaller, equal or twice as large, not "
+                f"{'x'.join(map(str, s_size))} to {'x'.join(map(str, t_size))}; choose other layers or another pair"
+            )
+        self.bn = nn.BatchNorm2d(t_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        return F.relu(x) if self.use_relu else x
+
+
+def get_feat_shapes(
+    student: nn.Module, teacher: nn.Module, input_size: Sequence[int]
+) -> tuple[list[torch.Size], list[torch.Size]]:
+    """Shapes of the maps in ``"feats"`` of both networks, ``(1, C, H, W)`` each.
+
+    The networks see one black image in eval mode: no statistics move, no random number is drawn, and every
+    module is in the mode in which it was.
+
+    Args:
+        student: returns ``(logits, features)``.
+        teacher: the same.
+        input_size: of the images, ``(H, W)``.
+    """
+    return _shapes(student, input_size), _shapes(teacher, input_size)
+
+
+def _shapes(net: nn.Module, input_size: Sequence[int]) -> list[torch.Size]:
+    like = next(net.parameters())
+    with _in_eval_mode(net), torch.no_grad():
+        _, features = net(torch.zeros(1, 3, *input_size, device=like.device, dtype=like.dtype))
+    return [feat.shape for feat in features["feats"]]
+
+
+@contextmanager
+def _in_eval_mode(net: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,355 @@
+"""Method files from elsewhere, unmodified: found, loaded, registered.
+
+A file reaches the library in one of two ways. ``DISTILLER.PLUGINS`` names it, or it lies in
+``mdistiller/distillers/`` without a line that imports it. Files of the second kind are looked through only when a
+method is asked for that nobody has registered: they are parsed, not executed, and the one that declares the
+name is loaded. No other file is touched.
+
+A file declares a name by its own name without ``.py``, by a class in it, or by registering it
+(``@register_distiller("X")``, ``distiller_dict["X"] = ...``); the name in capitals does too, because mdistiller's
+table does so with its own (``REVIEWKD`` is ``ReviewKD``). The library's own names are never taken over.
+
+Loaded as a module of ``mdistiller.distillers``, a file may say ``from ._base import Distiller`` or
+``from .KD import kd_loss``. A helper that lies beside it and that the package lacks (``from .loss import ...``) is
+loaded first; an import that fails and that nothing in the file uses (``from turtle import st``) is left out.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mdistiller.distillers
+from mdistiller.distillers import Distiller, distiller_dict
+from mdistiller.registry import InputError
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = mdistiller.distillers.__name__
+FOLDER = Path(mdistiller.distillers.__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class MethodFile:
+    """A loaded file.
+
+    Args:
+        path: where it lies.
+        methods: the names under which ``distiller_dict`` holds its classes.
+        taken: names that it declares and that belong to another method.
+        reads: the configuration keys that its text reads, ``cfg.A.B`` as ``"A.B"``.
+        required: by class, those of them that its constructor reads in any case.
+    """
+
+    path: Path
+    methods: dict[str, type[Distiller]]
+    taken: tuple[str, ...]
+    reads: tuple[str, ...]
+    required: dict[str, tuple[str, ...]]
+
+
+_loaded: dict[Path, MethodFile] = {}
+
+
+def load_method_file(path: str | Path) -> MethodFile:
+    """Load a file and register its methods; a file that is loaded already is not loaded again.
+
+    A file without any method is a helper for others, and registers nothing.
+
+    Raises:
+        InputError: a file that is missing or fails when it is executed, or of whose names none is free.
+    """
+    path = Path(path).expanduser().resolve()
+    if path not in _loaded:
+        registered = dict(distiller_dict)
+        try:
+            _loaded[path] = _load(path, registered)
+        except BaseException:
+            distiller_dict.clear()
+            distiller_dict.update(registered)
+            sys.modules.pop(_module_name(path), None)
+            raise
+    return _loaded[path]
+
+
+def load_methods(paths: Iterable[str], name: str) -> MethodFile | None:
+    """Load what ``DISTILLER.PLUGINS`` names, and find ``DISTILLER.TYPE`` if it is not registered then.
+
+    Returns:
+        The file of the method; ``None`` for the library's own and for a name that nothing declares.
+
+    Raises:
+        InputError: see :func:`load_method_file`; or the method is the library's own and one of the files has
+            another of that name, so that it is unclear which is meant.
+    """
+    for file in [load_method_file(path) for path in paths]:
+        if name in file.taken:
+            raise InputError(
+                f"DISTILLER.TYPE {name}: {file.path} has a method of that name, and {distiller_dict[name].__module__} "
+                f"too; copy the file to a name that is free, my_{name}.py, and ask for my_{name}"
+            )
+    if name not in distiller_dict:
+        find_method(name)
+    return method_file(distiller_dict.get(name))
+
+
+def find_method(name: str) -> type[Distiller] | None:
+    """Load the file in ``mdistiller/distillers/`` that declares ``name``.
+
+    Raises:
+        InputError: several files declare it, or the one that does cannot be loaded.
+    """
+    by_stem, by_content = [], []
+    for path in sorted(FOLDER.glob("*.py")):
+        if path.stem.startswith("_") or f"{PACKAGE}.{path.stem}" in sys.modules:
+            continue
+        if name in _spellings([path.stem]):
+            by_stem.append(path)
+        elif name in _spellings(_declared_names(path)):
+            by_content.append(path)
+    candidates = by_stem or by_content
+    if len(candidates) > 1:
+        raise InputError(
+            f"method {name!r} is declared by {', '.join(p.name for p in candidates)} in {FOLDER}; keep one of them"
+        )
+    return load_method_file(candidates[0]).methods.get(name) if candidates else None
+
+
+def method_file(method: type | None) -> MethodFile | None:
+    """The file that a registered class was loaded from; ``None`` for the library's own."""
+    return next((file for file in _loaded.values() if method in file.methods.values()), None)
+
+
+distiller_dict.finder = find_method
+
+
+# Loading
+
+
+def _load(path: Path, registered: dict[str, Any]) -> MethodFile:
+    tree = _parse(path)
+    module = _execute(path, tree)
+    changed = [name for name, cls in registered.items() if distiller_dict.get(name) is not cls]
+    if changed:
+        raise InputError(f"method file {path} replaces {', '.join(changed)}, which another file has registered")
+    classes = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Distiller) and value.__module__ == module.__name__
+    ]
+    reads, required = _config_reads(tree)
+    own = {name: cls for name, cls in distiller_dict.items() if name not in registered}
+    taken = []
+    for name, cls in _names(classes, path.stem):
+        if name not in distiller_dict:
+            distiller_dict.add(name, cls)
+            own[name] = cls
+        elif distiller_dict[name] is not cls:
+            taken.append(name)
+    if classes and not own:
+        raise InputError(
+            f"method file {path}: its names are taken ({', '.join(taken)}); copy it to a name that is free, such as "
+            f"my_{path.stem}.py, and ask for DISTILLER.TYPE my_{path.stem}"
+        )
+    for cls in dict.fromkeys(own.values()):
+        _state_section(cls, module, reads)
+    if taken:
+        logger.warning(f"{path}: {', '.join(taken)} stays what it was; the file's methods are {', '.join(own)}")
+    return MethodFile(path, own, tuple(taken), reads, required)
+
+
+def _names(classes: list[type], stem: str) -> Iterator[tuple[str, type]]:
+    """Under which names each class is to be registered: its own, and the file's where it is clear whose that is."""
+    for cls in classes:
+        alone = len(classes) == 1
+        for name in _spellings([cls.__name__, *([stem] if alone or stem.upper() == cls.__name__.upper() else [])]):
+            yield name, cls
+
+
+def _spellings(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(spelling for name in names for spelling in (name, name.upper())))
+
+
+def _state_section(cls: type[Distiller], module: ModuleType, reads: tuple[str, ...]) -> None:
+    """Give a class that does not say so itself its configuration section, and the module's ``DEFAULTS`` if any."""
+    defaults = getattr(module, "DEFAULTS", None)
+    if "section" in vars(cls) or (defaults is None and "__init__" not in vars(cls)):  # said, or its parent's
+        return
+    sections = list(dict.fromkeys(key.split(".")[0] for key in reads))
+    likely = [s for s in sections if s.upper() in (cls.__name__.upper(), module.__name__.split(".")[-1].upper())]
+    cls.section = (likely or [cls.__name__])[0]
+    cls.defaults = defaults
+
+
+def _parse(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise InputError(f"no method file {path}; DISTILLER.PLUGINS takes paths as seen from {Path.cwd()}") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"cannot read method file {path}: {error}") from None
+
+
+def _execute(path: Path, tree: ast.Module) -> ModuleType:
+    """The module of a file, as one of the package; helpers beside the file first."""
+    name = _module_name(path)
+    if name in sys.modules:
+        raise InputError(f"method file {path}: a file of that name is loaded already, {sys.modules[name].__file__}")
+    for helper in _helpers(tree, path):
+        if not _is_loaded(helper):
+            _execute(helper, _parse(helper))
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        tree.body = [node for node in tree.body if not _is_dispensable(node, tree)]
+        exec(compile(tree, str(path), "exec", dont_inherit=True), vars(module))
+    except Exception as error:
+        del sys.modules[name]
+        raise InputError(f"method file {path}{_line_of(error, path)}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _module_name(path: Path) -> str:
+    """``mdistiller.distillers.STEM``, or another name in the package where that is one of its own files."""
+    stem = path.stem.replace(".", "_")
+    if path.parent != FOLDER and (FOLDER / path.name).is_file():
+        stem = f"{stem} {hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    return f"{PACKAGE}.{stem}"
+
+
+def _helpers(tree: ast.Module, path: Path) -> list[Path]:
+    """Files beside ``path`` that it imports from the package, and that the package does not have."""
+    stems = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            stems += [node.module] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}."):
+            stems.append(node.module.removeprefix(f"{PACKAGE}."))
+    beside = [path.with_name(f"{stem}.py") for stem in dict.fromkeys(stems)]
+    return [file for file in beside if file.is_file() and not (FOLDER / file.name).is_file() and file != path]
+
+
+def _is_loaded(path: Path) -> bool:
+    module = sys.modules.get(_module_name(path))
+    return module is not None and Path(module.__file__) == path
+
+
+def _is_dispensable(node: ast.stmt, tree: ast.Module) -> bool:
+    """Whether this is an import that fails and whose names the file never uses."""
+    if not isinstance(node, (ast.Import, ast.ImportFrom)):
+        return False
+    bound = {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    if "*" in bound or bound & {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}:
+        return False
+    try:
+        exec(compile(ast.Module([node], []), "<import>", "exec", dont_inherit=True), {"__package__": PACKAGE})
+    except ImportError as error:
+        logger.warning(f"left out, since it fails and is not used: {ast.unparse(node)} ({error})")
+        return True
+    return False
+
+
+def _line_of(error: BaseException, path: Path) -> str:
+    """``", line 12"``: the innermost place in the file that an error came through."""
+    lines, trace = [], error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return f", line {lines[-1]}" if lines else ""
+
+
+# What a file says, without executing it
+
+
+def _declared_names(path: Path) -> list[str]:
+    """Classes with a base, and what is registered in so many words; nothing for a file that cannot be read."""
+    try:
+        tree = _parse(path)
+    except InputError:
+        return []
+    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.bases]
+    for node in ast.walk(tree):
+        key = None
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "register_distiller" and node.args:
+            key = node.args[0]
+        elif isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "distiller_dict":
+            key = node.slice
+        if isinstance(key, ast.Constant):
+            names.append(str(key.value))
+    return names
+
+
+def _config_reads(tree: ast.Module) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """:attr:`MethodFile.reads` and :attr:`MethodFile.required`."""
+    everywhere, required = _Reads(["cfg"]), {}
+    for cls in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
+        for function in [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]:
+            parameters = [a.arg for a in (*function.args.posonlyargs, *function.args.args)]
+            visitor = _Reads(["cfg", *parameters[3:4]])  # self, student, teacher, cfg
+            for statement in function.body:
+                visitor.visit(statement)
+            required[cls.name] = tuple(visitor.always)
+            everywhere.config_names |= visitor.config_names
+    everywhere.visit(tree)
+    return tuple(everywhere.found), required
+
+
+BRANCHES = (ast.If, ast.IfExp, ast.While, ast.For, ast.Try, ast.BoolOp, ast.FunctionDef, ast.Lambda)
+
+
+class _Reads(ast.NodeVisitor):
+    """Collects ``cfg.A.B`` and ``self.cfg.A.B``; ``always`` are those outside of branches and inner functions."""
+
+    def __init__(self, config_names: list[str]) -> None:
+        self.config_names = set(config_names)
+        self.found: dict[str, None] = {}
+        self.always: dict[str, None] = {}
+        self.branches = 0
+
+    def visit(self, node: ast.AST) -> None:
+        if isinstance(node, BRANCHES):
+            self._visit_branch(node)
+        else:
+            super().visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self._record(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        inner = node.func.value if isinstance(node.func, ast.Attribute) else node.func  # cfg.A.items() reads cfg.A
+        for part in (inner, *node.args, *node.keywords):
+            self.visit(part)
+
+    def _record(self, node: ast.Attribute) -> None:
+        parts, root = [], node
+        while isinstance(root, ast.Attribute):
+            parts.insert(0, root.attr)
+            root = root.value
+        if not isinstance(root, ast.Name):
+            self.visit(root)
+            return
+        if root.id == "self" and parts[0] in self.config_names:
+            parts = parts[1:]
+        elif root.id not in self.config_names:
+            return
+        if parts and isinstance(node.ctx, ast.Load):
+            self.found[".".join(parts)] = None
+            if not self.branches:
+                self.always[".".join(parts)] = None
+
+    def _visit_branch(self, node: ast.AST) -> None:
+        if isinstance(node, (ast.If, ast.IfExp, ast.While)):
+            self.visit(node.test)
+        self.branches += 1
+        self.generic_visit(node)
+        self.branches -= 1

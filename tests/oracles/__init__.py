@@ -1,0 +1,1 @@
+"""Losses written out slowly from their papers, to test the fast ones against."""

@@ -1,0 +1,170 @@
+"""Method files as other projects write them, and a clean slate after each test that loads some."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mdistiller import plugins
+from mdistiller.engine.cfg import CFG
+from mdistiller.registry import distiller_dict
+
+# The habits of public files: imports from the package, everything read off the config in the constructor, a
+# regressor added by hand to what is learned, warm-up by the epoch.
+FEATURE = """
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+    from ._base import Distiller
+    from ._common import ConvReg, get_feat_shapes
+    from .KD import kd_loss
+
+    class HintPlus(Distiller):
+        def __init__(self, student, teacher, cfg):
+            super(HintPlus, self).__init__(student, teacher)
+            self.ce = cfg.HintPlus.LOSS.CE
+            self.feat = cfg.HintPlus.LOSS.FEAT
+            self.layer = cfg.HintPlus.layer
+            self.tau = cfg.KD.TEMPERATURE
+            shapes_s, shapes_t = get_feat_shapes(self.student, self.teacher, cfg.HintPlus.SIZE)
+            self.reg = ConvReg(shapes_s[self.layer], shapes_t[self.layer])
+
+        def get_learnable_parameters(self):
+            return super().get_learnable_parameters() + list(self.reg.parameters())
+
+        def get_extra_parameters(self):
+            return sum(p.numel() for p in self.reg.parameters())
+
+        def forward_train(self, image, target, **kwargs):
+            z_s, f_s = self.student(image)
+            with torch.no_grad():
+                z_t, f_t = self.teacher(image)
+            loss = F.mse_loss(self.reg(f_s["feats"][self.layer]), f_t["feats"][self.layer])
+            ramp = min(kwargs["epoch"] / 2, 1.0)
+            return z_s, {
+                "loss_ce": self.ce * F.cross_entropy(z_s, target),
+                "loss_kd": ramp * self.feat * loss + kd_loss(z_s, z_t, self.tau),
+            }
+"""
+FEATURE_SETTINGS = {"LOSS": {"CE": 1.0, "FEAT": 10}, "layer": 2, "SIZE": "(8, 8)"}
+
+# An accidental import of what no server has, an unused helper, two views, a key in a section of ours.
+TWO_VIEWS = """
+    from no_such_toolkit import st
+    import torch
+    import torch.nn.functional as F
+    from ._base import Distiller
+    from .smoothing import smoothed
+
+    class WeakStrong(Distiller):
+        def __init__(self, student, teacher, cfg):
+            super().__init__(student, teacher)
+            self.scale = cfg.EXPERIMENT.SCALED
+            self.tau = cfg.KD.TEMPERATURE
+
+        def forward_train(self, image_weak, image_strong, target, **kwargs):
+            weak, _ = self.student(image_weak)
+            strong, _ = self.student(image_strong)
+            return weak, {"loss_ce": smoothed(weak, target) + smoothed(strong, target)}
+"""
+SMOOTHING = """
+    import torch.nn.functional as F
+
+    def smoothed(logits, target):
+        return F.cross_entropy(logits, target, label_smoothing=0.1)
+"""
+
+# A memory bank: num_data, index, contrastive_index, no **kwargs, a loss of shape (1,), another name for each parameter.
+MEMORY = """
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+    from mdistiller.distillers._base import Distiller
+
+    class Bank(Distiller):
+        def __init__(self, model_s, model_t, config, n):
+            super().__init__(model_s, model_t)
+            self.k = config.CRD.NCE.K
+            self.head = nn.Linear(64, 8)
+            self.register_buffer("bank", F.normalize(torch.randn(n, 8), dim=1))
+
+        def get_learnable_parameters(self):
+            return super().get_learnable_parameters() + list(self.head.parameters())
+
+        def forward_train(self, image, target, index, contrastive_index):
+            assert contrastive_index.shape == (len(image), self.k + 1)
+            assert (contrastive_index[:, 0] == index).all()
+            logits, features = self.student(image)
+            query = F.normalize(self.head(features["pooled_feat"]), dim=1)
+            score = (self.bank[contrastive_index] @ query[:, :, None]).squeeze(2)
+            nce = F.cross_entropy(score / 0.1, torch.zeros_like(target))
+            return logits, {"loss_ce": F.cross_entropy(logits, target), "loss_kd": nce.view(1)}
+"""
+
+# Code for GPUs only, in the constructor or at each step.
+CUDA_IN_STEP = """
+    import torch
+    import torch.nn.functional as F
+    from ._base import Distiller
+
+    class NeedsGpu(Distiller):
+        def __init__(self, student, teacher, cfg):
+            super().__init__(student, teacher)
+
+        def forward_train(self, image, target, **kwargs):
+            logits, _ = self.student(image)
+            weight = torch.ones(len(image)).cuda()
+            return logits, {"ce": (weight * F.cross_entropy(logits, target, reduction="none")).mean()}
+"""
+CUDA_IN_CONSTRUCTOR = CUDA_IN_STEP.replace(
+    "super().__init__(student, teacher)", "super().__init__(student, teacher); self.w = torch.ones(1).cuda()"
+)
+
+WITH_DEFAULTS = """
+    import torch.nn.functional as F
+    from mdistiller.distillers import Distiller
+
+    DEFAULTS = {"SCALE": 2.0, "MODE": "soft"}
+
+    class Stated(Distiller):
+        def __init__(self, student, teacher, cfg):
+            super().__init__(student, teacher)
+            self.scale = cfg.STATED.SCALE
+
+        def forward_train(self, image, target, **kwargs):
+            logits, _ = self.student(image)
+            return logits, {"loss_ce": self.scale * F.cross_entropy(logits, target)}
+"""
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    """A file as it would lie in another project's ``distillers`` folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.py"
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+@contextmanager
+def forgotten() -> Iterator[None]:
+    """Forget at the end which methods were registered, loaded and configured meanwhile."""
+    methods, files, modules = dict(distiller_dict), dict(plugins._loaded), set(sys.modules)
+    tree, frozen = CFG.clone(), CFG.is_frozen()
+    try:
+        yield
+    finally:
+        distiller_dict.clear()
+        distiller_dict.update(methods)
+        plugins._loaded.clear()
+        plugins._loaded.update(files)
+        for name in set(sys.modules) - modules:
+            if name.startswith("mdistiller.distillers."):
+                del sys.modules[name]
+        CFG.defrost()
+        CFG.clear()
+        CFG.update(tree)
+        if frozen:
+            CFG.freeze()

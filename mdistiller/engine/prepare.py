@@ -1,9 +1,11 @@
 """A method's stage before training, computed once and kept in a file.
 
-A method takes part by ``prepare(batches, autocast)``, with parameters of these names, which changes the method's modules and returns facts for
-``results.json``. ``preparation()`` beside it gives the module that holds the result, and the method's own settings that
-the result depends on; together with the teacher's weights, the data, the seed and the number format they name the file,
-so that students of one teacher share it. Without ``preparation`` the stage is run each time.
+A method takes part by ``prepare(batches, autocast)``, with parameters of these names: ``batches(epoch)`` gives the
+batches of an epoch as ``forward_train`` gets them, ``autocast()`` is the context for the networks. It changes the
+method's modules and returns facts for ``results.json``. ``preparation()`` beside it gives the module that holds the
+result, and the method's own settings that the result depends on; together with the teacher's weights, the data, the
+seed and the number format they name the file, so that students of one teacher share it. Without ``preparation`` the
+stage is run each time.
 
 A file is used only if it reads without damage, was made with the same settings, and holds what it says. A kill during
 the stage leaves nothing behind; the run starts it again.

@@ -478,6 +478,8 @@ class MDR(Distiller):
 
     def preparation(self) -> tuple[nn.Module, dict[str, Any]]:
         """What :meth:`prepare` trains, and the settings, beside teacher, data and seed, that it depends on."""
+        if not (self.own.ANGLE_WEIGHT or self.own.LENGTH_WEIGHT or self.own.DISTANCE_WEIGHT):
+            return nn.Identity(), {}  # nobody reads the modules
         used = {"STAGES", "AUGMENT"} | {key for key in self.own if key.startswith("SM_")}
         if self.own.AUGMENT == "mixup":
             used.add("MIXUP_ALPHA")

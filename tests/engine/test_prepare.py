@@ -175,7 +175,10 @@ def test_results_and_log_of_a_run(tmp_path):
     assert "monitor/smp_teacher_1" in (folder / "metrics.csv").read_text()
 
 
-@pytest.mark.parametrize("values", [{"DISTILLER__TYPE": "KD"}, {"MDR__SM_TRAINING": "none"}])
+@pytest.mark.parametrize(
+    "values",
+    [{"DISTILLER__TYPE": "KD"}, {"MDR__SM_TRAINING": "none"}, {"MDR__ANGLE_WEIGHT": 0.0, "MDR__LENGTH_WEIGHT": 0.0}],
+)
 def test_where_there_is_nothing_to_prepare(tmp_path, values):
     trainer = mdr(tmp_path, **values)
     prepare(trainer)

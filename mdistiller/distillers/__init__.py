@@ -6,12 +6,14 @@ from ._base import Distiller, Vanilla, register_distiller
 from .DCD import DCD
 from .DIST import DIST, DISTPlus
 from .KD import KD, KDTwoViews
+from .MDR import MDR
 from .VRM import VRM
 
 __all__ = [
     "DCD",
     "DIST",
     "KD",
+    "MDR",
     "VRM",
     "DISTPlus",
     "Distiller",

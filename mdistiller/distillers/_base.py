@@ -13,7 +13,9 @@ The contract, which the trainer reads off the signatures and nothing else:
   ``get_learnable_parameters`` says otherwise.
 
 Optional: ``parameter_groups(cfg)`` (groups with their own ``lr``), ``teacher_parameters()`` (what of the
-teacher a method trains), ``on_epoch_start(epoch)``. ``forward_train`` may fill ``self.monitors`` with scalars to watch
+teacher a method trains), ``on_epoch_start(epoch)``, and a stage of its own before training: ``prepare(batches,
+autocast)``, with ``preparation()`` if the result is to be kept for other runs; ``mdistiller/engine/prepare.py`` says
+what they are given and give back. ``forward_train`` may fill ``self.monitors`` with scalars to watch
 that are no losses, detached; the log has their means over an epoch's images as ``monitor/<name>``.
 """
 

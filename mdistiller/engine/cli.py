@@ -11,6 +11,7 @@ from mdistiller.registry import InputError
 
 from .checkpoint import DiskFullError
 from .hooks import NonFiniteLossError, StopRequested
+from .prepare import PreparationError
 
 
 def command(main: Callable[[], int | None]) -> None:
@@ -25,7 +26,7 @@ def command(main: Callable[[], int | None]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
-    except (NonFiniteLossError, DiskFullError) as error:
+    except (NonFiniteLossError, PreparationError, DiskFullError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         code = 1
     except StopRequested as error:

@@ -21,6 +21,7 @@ from .checkpoint import CheckpointError, check_fit, load_checkpoint, previous
 from .experiment import changed_keys
 from .hooks import Hook, default_hooks
 from .precision import Precision, hard_coded_cuda_explained
+from .prepare import prepare
 from .random_state import random_state, restore_random_state
 from .solver import build_optimizer
 from .utils import log_msg
@@ -105,6 +106,8 @@ class BaseTrainer:
             raise InputError(
                 f"{self.folder} holds a run already; go on with it by resume=True, or give another name or LOG.PREFIX"
             )
+        if self.step == 0:  # else the result came with the state
+            prepare(self)
         try:
             self._call("before_train")
             while self.epoch <= self.cfg.SOLVER.EPOCHS:

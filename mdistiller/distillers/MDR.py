@@ -1,0 +1,651 @@
+"""MDR: match relations between images at the stage where the teacher tells them apart best.
+
+MDR: Multi-stage Decoupled Relational Knowledge Distillation with Adaptive Stage Selection. Equations, sections,
+figures and tables are the paper's. Shapes: N anchors, M = 3N positives, K stages, D entries of an embedding, C classes.
+
+A self-supervised module (SM: pooling and two linear layers) behind each stage of both networks embeds the images. The
+teacher's SMs are trained first, on the frozen teacher (:meth:`MDR.prepare`); the student's SMs with the student. Then,
+with ``z`` of an anchor and ``z~`` of a positive, an augmented anchor,
+
+- angle: ``A[i, j] = cos(z~_i, z_j)`` (Eq. 4), of which ``softmax(A / TEMPERATURE)`` is matched by KL (Eq. 12);
+- length: ``Dif[i, j] = | ||z~_i|| - ||z_j|| | / mu`` (Eq. 9, 10), matched by the squared difference (Eq. 11);
+- each positive uses the stage where its own anchor ranks best among the anchors, chosen for angles and lengths
+  independently (Eq. 8). Ranks, not similarities: stages differ in scale.
+
+``L = CE(anchors) + 2 KD + 300 L_angle + L_length`` (Eq. 13). Anchors and positives go through the networks together, so
+BatchNorm sees both. Terms of weight 0 are not computed, and if only the cross-entropy is left, nor are the positives.
+
+The paper leaves open what follows; these are our readings, and each has a key:
+
+- ``STAGES``: ``skip_first`` takes all feature maps but the first, the stem (in vgg and MobileNetV1, which have no map
+  of a stem, the first block); ``declared`` takes what a network declares as stages;
+- ``SM_HIDDEN``: the hidden layer is as wide as the output;
+- ``SM_EPOCHS``, ``SM_LR``, ``SM_LR_DECAY_STAGES``, ``SM_LR_DECAY_RATE``, ``SM_MOMENTUM``, ``SM_WEIGHT_DECAY``: the
+  first phase's recipe is that of SSKD's comparable phase;
+- ``AUGMENT``, ``MIXUP_ALPHA``: Sec. 3.2 names MixUp. Each positive mixes its anchor with another image of the batch,
+  partner and share drawn anew; shares are Beta(alpha, alpha), folded to at least 0.5, so that the anchor dominates.
+  Labels are mixed alike in the first phase. ``rotation`` (Sec. 3.1) turns the anchor by 90, 180 and 270 degrees;
+- ``RELATION_DIM``: the softmax of a positive runs over the anchors (``anchor``). The sentence that names the dimension
+  is unclear. Over the positives (``positive``) the entries of one distribution come from several stages; the loss
+  then has no lower bound and a gradient where student and teacher agree: it is here for the record only;
+- ``RANK_BY``: ranks are taken from the teacher's relations, or from the student's;
+- ``RANK_DIM``: Eq. 8 ranks "between positive sample i and all anchor samples" (``anchor``); ``positive`` ranks within
+  the anchor's column, where its own three positives compete for the first place;
+- ``TIES``: good SMs rank the own anchor first in several stages; ``deep`` takes the deepest of them, ``shallow`` the
+  first, as a plain argmin does;
+- ``STAGE_REDUCTION``: several stages' losses are summed, as in Eq. 7;
+- ``REDUCTION``: L_angle is the mean over positives of the KL, L_length the mean over entries. The sums that are printed
+  make L_length 10^4 at the start, and 300 L_angle 10^3;
+- ``MU_GRADIENT``: the gradient passes through the student's mu, as in RKD;
+- ``KD_TEMPERATURE``, ``KD_TEMPERATURE_POSITIVE``: KD on anchors and on positives, added; both temperatures seem to be
+  printed as 1. SSKD, whose terms these are, has 4 for both;
+- ``DISTANCE_WEIGHT``, ``DISTANCE_STAGES``: the ablation's L_dist (Fig. 3b), Eq. 7 with the distances of Eq. 6:
+  ``softmax(-D / (mu TEMPERATURE))`` matched by KL, in all stages; its weight would be ``ANGLE_WEIGHT``'s.
+
+The ablations: Fig. 3a is ``ANGLE_STAGES`` and ``LENGTH_STAGES`` 0 (all) or 1, Fig. 3b the weights, Fig. 3c
+``SM_TRAINING``, Tab. 6 ``ANGLE_STAGES`` and ``LENGTH_STAGES`` 1 to 3. SMP accuracy, the share of positives with which
+no anchor ranks before their own, is monitored for each stage, and so is the share of positives that chose it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.functional import at_least_float32, draws
+from mdistiller.registry import InputError, dataset_dict, suggestion
+
+from ._base import Distiller, register_distiller
+from .KD import kd_loss
+
+DEFAULTS = {
+    "CE_WEIGHT": 1.0,  # lambda_1
+    "KD_WEIGHT": 2.0,  # lambda_2
+    "ANGLE_WEIGHT": 300.0,  # lambda_3
+    "LENGTH_WEIGHT": 1.0,  # lambda_4
+    "DISTANCE_WEIGHT": 0.0,  # of the ablation's L_dist
+    "KD_TEMPERATURE": 1.0,  # on anchors
+    "KD_TEMPERATURE_POSITIVE": 1.0,
+    "TEMPERATURE": 0.5,  # of the relations
+    "ANGLE_STAGES": 1,  # stages that a positive uses; 0: all
+    "LENGTH_STAGES": 1,
+    "DISTANCE_STAGES": 0,
+    "STAGES": "skip_first",  # skip_first, declared
+    "AUGMENT": "mixup",  # mixup, rotation
+    "MIXUP_ALPHA": 1.0,
+    "RELATION_DIM": "anchor",  # anchor, positive
+    "RANK_BY": "teacher",  # teacher, student
+    "RANK_DIM": "anchor",  # anchor, positive
+    "TIES": "deep",  # deep, shallow
+    "STAGE_REDUCTION": "sum",  # sum, mean
+    "REDUCTION": "mean",  # mean, sum
+    "MU_GRADIENT": True,
+    "SM_WIDTH": 128,  # ImageNet: 1280
+    "SM_HIDDEN": 0,  # 0: as SM_WIDTH
+    "SM_TRAINING": "ce",  # of the teacher's: ce, contrastive; none: pooled features without SMs in both networks
+    "SM_EPOCHS": 60,
+    "SM_LR": 0.05,
+    "SM_LR_DECAY_STAGES": [30, 45],
+    "SM_LR_DECAY_RATE": 0.1,
+    "SM_MOMENTUM": 0.9,
+    "SM_WEIGHT_DECAY": 5e-4,
+}
+PAPER = "MDR: Multi-stage Decoupled Relational Knowledge Distillation with Adaptive Stage Selection"
+
+CHOICES = {
+    "STAGES": ("skip_first", "declared"),
+    "AUGMENT": ("mixup", "rotation"),
+    "RELATION_DIM": ("anchor", "positive"),
+    "RANK_BY": ("teacher", "student"),
+    "RANK_DIM": ("anchor", "positive"),
+    "TIES": ("deep", "shallow"),
+    "STAGE_REDUCTION": ("sum", "mean"),
+    "REDUCTION": ("mean", "sum"),
+    "SM_TRAINING": ("ce", "contrastive", "none"),
+}
+POSITIVES = 3  # of each anchor
+MIXUP_KEY = zlib.crc32(b"MDR's MixUp")
+TEACHER_KEY, CLASSIFIER_KEY, STUDENT_KEY = 1, 2, 3  # seeds of what is initialised
+GRID = 4096  # intervals of the table of Beta's quantiles
+
+Batches = Callable[[int], Iterable[dict[str, Tensor]]]
+
+
+def angle_matrix(z_pos: Tensor, z_anchor: Tensor) -> Tensor:
+    """Cosines of positives and anchors (Eq. 4); a zero vector has cosine 0 with all, and a finite gradient.
+
+    Args:
+        z_pos: ``(M, D)``; gradient flows.
+        z_anchor: ``(N, D)``; gradient flows.
+
+    Returns:
+        ``(M, N)`` in [-1, 1].
+    """
+    return _unit(z_pos) @ _unit(z_anchor).T
+
+
+def length_matrix(z_pos: Tensor, z_anchor: Tensor, *, mu_gradient: bool = True) -> Tensor:
+    """Absolute differences of lengths, divided by their mean over all pairs (Eq. 9, 10).
+
+    Args:
+        z_pos: ``(M, D)``; gradient flows.
+        z_anchor: ``(N, D)``; gradient flows.
+        mu_gradient: let the gradient pass through the mean.
+
+    Returns:
+        ``(M, N)`` of mean 1; all 0 where all lengths are equal.
+    """
+    difference = (z_pos.norm(dim=1)[:, None] - z_anchor.norm(dim=1)).abs()
+    return _over_its_mean(difference, mu_gradient)
+
+
+def distance_matrix(z_pos: Tensor, z_anchor: Tensor, *, mu_gradient: bool = True) -> Tensor:
+    """Euclidean distances (Eq. 6), divided by their mean over all pairs; arguments as :func:`length_matrix`."""
+    distance = torch.cdist(z_pos, z_anchor, compute_mode="donot_use_mm_for_euclid_dist")  # exact for near vectors
+    return _over_its_mean(distance, mu_gradient)
+
+
+def pair_ranks(matrix: Tensor, anchor_of: Tensor, *, descending: bool, dim: str = "anchor") -> Tensor:
+    """How many are better than each positive's own anchor (Eq. 8): 0 is the best rank; equals are not better.
+
+    Args:
+        matrix: ``(M, N)`` relations of positives (rows) and anchors.
+        anchor_of: ``(M,)`` int64, the column of each positive's own anchor.
+        descending: large is good (similarities); otherwise small is (distances).
+        dim: ``"anchor"`` compares with the other anchors, in the positive's row; ``"positive"`` with the other
+            positives, in the anchor's column.
+
+    Returns:
+        ``(M,)`` int64.
+
+    Raises:
+        InputError: an unknown ``dim``.
+    """
+    _check_choice("RANK_DIM", dim)
+    own = matrix.gather(1, anchor_of[:, None])
+    others = matrix if dim == "anchor" else matrix.T[anchor_of]
+    return (others > own if descending else others < own).sum(1)
+
+
+def select_stages(ranks: Tensor, n: int = 1, ties: str = "deep") -> Tensor:
+    """The stages of the ``n`` best ranks of each positive, best first (Eq. 8).
+
+    Args:
+        ranks: ``(K, M)`` int64, from shallow to deep, 0 the best.
+        n: 1 to K.
+        ties: of equal ranks, ``"deep"`` prefers the deeper stage, ``"shallow"`` the shallower.
+
+    Returns:
+        ``(n, M)`` int64, 0 to K - 1.
+
+    Raises:
+        InputError: ``n`` out of range or unknown ``ties``.
+    """
+    _check_choice("TIES", ties)
+    stages = len(ranks)
+    if not 1 <= n <= stages:
+        raise InputError(f"cannot select {n} of {stages} stages; from 1 to {stages} are possible")
+    order = torch.arange(stages, device=ranks.device)[:, None]
+    preference = ranks * stages + (stages - 1 - order if ties == "deep" else order)  # no two in a column are equal
+    return preference.topk(n, dim=0, largest=False).indices
+
+
+def relation_kl(
+    student: Tensor,
+    teacher: Tensor,
+    chosen: Tensor,
+    *,
+    temperature: float = 0.5,
+    relation_dim: str = "anchor",
+    reduction: str = "mean",
+    stage_reduction: str = "sum",
+) -> Tensor:
+    """T^2 * KL(teacher || student) of the softened similarities in the chosen stages (Eq. 12).
+
+    Args:
+        student: ``(K, M, N)`` similarities, large is near; gradient flows.
+        teacher: ``(K, M, N)``; constant.
+        chosen: ``(n, M)`` int64, stages of each positive.
+        temperature: T > 0.
+        relation_dim: the softmax runs over the anchors (``"anchor"``) or over the positives (``"positive"``).
+        reduction: over positives, ``"mean"`` or ``"sum"``.
+        stage_reduction: over the n chosen stages, ``"sum"`` or ``"mean"``.
+
+    Returns:
+        Scalar ``()``; over the anchors, 0 for equal similarities and above 0 otherwise.
+    """
+    dim = {"anchor": 2, "positive": 1}[relation_dim]
+    log_s = _pick(F.log_softmax(student / temperature, dim), chosen)
+    log_t = _pick(F.log_softmax(teacher.detach() / temperature, dim), chosen)
+    total = F.kl_div(log_s, log_t, reduction="sum", log_target=True) * temperature**2
+    positives = student.shape[1] if reduction == "mean" else 1
+    return total / (positives * (len(chosen) if stage_reduction == "mean" else 1))
+
+
+def length_loss(
+    student: Tensor, teacher: Tensor, chosen: Tensor, *, reduction: str = "mean", stage_reduction: str = "sum"
+) -> Tensor:
+    """Squared difference of the relations in the chosen stages (Eq. 11).
+
+    Args:
+        student: ``(K, M, N)``; gradient flows.
+        teacher: ``(K, M, N)``; constant.
+        chosen: ``(n, M)`` int64, stages of each positive.
+        reduction: over the M x N entries, ``"mean"`` or ``"sum"``.
+        stage_reduction: over the n chosen stages, ``"sum"`` or ``"mean"``.
+
+    Returns:
+        Scalar ``()``.
+    """
+    squares = (_pick(student, chosen) - _pick(teacher.detach(), chosen)).square()
+    total = squares.mean() * len(chosen) if reduction == "mean" else squares.sum()
+    return total / len(chosen) if stage_reduction == "mean" else total
+
+
+class Positives(NamedTuple):
+    """Augmented anchors: row ``p * N + j`` is the p-th positive of anchor j.
+
+    Args:
+        images: ``(M, 3, H, W)``.
+        anchor: ``(M,)`` int64, position of the anchor in the batch.
+        partner: ``(M,)`` int64, position of the image that was mixed in.
+        share: ``(M,)`` of the anchor in the image, 1 where nothing was mixed in.
+    """
+
+    images: Tensor
+    anchor: Tensor
+    partner: Tensor
+    share: Tensor
+
+
+def rotated(image: Tensor) -> Positives:
+    """Each image turned by 90, 180 and 270 degrees counter-clockwise.
+
+    Raises:
+        InputError: images that are not square.
+    """
+    if image.shape[2] != image.shape[3]:
+        raise InputError(f"MDR.AUGMENT rotation needs square images, got {tuple(image.shape[2:])}; use mixup")
+    anchor = _anchors(image)
+    turned = torch.cat([image.rot90(quarters, (2, 3)) for quarters in range(1, POSITIVES + 1)])
+    return Positives(turned, anchor, anchor, torch.ones_like(turned[:, 0, 0, 0]))
+
+
+def mixed(image: Tensor, index: Tensor, epoch: int, seed: int, quantiles: Tensor, alpha: float) -> Positives:
+    """Each image mixed with three others of the batch, by draws that follow from seed, epoch and index.
+
+    Args:
+        image: ``(N, 3, H, W)``; an image that is alone in its batch is mixed with itself.
+        index: ``(N,)`` int64, positions in the training set.
+        epoch: from 1.
+        seed: of the run.
+        quantiles: see :func:`share_quantiles`, for the same ``alpha``.
+        alpha: of Beta(alpha, alpha).
+    """
+    count, anchor = len(image), _anchors(image)
+    slot = torch.arange(POSITIVES, device=index.device)[:, None]
+    start = draws.hash_keys(seed, MIXUP_KEY, epoch, index)
+    offset = draws.integers(1, max(count, 2), 2 * slot, start=start).flatten()
+    place = draws.uniform(2 * slot + 1, start=start).flatten() * GRID
+    below = place.long()
+    left, right = quantiles[below].float(), quantiles[below + 1].float()
+    minor = torch.lerp(left, right, place - below) ** (1 / min(alpha, 1.0))
+    share, partner = (1 - minor).to(image.dtype), (anchor + offset) % count
+    weight = share[:, None, None, None]
+    return Positives(weight * image[anchor] + (1 - weight) * image[partner], anchor, partner, share)
+
+
+def share_quantiles(alpha: float) -> Tensor:
+    """Quantiles ``(GRID + 1,)`` at even steps of ``x^min(alpha, 1)``, x the smaller share of Beta(alpha, alpha).
+
+    In this power of x the density is bounded for every alpha, so that the table may be interpolated.
+    """
+    power = min(alpha, 1.0)
+    grid = torch.linspace(0, 0.5**power, GRID + 1, dtype=torch.float64)
+    x = grid ** (1 / power)
+    log_density = torch.xlogy(torch.tensor(alpha - power, dtype=torch.float64), x) + (alpha - 1) * torch.log1p(-x)
+    log_density = torch.where(torch.isnan(log_density), -torch.inf, log_density)
+    density = (log_density - log_density.max()).exp()
+    reached = torch.cat([density.new_zeros(1), torch.cumulative_trapezoid(density, grid)])
+    wanted = torch.linspace(0, 1, GRID + 1, dtype=torch.float64) * reached[-1]
+    right = torch.searchsorted(reached, wanted).clamp(1, GRID)
+    step = (wanted - reached[right - 1]) / (reached[right] - reached[right - 1])
+    return torch.lerp(grid[right - 1], grid[right], step.clamp(0, 1)).float()
+
+
+@register_distiller("MDR", DEFAULTS, paper=PAPER, family="relation")
+class MDR(Distiller):
+    """Cross-entropy on the anchors, KD on anchors and positives, and the relations of positives and anchors.
+
+    Without :meth:`prepare` the teacher's SMs are as initialised: random projections of its stages.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        self.own = own = cfg.MDR
+        self.seed = cfg.EXPERIMENT.SEED
+        for key in CHOICES:
+            _check_choice(key, own[key])
+        for key in ("KD_TEMPERATURE", "KD_TEMPERATURE_POSITIVE", "TEMPERATURE", "MIXUP_ALPHA", "SM_LR"):
+            _require(key, own[key], own[key] > 0, "above 0")
+        _require("SM_WIDTH", own.SM_WIDTH, own.SM_WIDTH >= 1, "at least 1")
+        for key in ("SM_HIDDEN", "SM_EPOCHS"):
+            _require(key, own[key], own[key] >= 0, "0 or more")
+        size = cfg.DATASET.IMAGE_SIZE or dataset_dict[cfg.DATASET.TYPE].image_size
+        self.student_shape, self.teacher_shape = (probe(net, size, own.STAGES) for net in (student, teacher))
+        self.stages = _same_count(self.student_shape, self.teacher_shape, cfg.DISTILLER)
+        for key in ("ANGLE_STAGES", "LENGTH_STAGES", "DISTANCE_STAGES"):
+            _require(
+                key, own[key], 0 <= own[key] <= self.stages, f"from 0 (all) to {self.stages}, the stages there are"
+            )
+        self.teacher_modules, _ = self._fresh_teacher_modules()
+        self.teacher_modules.requires_grad_(False).eval()
+        self.student_modules = self._build_modules(self.student_shape.widths, self._seed_of(STUDENT_KEY))
+        self.register_buffer("quantiles", share_quantiles(own.MIXUP_ALPHA), persistent=False)
+
+    def train(self, mode: bool = True) -> MDR:
+        super().train(mode)
+        self.teacher_modules.eval()
+        return self
+
+    def forward_train(
+        self, image: Tensor, target: Tensor, index: Tensor | None = None, epoch: int = 1, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        own, count = self.own, len(image)
+        weights = (own.KD_WEIGHT, own.ANGLE_WEIGHT, own.LENGTH_WEIGHT, own.DISTANCE_WEIGHT)
+        self.monitors = {}
+        if not any(weights):
+            logits, _ = self.student(image)
+            return logits, {"loss_ce": own.CE_WEIGHT * F.cross_entropy(logits, target)}
+        positives = self.positives(image, index, epoch)
+        images = torch.cat([image, positives.images])
+        logits_s, features_s = self.student(images)
+        with torch.no_grad():
+            logits_t, features_t = self.teacher(images)
+        losses = {"loss_ce": own.CE_WEIGHT * F.cross_entropy(logits_s[:count], target)}
+        if own.KD_WEIGHT:
+            kd = kd_loss(logits_s[:count], logits_t[:count], own.KD_TEMPERATURE)
+            kd = kd + kd_loss(logits_s[count:], logits_t[count:], own.KD_TEMPERATURE_POSITIVE)
+            losses["loss_kd"] = own.KD_WEIGHT * kd
+        if any(weights[1:]):
+            with torch.autocast(image.device.type, enabled=False):
+                z_s = embed(self.student_modules, pooled_stages(features_s, self.student_shape.stages))
+                with torch.no_grad():
+                    z_t = embed(self.teacher_modules, pooled_stages(features_t, self.teacher_shape.stages))
+                losses |= self.relation_losses(z_s, z_t, positives.anchor)
+        return logits_s[:count], losses
+
+    def positives(self, image: Tensor, index: Tensor | None, epoch: int) -> Positives:
+        """Three augmented images of each; without ``index`` their positions in the batch stand in."""
+        if self.own.AUGMENT == "rotation":
+            return rotated(image)
+        if index is None:
+            index = torch.arange(len(image), device=image.device)
+        return mixed(image, index, epoch, self.seed, self.quantiles, self.own.MIXUP_ALPHA)
+
+    def relation_losses(self, z_s: list[Tensor], z_t: list[Tensor], anchor_of: Tensor) -> dict[str, Tensor]:
+        """The weighted losses on the relations; fills ``monitors``.
+
+        Args:
+            z_s: of each stage the student's embeddings, ``(N + M, D)``, anchors first.
+            z_t: the teacher's.
+            anchor_of: ``(M,)``.
+        """
+        own, mu = self.own, {"mu_gradient": self.own.MU_GRADIENT}
+        reductions = {"reduction": own.REDUCTION, "stage_reduction": own.STAGE_REDUCTION}
+        softened = {"temperature": own.TEMPERATURE, "relation_dim": own.RELATION_DIM, **reductions}
+        losses = {}
+        if own.ANGLE_WEIGHT:
+            student, teacher = _relations(angle_matrix, z_s), _relations(angle_matrix, z_t)
+            chosen = self._choose("angle", student, teacher, anchor_of, own.ANGLE_STAGES)
+            losses["loss_angle"] = own.ANGLE_WEIGHT * relation_kl(student, teacher, chosen, **softened)
+            self._monitor("smp_student", _smp(student, anchor_of))
+            self._monitor("smp_teacher", _smp(teacher, anchor_of))
+        if own.LENGTH_WEIGHT:
+            student, teacher = _relations(length_matrix, z_s, **mu), _relations(length_matrix, z_t)
+            chosen = self._choose("length", student, teacher, anchor_of, own.LENGTH_STAGES)
+            losses["loss_length"] = own.LENGTH_WEIGHT * length_loss(student, teacher, chosen, **reductions)
+        if own.DISTANCE_WEIGHT:
+            student, teacher = _relations(distance_matrix, z_s, **mu), _relations(distance_matrix, z_t)
+            chosen = self._choose("distance", student, teacher, anchor_of, own.DISTANCE_STAGES)
+            losses["loss_distance"] = own.DISTANCE_WEIGHT * relation_kl(-student, -teacher, chosen, **softened)
+        return losses
+
+    @torch.no_grad()
+    def _choose(self, kind: str, student: Tensor, teacher: Tensor, anchor_of: Tensor, count: int) -> Tensor:
+        """The stages ``(n, M)`` for one kind of relation ``(K, M, N)``."""
+        own = self.own
+        ranks = [
+            pair_ranks(matrix, anchor_of, descending=kind == "angle", dim=own.RANK_DIM)
+            for matrix in (teacher if own.RANK_BY == "teacher" else student)
+        ]
+        chosen = select_stages(torch.stack(ranks), count or self.stages, own.TIES)
+        taken = [(chosen == stage).any(0).float().mean() for stage in range(self.stages)]
+        self._monitor(f"{kind}_share", taken)
+        return chosen
+
+    def _monitor(self, name: str, values: Iterable[Tensor]) -> None:
+        self.monitors |= {f"{name}_{stage}": value for stage, value in enumerate(values, 1)}
+
+    # The first phase
+
+    def prepare(self, batches: Batches, autocast: Callable[[], AbstractContextManager]) -> dict[str, Any]:
+        """Train the teacher's SMs from the start, each with a classifier that is thrown away afterwards.
+
+        The classes of anchors and positives by cross-entropy, or by Eq. 5, as ``SM_TRAINING`` says; summed over the
+        stages. The result follows from the seed and does not depend on the student.
+
+        Args:
+            batches: gives the batches of an epoch, as ``forward_train`` gets them.
+            autocast: context for the networks.
+
+        Returns:
+            Means over the last epoch: the loss; of each stage SMP accuracy and the classifier's accuracy on anchors.
+        """
+        own = self.own
+        if own.SM_TRAINING == "none":
+            return {}
+        like = next(self.teacher.parameters())
+        trained = nn.ModuleList(self._fresh_teacher_modules()).to(like.device, like.dtype)
+        modules, classifiers = trained
+        rate = {"lr": own.SM_LR, "momentum": own.SM_MOMENTUM, "weight_decay": own.SM_WEIGHT_DECAY}
+        optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], **rate)
+        facts: dict[str, Any] = {}
+        for epoch in range(1, own.SM_EPOCHS + 1):
+            passed = sum(epoch > stage for stage in own.SM_LR_DECAY_STAGES)
+            optimizer.param_groups[0]["lr"] = own.SM_LR * own.SM_LR_DECAY_RATE**passed
+            sums, images = torch.zeros((), dtype=torch.float64, device=like.device), 0
+            for batch in batches(epoch):
+                loss, found = self._prepare_step(batch, epoch, modules, classifiers, autocast)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                count = len(batch["target"])
+                sums = sums + count * torch.stack([loss.detach(), *found]).double()
+                images += count
+            mean, *shares = (sums / images).tolist()
+            facts = {"loss": mean, "smp": shares[: self.stages]}
+            if own.SM_TRAINING == "ce":
+                facts["accuracy"] = shares[self.stages :]
+        self.teacher_modules.load_state_dict(modules.state_dict())
+        return facts
+
+    def preparation(self) -> tuple[nn.Module, dict[str, Any]]:
+        """What :meth:`prepare` trains, and the settings, beside teacher, data and seed, that it depends on."""
+        if not (self.own.ANGLE_WEIGHT or self.own.LENGTH_WEIGHT or self.own.DISTANCE_WEIGHT):
+            return nn.Identity(), {}  # nobody reads the modules
+        used = {"STAGES", "AUGMENT"} | {key for key in self.own if key.startswith("SM_")}
+        if self.own.AUGMENT == "mixup":
+            used.add("MIXUP_ALPHA")
+        if self.own.SM_TRAINING == "contrastive":
+            used.add("TEMPERATURE")
+        settings = {key: self.own[key] for key in sorted(used)}
+        return self.teacher_modules, settings
+
+    def _prepare_step(
+        self,
+        batch: dict[str, Tensor],
+        epoch: int,
+        modules: nn.ModuleList,
+        classifiers: nn.ModuleList,
+        autocast: Callable[[], AbstractContextManager],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss of a batch; of each stage SMP accuracy, then of each the classifier's accuracy on anchors."""
+        image, target = batch["image"], batch["target"]
+        positives, count = self.positives(image, batch.get("index"), epoch), len(image)
+        with torch.no_grad(), autocast():
+            _, features = self.teacher(torch.cat([image, positives.images]))
+        z = embed(modules, pooled_stages(features, self.teacher_shape.stages))
+        angles = _relations(angle_matrix, z)
+        smp = _smp(angles, positives.anchor)
+        if self.own.SM_TRAINING == "contrastive":  # Eq. 5
+            losses = [F.cross_entropy(stage / self.own.TEMPERATURE, positives.anchor) for stage in angles]
+            return torch.stack(losses).sum(), smp
+        logits = [classifier(stage) for classifier, stage in zip(classifiers, z, strict=True)]
+        losses = [mixed_cross_entropy(stage, target, positives) for stage in logits]
+        return torch.stack(losses).sum(), [
+            *smp,
+            *((stage[:count].argmax(1) == target).float().mean() for stage in logits),
+        ]
+
+    # What it is built of
+
+    def _fresh_teacher_modules(self) -> tuple[nn.ModuleList, nn.ModuleList]:
+        """The teacher's SMs and their classifiers, as the seed initialises them."""
+        shape = self.teacher_shape
+        modules = self._build_modules(shape.widths, self._seed_of(TEACHER_KEY))
+        with _generator_at(self._seed_of(CLASSIFIER_KEY)):
+            return modules, nn.ModuleList(nn.Linear(self.own.SM_WIDTH, shape.classes) for _ in modules)
+
+    def _seed_of(self, key: int) -> int:
+        return int(draws.hash_keys(self.seed, key))
+
+    def _build_modules(self, widths: list[int], seed: int) -> nn.ModuleList:
+        own = self.own
+        if own.SM_TRAINING == "none":
+            return nn.ModuleList(nn.Identity() for _ in widths)
+        hidden = own.SM_HIDDEN or own.SM_WIDTH
+        with _generator_at(seed):
+            return nn.ModuleList(
+                nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, own.SM_WIDTH)) for width in widths
+            )
+
+
+def embed(modules: nn.ModuleList, pooled: list[Tensor]) -> list[Tensor]:
+    """Each stage's pooled features ``(B, C)`` through its module, ``(B, D)``, in full precision."""
+    with torch.autocast(pooled[0].device.type, enabled=False):
+        return [module(features) for module, features in zip(modules, pooled, strict=True)]
+
+
+def pooled_stages(features: dict[str, Any], stages: tuple[int, ...]) -> list[Tensor]:
+    """The maps of the stages, averaged over their positions: ``(B, C)`` each, in float32 or better."""
+    return [at_least_float32(features["feats"][stage]).mean((2, 3)) for stage in stages]
+
+
+class Shape(NamedTuple):
+    """What MDR needs to know of a network: which maps are its stages, their widths, and the number of classes."""
+
+    stages: tuple[int, ...]
+    widths: list[int]
+    classes: int
+
+
+def probe(network: nn.Module, size: int, stages: str) -> Shape:
+    """Ask a network by one black image in eval mode: no statistics move, and no random number is drawn.
+
+    Args:
+        network: returns ``(logits, features)``.
+        size: pixels a side of the image.
+        stages: ``"skip_first"``: all maps but the first; ``"declared"``: what ``get_stage_indices()`` says, for a
+            network that has none as ``skip_first``.
+    """
+    like = next(network.parameters())
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        with torch.no_grad():
+            logits, features = network(torch.zeros(1, 3, size, size, device=like.device, dtype=like.dtype))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    maps = features["feats"]
+    numbers = tuple(range(1, len(maps)))
+    if stages == "declared" and hasattr(network, "get_stage_indices"):
+        numbers = network.get_stage_indices()
+    return Shape(numbers, [maps[number].shape[1] for number in numbers], logits.shape[1])
+
+
+def mixed_cross_entropy(logits: Tensor, target: Tensor, positives: Positives) -> Tensor:
+    """Mean over anchors and positives ``(N + M, C)``; a positive's labels are mixed as its images are."""
+    own, other = target[positives.anchor], target[positives.partner]
+    anchors, augmented = logits.split([len(target), len(own)])
+    share = positives.share
+    mixture = share * F.cross_entropy(augmented, own, reduction="none")
+    mixture = mixture + (1 - share) * F.cross_entropy(augmented, other, reduction="none")
+    return (F.cross_entropy(anchors, target, reduction="sum") + mixture.sum()) / len(logits)
+
+
+def _same_count(student: Shape, teacher: Shape, names: Any) -> int:
+    counts = len(student.stages), len(teacher.stages)
+    if counts[0] != counts[1] or not counts[0]:
+        raise InputError(
+            f"MDR relates stages one to one, but student {names.STUDENT} has {counts[0]} of them and teacher "
+            f"{names.TEACHER} {counts[1]} (by MDR.STAGES); choose networks with equally many stages"
+        )
+    return counts[0]
+
+
+def _check_choice(key: str, value: str) -> None:
+    if value not in CHOICES[key]:
+        raise InputError(f"MDR.{key}: no {value!r}; {suggestion(str(value), CHOICES[key])}")
+
+
+def _require(key: str, value: Any, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise InputError(f"MDR.{key} must be {allowed}, got {value}")
+
+
+@contextmanager
+def _generator_at(seed: int) -> Iterator[None]:
+    """Torch's generator of the CPU at a seed, and as it was afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _anchors(image: Tensor) -> Tensor:
+    return torch.arange(len(image), device=image.device).repeat(POSITIVES)
+
+
+def _unit(z: Tensor) -> Tensor:
+    """Rows at length 1; a zero row as it is."""
+    length = z.norm(dim=1, keepdim=True)
+    return z / length.masked_fill(length == 0, 1)
+
+
+def _over_its_mean(matrix: Tensor, mu_gradient: bool) -> Tensor:
+    mu = matrix.mean() if mu_gradient else matrix.mean().detach()
+    return matrix / mu.masked_fill(mu == 0, 1)
+
+
+def _relations(matrix: Callable[..., Tensor], z: list[Tensor], **options: Any) -> Tensor:
+    """``(K, M, N)`` from each stage's embeddings ``(N + 3N, D)``."""
+    anchors = len(z[0]) // (1 + POSITIVES)
+    return torch.stack([matrix(stage[anchors:], stage[:anchors], **options) for stage in z])
+
+
+def _pick(matrices: Tensor, chosen: Tensor) -> Tensor:
+    """Of each positive the rows ``(n, M, N)`` of its chosen stages, from ``(K, M, N)``."""
+    return matrices[chosen, torch.arange(chosen.shape[1], device=chosen.device)]
+
+
+@torch.no_grad()
+def _smp(angles: Tensor, anchor_of: Tensor) -> list[Tensor]:
+    """Share of positives with which no anchor ranks before their own, of each stage."""
+    return [(pair_ranks(matrix, anchor_of, descending=True) == 0).float().mean() for matrix in angles]

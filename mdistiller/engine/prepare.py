@@ -1,0 +1,163 @@
+"""A method's stage before training, computed once and kept in a file.
+
+A method takes part by ``prepare(batches, autocast)``, with parameters of these names: ``batches(epoch)`` gives the
+batches of an epoch as ``forward_train`` gets them, ``autocast()`` is the context for the networks. It changes the
+method's modules and returns facts for ``results.json``. ``preparation()`` beside it gives the module that holds the
+result, and the method's own settings that the result depends on; together with the teacher's weights, the data, the
+seed and the number format they name the file, so that students of one teacher share it. Without ``preparation`` the
+stage is run each time.
+
+A file is used only if it reads without damage, was made with the same settings, and holds what it says. A kill during
+the stage leaves nothing behind; the run starts it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import mdistiller
+
+from .batch import to_batch
+from .checkpoint import CheckpointError, check_fit, fingerprint, load_checkpoint, save_checkpoint
+from .experiment import flatten
+from .utils import log_msg
+
+if TYPE_CHECKING:
+    from .trainer import BaseTrainer
+
+FOLDER = "prepared"  # below LOG.PREFIX
+DEPENDS_ON = (
+    "DATASET.TYPE", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_FRACTION", "DATASET.TRAIN_PER_CLASS", "DATASET.VAL_FRACTION",
+    "DISTILLER.TYPE", "DISTILLER.TEACHER", "EXPERIMENT.SEED", "SOLVER.BATCH_SIZE", "SOLVER.DROP_LAST", "SOLVER.AMP",
+)  # fmt: skip
+MESSAGE_EVERY = 30  # seconds
+
+
+class PreparationError(RuntimeError):
+    """The stage before training left numbers that are not finite."""
+
+
+def prepare(trainer: BaseTrainer) -> None:
+    """Run the method's stage before training, if it has one, or take its result from the file.
+
+    ``results["preparation"]`` then holds the seconds that the result took when it was computed, whether it came from a
+    file, and what the method reports.
+
+    Raises:
+        PreparationError: the result is not finite; it is not kept.
+    """
+    distiller = trainer.distiller
+    if list(inspect.signature(getattr(distiller, "prepare", prepare)).parameters) != ["batches", "autocast"]:
+        return  # none, or a method file from elsewhere that calls something else so
+    name = trainer.cfg.DISTILLER.TYPE
+    if not hasattr(distiller, "preparation"):
+        seconds, facts = _compute(trainer, name)
+        trainer.results["preparation"] = {"seconds": seconds, "from_file": False, **facts}
+        return
+    module, own = distiller.preparation()
+    if not module.state_dict():  # these settings leave nothing to prepare
+        return
+    settings = settings_of(trainer, own)
+    path = file_of(trainer.cfg, settings)
+    content = _usable(path, settings, module)
+    from_file = content is not None
+    if content is None:
+        seconds, facts = _compute(trainer, name)
+        state = {key: value.cpu() for key, value in module.state_dict().items()}
+        _check_finite(name, state)
+        content = {"settings": settings, "model": state, "fingerprint": fingerprint(state)}
+        content |= {"seconds": seconds, "facts": facts}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(content, path)
+    else:
+        module.load_state_dict(content["model"])
+        print(log_msg(f"{name}'s stage before training: taken from {path}", "INFO"), flush=True)
+    trainer.results["preparation"] = {
+        "seconds": content["seconds"],
+        "from_file": from_file,
+        "file": str(path),
+        **content["facts"],
+    }
+
+
+def settings_of(trainer: BaseTrainer, own: dict[str, Any]) -> dict[str, Any]:
+    """All that the result follows from, as plain values."""
+    teacher = trainer.distiller.teacher
+    general = flatten(trainer.cfg)
+    settings = {key: general[key] for key in DEPENDS_ON}
+    settings |= {f"{trainer.distiller.section}.{key}": value for key, value in flatten(own).items()}
+    settings["teacher's weights"] = None if teacher is None else fingerprint(teacher.state_dict())
+    settings["device"] = trainer.precision.device.type  # other devices round differently
+    settings["mdistiller"] = mdistiller.__version__
+    return settings
+
+
+def file_of(cfg: Any, settings: dict[str, Any]) -> Path:
+    """``LOG.PREFIX/prepared/METHOD_TEACHER_<hash of the settings>``."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(cfg.LOG.PREFIX) / FOLDER / f"{cfg.DISTILLER.TYPE}_{cfg.DISTILLER.TEACHER.replace('/', '_')}_{digest}"
+
+
+def _usable(path: Path, settings: dict[str, Any], module: nn.Module) -> dict[str, Any] | None:
+    """The file's content; ``None`` where there is no file or one that must not be used, which is said."""
+    if not path.exists():
+        return None
+    try:
+        content = load_checkpoint(path)
+        _check_content(content, path, settings, module)
+    except CheckpointError as error:
+        print(log_msg(f"WARNING: {error}; computing it again", "INFO"), flush=True)
+        return None
+    return content
+
+
+def _check_content(content: Any, path: Path, settings: dict[str, Any], module: nn.Module) -> None:
+    parts = {"settings", "model", "fingerprint", "seconds", "facts"}
+    if not isinstance(content, dict) or not parts <= set(content):
+        raise CheckpointError(f"{path} does not hold the result of a stage before training")
+    if content["settings"] != settings:
+        raise CheckpointError(f"{path} was made with other settings")
+    if fingerprint(content["model"]) != content["fingerprint"]:
+        raise CheckpointError(f"{path} is damaged: its weights are not those that were written")
+    check_fit(module.state_dict(), content["model"], f"the result in {path}")
+
+
+def _compute(trainer: BaseTrainer, name: str) -> tuple[float, dict[str, Any]]:
+    """Run the stage; its seconds and the method's facts."""
+    print(log_msg(f"{name}'s stage before training: started", "INFO"), flush=True)
+    trainer.distiller.train()
+    start = time.perf_counter()
+    said = start
+
+    def batches(epoch: int) -> Iterator[dict[str, Tensor]]:
+        nonlocal said
+        if time.perf_counter() - said > MESSAGE_EVERY:
+            said = time.perf_counter()
+            print(log_msg(f"{name}'s stage before training: epoch {epoch}", "INFO"), flush=True)
+        if hasattr(trainer.train_loader, "set_epoch"):
+            trainer.train_loader.set_epoch(epoch)
+        for item in trainer.train_loader:
+            yield to_batch(item, trainer.precision)
+
+    facts = trainer.distiller.prepare(batches, trainer.precision.autocast) or {}
+    trainer.precision.synchronize()
+    seconds = round(time.perf_counter() - start, 3)
+    print(log_msg(f"{name}'s stage before training: done in {seconds:.1f} s", "INFO"), flush=True)
+    return seconds, facts
+
+
+def _check_finite(name: str, state: dict[str, Tensor]) -> None:
+    bad = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if bad:
+        raise PreparationError(
+            f"{name}'s stage before training diverged: {bad[0]} is not finite; lower its learning rate"
+        )

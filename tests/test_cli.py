@@ -53,9 +53,9 @@ YAML_FILES = {
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def workspace(tmp_path_factory):
     """A folder as a user's: ``configs``, one run in ``output/digits/first``, and files that are no good."""
-    place = tmp_path_factory.mktemp("workplace")
+    place = tmp_path_factory.mktemp("workspace")
     (place / "configs").symlink_to(ROOT / "configs", target_is_directory=True)
     for name, text in YAML_FILES.items():
         (place / name).write_text(text)
@@ -79,8 +79,8 @@ def workplace(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def in_workplace(workplace, monkeypatch):
-    monkeypatch.chdir(workplace)
+def in_workspace(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
 
 
 def succeed(tool: str, command: str) -> str:

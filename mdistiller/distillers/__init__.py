@@ -3,15 +3,19 @@
 from mdistiller.registry import distiller_dict
 
 from ._base import Distiller, Vanilla, register_distiller
+from .CTKD import CTKD
 from .DCD import DCD
 from .DIST import DIST, DISTPlus
+from .DKD import DKD
 from .KD import KD, KDTwoViews
 from .MDR import MDR
 from .VRM import VRM
 
 __all__ = [
+    "CTKD",
     "DCD",
     "DIST",
+    "DKD",
     "KD",
     "MDR",
     "VRM",

@@ -106,7 +106,7 @@ class CTKD(Distiller):
         lambda_ = reversal(epoch, self.decay_max, self.decay_min, self.decay_loops)
         temperature = learned_temperature(self.global_T, self.t_start, self.t_end, lambda_)
         self.monitors = {"temperature": temperature.detach().squeeze()}
-        loss = kd_loss(logits_student, logits_teacher, temperature, self.logit_stand).squeeze()
+        loss = kd_loss(logits_student, logits_teacher, temperature, self.logit_stand)
         return logits_student, {
             "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
             "loss_kd": self.kd_weight * loss,

@@ -26,7 +26,11 @@ PAPER = "Hinton et al., arXiv:1503.02531"
 
 
 def kd_loss(
-    logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor, logit_stand: bool = False
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    temperature: float | Tensor,
+    logit_stand: bool = False,
+    reduce: bool = True,
 ) -> Tensor:
     """T^2 * KL(teacher || student) of the softened classes, mean over the batch.
 
@@ -38,15 +42,17 @@ def kd_loss(
         temperature: T > 0, gradient flows. The factor T^2 keeps the size of the gradient roughly independent of T
             (Sec. 2).
         logit_stand: standardise both before they are softened (:func:`~mdistiller.functional.zs_norm`).
+        reduce: take the mean over the batch; else each image's value is returned.
 
     Returns:
-        Scalar ``()``, zero for equal logits.
+        Scalar ``()``, or ``(B,)``; zero for equal logits.
     """
     student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher)
     if logit_stand:
         student, teacher = zs_norm(student), zs_norm(teacher)
     log_p_student, log_p_teacher = (F.log_softmax(z / temperature, dim=1) for z in (student, teacher))
-    return F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True) * temperature**2
+    each = F.kl_div(log_p_student, log_p_teacher, reduction="none", log_target=True).sum(1) * temperature**2
+    return each.mean() if reduce else each
 
 
 @register_distiller("KD", DEFAULTS, paper=PAPER, family="logit")

@@ -9,6 +9,7 @@ from .DIST import DIST, DISTPlus
 from .DKD import DKD
 from .KD import KD, KDTwoViews
 from .MDR import MDR
+from .MLKD import MLKD
 from .VRM import VRM
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "DKD",
     "KD",
     "MDR",
+    "MLKD",
     "VRM",
     "DISTPlus",
     "Distiller",

@@ -94,6 +94,7 @@ def test_two_classes_are_refused(method):
 # The flags
 
 FLAGS = {
+    "MLKD": {"KD.TEMPERATURE": 3.0, "KD.LOSS.KD_WEIGHT": 5.0},
     "KD": {"KD.TEMPERATURE": 3.0, "KD.LOSS.KD_WEIGHT": 5.0, "KD.LOSS.CE_WEIGHT": 0.1},
     "DKD": {"DKD.T": 3.0, "DKD.ALPHA": 5.0, "DKD.BETA": 10.0, "DKD.CE_WEIGHT": 1.0},
     "CTKD": {"CTKD.LOSS.KD_WEIGHT": 5.0},

@@ -9,9 +9,9 @@ image (``kd``), and squared distances of the Gram matrices ``p^T p`` ``(K, K)`` 
 temperature are KD's (section ``KD``), as in the authors' code. With ``EXPERIMENT.LOGIT_STAND`` (LSKD, arXiv:2403.01427)
 ``kd`` sees standardised logits, ``cc`` and ``bc`` do not.
 
-The authors' code means to leave out of the weak view's terms the images (in ``cc``, the classes) of which the teacher is
-surer than of the median one. It averages before it masks, so that each term is multiplied by the share of what is kept,
-about a half; and of the strong view's ``kd``, the last two temperatures see the weak view's logits.
+The authors' code means to leave out of the weak view's terms the images (in ``cc``, the classes) of which the teacher
+is surer than of the median one. It averages before it masks, so that each term is multiplied by the share of what is
+kept, about a half; and of the strong view's ``kd``, the last two temperatures see the weak view's logits.
 
 - ``KD.MLKD.AS_PUBLISHED`` True (default) computes that: the published numbers of MLLD, and of LSKD on it, came from it;
 - False masks image by image and class by class, and the strong view's terms see the strong view. That is our reading of

@@ -50,6 +50,15 @@ def test_golden_values_and_gradients(case):
     assert_golden_gradients(case, given)
 
 
+def softened(logits, t):
+    rows = [[math.exp(z / t) for z in row] for row in logits.tolist()]
+    return [[e / sum(row) for e in row] for row in rows]
+
+
+def kl(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
 def written_out(student, teacher, temperature):
     """The mended terms with loops: images and classes of which the teacher is surer than of the median are left out."""
     t_weak = teacher[0].softmax(1).tolist()
@@ -59,20 +68,9 @@ def written_out(student, teacher, temperature):
     n, k = len(images), len(classes)
     kd = cc = bc = 0.0
     for t in (temperature, 3.0, 5.0, 2.0, 6.0):
-        p = [
-            [[math.exp(z / t) for z in row] for row in view]
-            for view in (*map(torch.Tensor.tolist, (*student, *teacher)),)
-        ]
-        (s_w, s_s), (t_w, t_s) = (
-            [[[e / sum(row) for e in row] for row in view] for view in p[:2]],
-            [[[e / sum(row) for e in row] for row in view] for view in p[2:]],
-        )
+        (s_w, s_s), (t_w, t_s) = ([softened(z, t) for z in views] for views in (student, teacher))
         for b in range(n):
-            kl_weak, kl_strong = (
-                sum(q * math.log(q / r) for q, r in zip(qs[b], rs[b], strict=True))
-                for qs, rs in ((t_w, s_w), (t_s, s_s))
-            )
-            kd += t**2 * (images[b] * kl_weak + kl_strong) / n
+            kd += t**2 * (images[b] * kl(t_w[b], s_w[b]) + kl(t_s[b], s_s[b])) / n
         for i in range(k):
             for j in range(k):
                 gram_t, gram_s = (sum(p[b][i] * p[b][j] for b in range(n)) for p in (t_w, s_w))

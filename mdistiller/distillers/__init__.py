@@ -12,6 +12,7 @@ from .FitNet import FitNet
 from .KD import KD, KDTwoViews
 from .KDSVD import KDSVD
 from .MDR import MDR
+from .MLKD import MLKD
 from .NST import NST
 from .PKT import PKT
 from .RKD import RKD

@@ -1,0 +1,171 @@
+"""MDR's relations, stage selection and losses, loop by loop, in float64.
+
+From "MDR: Multi-stage Decoupled Relational Knowledge Distillation with Adaptive Stage Selection", ACM MM 2024,
+Sec. 3.1-3.3. N anchors, M positives, D entries of a self-supervised module's output, K stages; arguments are nested
+lists, ``anchor_of[i]`` is the anchor that positive i is made from. What the paper leaves open is settled as follows:
+
+- the softmax of B runs over the anchors, so that a positive owns a distribution; over the positives on request;
+- ranks are taken over the anchors of one positive, and count the strictly better entries; over the positives of one
+  anchor on request. They come from the teacher;
+- of stages that tie, the deepest is selected, or the shallowest on request; the losses of several stages are added;
+- angle: tau^2 KL, mean over the positives; length: mean over all M N entries; on request both are the sums printed;
+- mu is the mean over all M N pairs, of student and teacher by themselves, and the gradient passes through it;
+- a zero vector has cosine 0 with all, and equal lengths everywhere give differences of 0, all without gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .complex_step import absolute, kl_divergence, log_softmax, mean, norm, value
+
+Vector = Sequence[Any]
+Matrix = Sequence[Vector]
+Stage = tuple[Matrix, Matrix]  # outputs of one stage: of the positives (M, D), of the anchors (N, D)
+
+
+def angle_matrix(z_pos: Matrix, z_anchor: Matrix) -> list[list[Any]]:
+    """Eq. 4: ``(M, N)`` cosines."""
+
+    def cosine(a: Vector, b: Vector) -> Any:
+        lengths = norm(a) * norm(b)
+        return sum(x * y for x, y in zip(a, b, strict=True)) / lengths if value(lengths) > 0 else 0.0
+
+    return [[cosine(positive, anchor) for anchor in z_anchor] for positive in z_pos]
+
+
+def over_mean(matrix: Matrix) -> list[list[Any]]:
+    """Every entry over the mean of all: mu of Eq. 10."""
+    mu = mean([entry for row in matrix for entry in row])
+    return [[entry / mu if value(mu) > 0 else 0.0 for entry in row] for row in matrix]
+
+
+def length_matrix(z_pos: Matrix, z_anchor: Matrix) -> list[list[Any]]:
+    """Eq. 9 and 10: ``(M, N)`` absolute differences of the lengths, over their mean."""
+    return over_mean([[absolute(norm(positive) - norm(anchor)) for anchor in z_anchor] for positive in z_pos])
+
+
+def distance_matrix(z_pos: Matrix, z_anchor: Matrix) -> list[list[Any]]:
+    """Eq. 6, for the ablation with distances: ``(M, N)``, over their mean."""
+    return over_mean([[norm([x - y for x, y in zip(p, a, strict=True)]) for a in z_anchor] for p in z_pos])
+
+
+def pair_ranks(matrix: Matrix, anchor_of: Sequence[int], *, descending: bool, dim: str = "anchor") -> list[int]:
+    """Eq. 8, Rank: ``(M,)``, how many entries are strictly better than the one of a positive and its own anchor."""
+    ranks = []
+    for i, j in enumerate(anchor_of):
+        if dim == "anchor":
+            others = [matrix[i][k] for k in range(len(matrix[i]))]
+        else:
+            others = [matrix[k][j] for k in range(len(matrix))]
+        own = value(matrix[i][j])
+        rank = 0
+        for other in others:
+            if (value(other) > own) if descending else (value(other) < own):
+                rank += 1
+        ranks.append(rank)
+    return ranks
+
+
+def select_stages(ranks: Sequence[Sequence[int]], n: int = 1, ties: str = "deep") -> list[list[int]]:
+    """Eq. 8, AS: ranks ``(K, M)`` -> ``(n, M)``, the stages of each positive from the best rank on."""
+    selected = []
+    for i in range(len(ranks[0])):
+        left = list(range(len(ranks)))
+        chosen = []
+        for _ in range(n):
+            best = left[0]
+            for k in left[1:]:
+                if ranks[k][i] < ranks[best][i] or (ties == "deep" and ranks[k][i] == ranks[best][i]):
+                    best = k
+            left.remove(best)
+            chosen.append(best)
+        selected.append(chosen)
+    return [[chosen[r] for chosen in selected] for r in range(n)]
+
+
+def teacher_selection(
+    teacher: Sequence[Stage],
+    anchor_of: Sequence[int],
+    kind: str,
+    n: int,
+    *,
+    rank_dim: str = "anchor",
+    ties: str = "deep",
+) -> list[list[int]]:
+    """``(n, M)``: the stages that the teacher's ``angle`` or ``length`` matrices select."""
+    relation = {"angle": angle_matrix, "length": length_matrix}[kind]
+    ranks = [pair_ranks(relation(*stage), anchor_of, descending=kind == "angle", dim=rank_dim) for stage in teacher]
+    return select_stages(ranks, n, ties)
+
+
+def log_relation(scores: Matrix, dim: str) -> list[list[Any]]:
+    """log B of Eq. 7: ``(M, N)``, a log-softmax of every row (``anchor``) or of every column (``positive``)."""
+    if dim == "anchor":
+        return [log_softmax(row) for row in scores]
+    columns = [log_softmax(column) for column in zip(*scores, strict=True)]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def angle_loss(
+    student: Sequence[Stage],
+    teacher: Sequence[Stage],
+    selected: Sequence[Sequence[int]],
+    *,
+    tau: float = 0.5,
+    relation_dim: str = "anchor",
+    reduction: str = "mean",
+) -> Any:
+    """Eq. 12 over the stages ``selected``, ``(n, M)``."""
+
+    def relations(stages: Sequence[Stage]) -> list[list[list[Any]]]:
+        scaled = [[[cosine / tau for cosine in row] for row in angle_matrix(*stage)] for stage in stages]
+        return [log_relation(matrix, relation_dim) for matrix in scaled]
+
+    log_s, log_t = relations(student), relations(teacher)
+    loss = sum(kl_divergence(log_t[k][i], log_s[k][i]) for stages in selected for i, k in enumerate(stages))
+    return tau**2 * loss / (len(selected[0]) if reduction == "mean" else 1)
+
+
+def length_loss(
+    student: Sequence[Stage], teacher: Sequence[Stage], selected: Sequence[Sequence[int]], *, reduction: str = "mean"
+) -> Any:
+    """Eq. 11 over the stages ``selected``, ``(n, M)``."""
+    dif_s, dif_t = ([length_matrix(*stage) for stage in stages] for stages in (student, teacher))
+    loss = 0.0
+    for stages in selected:
+        for i, k in enumerate(stages):
+            for a, b in zip(dif_s[k][i], dif_t[k][i], strict=True):
+                loss = loss + (a - b) * (a - b)
+    return loss / (len(dif_t[0]) * len(dif_t[0][0]) if reduction == "mean" else 1)
+
+
+def distance_loss(
+    student: Sequence[Stage],
+    teacher: Sequence[Stage],
+    *,
+    tau: float = 0.5,
+    relation_dim: str = "anchor",
+    reduction: str = "mean",
+) -> Any:
+    """Eq. 7 with the distances of Eq. 6, for the ablation: near is likely, every stage counts, tau^2 as in Eq. 12."""
+    loss = 0.0
+    for stages in zip(student, teacher, strict=True):
+        log_s, log_t = (
+            log_relation([[-d / tau for d in row] for row in distance_matrix(*stage)], relation_dim) for stage in stages
+        )
+        loss = loss + sum(kl_divergence(t, s) for s, t in zip(log_s, log_t, strict=True))
+    return tau**2 * loss / (len(teacher[0][0]) if reduction == "mean" else 1)
+
+
+def contrastive_loss(z_pos: Matrix, z_anchor: Matrix, anchor_of: Sequence[int], tau: float) -> Any:
+    """Eq. 5, for the ablation: mean over the positives of -log softmax of their own anchor."""
+    rows = angle_matrix(z_pos, z_anchor)
+    return mean([-log_softmax([c / tau for c in row])[j] for row, j in zip(rows, anchor_of, strict=True)])
+
+
+def smp_accuracy(z_pos: Matrix, z_anchor: Matrix, anchor_of: Sequence[int]) -> float:
+    """Sec. 4.3: the share of positives whose own anchor is the most similar one."""
+    ranks = pair_ranks(angle_matrix(z_pos, z_anchor), anchor_of, descending=True)
+    return mean([float(rank == 0) for rank in ranks])

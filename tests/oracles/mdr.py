@@ -9,7 +9,8 @@ lists, ``anchor_of[i]`` is the anchor that positive i is made from. What the pap
   anchor on request. They come from the teacher;
 - of stages that tie, the deepest is selected, or the shallowest on request; the losses of several stages are added;
 - angle: tau^2 KL, mean over the positives; length: mean over all M N entries; on request both are the sums printed;
-- mu is the mean over all M N pairs, of student and teacher by themselves, and the gradient passes through it;
+- mu is the mean over all M N pairs, of student and teacher by themselves, and the gradient passes through it, or not
+  on request;
 - a zero vector has cosine 0 with all, and equal lengths everywhere give differences of 0, all without gradient.
 """
 
@@ -35,20 +36,22 @@ def angle_matrix(z_pos: Matrix, z_anchor: Matrix) -> list[list[Any]]:
     return [[cosine(positive, anchor) for anchor in z_anchor] for positive in z_pos]
 
 
-def over_mean(matrix: Matrix) -> list[list[Any]]:
+def over_mean(matrix: Matrix, mu_gradient: bool = True) -> list[list[Any]]:
     """Every entry over the mean of all: mu of Eq. 10."""
     mu = mean([entry for row in matrix for entry in row])
+    mu = mu if mu_gradient else value(mu)
     return [[entry / mu if value(mu) > 0 else 0.0 for entry in row] for row in matrix]
 
 
-def length_matrix(z_pos: Matrix, z_anchor: Matrix) -> list[list[Any]]:
+def length_matrix(z_pos: Matrix, z_anchor: Matrix, *, mu_gradient: bool = True) -> list[list[Any]]:
     """Eq. 9 and 10: ``(M, N)`` absolute differences of the lengths, over their mean."""
-    return over_mean([[absolute(norm(positive) - norm(anchor)) for anchor in z_anchor] for positive in z_pos])
+    return over_mean([[absolute(norm(p) - norm(a)) for a in z_anchor] for p in z_pos], mu_gradient)
 
 
-def distance_matrix(z_pos: Matrix, z_anchor: Matrix) -> list[list[Any]]:
+def distance_matrix(z_pos: Matrix, z_anchor: Matrix, *, mu_gradient: bool = True) -> list[list[Any]]:
     """Eq. 6, for the ablation with distances: ``(M, N)``, over their mean."""
-    return over_mean([[norm([x - y for x, y in zip(p, a, strict=True)]) for a in z_anchor] for p in z_pos])
+    distances = [[norm([x - y for x, y in zip(p, a, strict=True)]) for a in z_anchor] for p in z_pos]
+    return over_mean(distances, mu_gradient)
 
 
 def pair_ranks(matrix: Matrix, anchor_of: Sequence[int], *, descending: bool, dim: str = "anchor") -> list[int]:
@@ -108,31 +111,48 @@ def log_relation(scores: Matrix, dim: str) -> list[list[Any]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def angle_loss(
-    student: Sequence[Stage],
-    teacher: Sequence[Stage],
+def every_stage(stages: int, positives: int) -> list[list[int]]:
+    """``(K, M)``: no selection."""
+    return [[k] * positives for k in range(stages)]
+
+
+def relation_kl(
+    student: Sequence[Matrix],
+    teacher: Sequence[Matrix],
     selected: Sequence[Sequence[int]],
     *,
     tau: float = 0.5,
     relation_dim: str = "anchor",
     reduction: str = "mean",
 ) -> Any:
-    """Eq. 12 over the stages ``selected``, ``(n, M)``."""
-
-    def relations(stages: Sequence[Stage]) -> list[list[list[Any]]]:
-        scaled = [[[cosine / tau for cosine in row] for row in angle_matrix(*stage)] for stage in stages]
-        return [log_relation(matrix, relation_dim) for matrix in scaled]
-
-    log_s, log_t = relations(student), relations(teacher)
+    """Eq. 12 of scores ``(K, M, N)``, the higher the nearer, over the stages ``selected``, ``(n, M)``."""
+    log_s, log_t = (
+        [log_relation([[x / tau for x in row] for row in matrix], relation_dim) for matrix in matrices]
+        for matrices in (student, teacher)
+    )
     loss = sum(kl_divergence(log_t[k][i], log_s[k][i]) for stages in selected for i, k in enumerate(stages))
     return tau**2 * loss / (len(selected[0]) if reduction == "mean" else 1)
 
 
+def angle_loss(
+    student: Sequence[Stage], teacher: Sequence[Stage], selected: Sequence[Sequence[int]], **options: Any
+) -> Any:
+    """Eq. 12; options of :func:`relation_kl`."""
+    angles_s, angles_t = ([angle_matrix(*stage) for stage in stages] for stages in (student, teacher))
+    return relation_kl(angles_s, angles_t, selected, **options)
+
+
 def length_loss(
-    student: Sequence[Stage], teacher: Sequence[Stage], selected: Sequence[Sequence[int]], *, reduction: str = "mean"
+    student: Sequence[Stage],
+    teacher: Sequence[Stage],
+    selected: Sequence[Sequence[int]],
+    *,
+    reduction: str = "mean",
+    mu_gradient: bool = True,
 ) -> Any:
     """Eq. 11 over the stages ``selected``, ``(n, M)``."""
-    dif_s, dif_t = ([length_matrix(*stage) for stage in stages] for stages in (student, teacher))
+    dif_s = [length_matrix(*stage, mu_gradient=mu_gradient) for stage in student]
+    dif_t = [length_matrix(*stage) for stage in teacher]
     loss = 0.0
     for stages in selected:
         for i, k in enumerate(stages):
@@ -144,19 +164,17 @@ def length_loss(
 def distance_loss(
     student: Sequence[Stage],
     teacher: Sequence[Stage],
+    selected: Sequence[Sequence[int]],
     *,
-    tau: float = 0.5,
-    relation_dim: str = "anchor",
-    reduction: str = "mean",
+    mu_gradient: bool = True,
+    **options: Any,
 ) -> Any:
-    """Eq. 7 with the distances of Eq. 6, for the ablation: near is likely, every stage counts, tau^2 as in Eq. 12."""
-    loss = 0.0
-    for stages in zip(student, teacher, strict=True):
-        log_s, log_t = (
-            log_relation([[-d / tau for d in row] for row in distance_matrix(*stage)], relation_dim) for stage in stages
-        )
-        loss = loss + sum(kl_divergence(t, s) for s, t in zip(log_s, log_t, strict=True))
-    return tau**2 * loss / (len(teacher[0][0]) if reduction == "mean" else 1)
+    """Eq. 7 with the distances of Eq. 6, for the ablation: near is likely. Options of :func:`relation_kl`."""
+    near_s, near_t = (
+        [[[-d for d in row] for row in distance_matrix(*stage, mu_gradient=mu_gradient)] for stage in stages]
+        for stages in (student, teacher)
+    )
+    return relation_kl(near_s, near_t, selected, **options)
 
 
 def contrastive_loss(z_pos: Matrix, z_anchor: Matrix, anchor_of: Sequence[int], tau: float) -> Any:

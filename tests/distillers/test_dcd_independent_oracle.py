@@ -5,10 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from method_cases import config
 from oracles import dcd as oracle
 from oracles.compare import assert_agree
+from oracles.complex_step import constant, cross_entropy, kd_loss, mean, numbers
+from oracles.stubs import Outputs
 
 from mdistiller.distillers.DCD import dcd_loss
+from mdistiller.engine.build import build_distiller
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -58,6 +62,59 @@ def test_extreme_scales_stay_on_the_oracle():
             lambda s, t, tau: dcd_loss(s, t, tau, 0.0), lambda s, t, tau: oracle.dcd_loss(s, t, tau, 0.0),
             student, teacher, tau, wrt=(0, 1, 2),
         )  # fmt: skip
+
+
+METHOD = [
+    {},
+    {"LAMBDA": 1.0},
+    {"LAMBDA": 0.5, "TEMPERATURE": 2.0, "CE_WEIGHT": 0.1, "BETA": 3.0},
+    {"ALPHA": 0.0},
+    {"DETACH_TARGET": True, "ALPHA": 2.0},
+    {"INIT_THETA": 2.0, "INIT_B": 0.5},
+    {"INIT_THETA": 3.0, "LEARN_TEMPERATURE": False},  # above the clamp
+    {"INIT_THETA": 1.0, "MAX_TAU": 2.0, "LEARN_TEMPERATURE": False},
+]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("values", METHOD, ids=str)
+def test_the_methods_losses_from_given_outputs(values, batch):
+    classes, target = 4, [1, 3, 0][:batch]
+    torch.manual_seed(0)
+    student, teacher = Outputs(classes, [3]), Outputs(classes, [5])
+    cfg = config("DCD", {"DCD.FEAT_DIM": 3} | {f"DCD.{key}": value for key, value in values.items()})
+    distiller = build_distiller(cfg, student, teacher).train()
+    own, random = cfg.DCD, np.random.default_rng(0)
+    layers = [[numbers(p.detach()) for p in layer.parameters()] for layer in (distiller.embed_s, distiller.embed_t)]
+    parts = {"loss_ce": own.CE_WEIGHT, "loss_dcd": own.BETA} | ({"loss_kd": own.LAMBDA} if own.LAMBDA else {})
+
+    def library(name):
+        def loss(logits_s, logits_t, map_s, map_t):
+            distiller.to(torch.promote_types(logits_s.dtype, torch.float32))
+            student.give(logits_s, [map_s])
+            teacher.give(logits_t, [map_t])
+            _, losses = distiller(image=torch.zeros(batch, 3, 1, 1), target=torch.tensor(target))
+            assert set(losses) == set(parts)
+            return losses[name]
+
+        return loss
+
+    def loops(name):
+        def loss(logits_s, logits_t, map_s, map_t):
+            if name == "loss_ce":
+                return cross_entropy(logits_s, target)
+            if name == "loss_kd":
+                return kd_loss(logits_s, constant(logits_t), own.TEMPERATURE)
+            pooled = ([[mean(line[0]) for line in image] for image in maps] for maps in (map_s, constant(map_t)))
+            embedded = [oracle.embed(x, *layer) for x, layer in zip(pooled, layers, strict=True)]
+            tau = oracle.scale(own.INIT_THETA, own.MAX_TAU)
+            return oracle.dcd_loss(*embedded, tau, own.INIT_B, own.ALPHA, own.DETACH_TARGET)
+
+        return loss
+
+    given = [random.normal(size=shape) for shape in [(batch, classes)] * 2 + [(batch, 3, 1, 2), (batch, 5, 1, 2)]]
+    for name, weight in parts.items():
+        assert_agree(library(name), lambda *x, n=name, w=weight: w * loops(n)(*x), *given, wrt=(0, 1, 2, 3))
 
 
 def test_the_oracle_by_hand():

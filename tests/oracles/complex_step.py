@@ -5,7 +5,7 @@ A loss takes nested lists of numbers and works with ``+ - * /``, :func:`exp`, :f
 is moved by i * 1e-40 in component k, and the imaginary part of the result, over 1e-40, is the gradient. Nothing is
 subtracted, so the derivative is exact to float64's rounding, and no automatic differentiation is involved.
 
-What a loss branches on must be a plain number, :func:`value`; a constant for the gradient is one too.
+What a loss branches on must be a plain number, :func:`value`; a :func:`constant` passes no gradient.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ exp, log, sqrt = np.exp, np.log, np.sqrt
 def value(x: Any) -> float:
     """The number itself, without its derivative."""
     return float(np.real(x).flat[0]) if isinstance(x, np.ndarray) else float(x)
+
+
+def constant(x: Any) -> Any:
+    """Numbers, nested in lists or not, without their derivatives."""
+    return [constant(entry) for entry in x] if isinstance(x, list) else value(x)
 
 
 def absolute(x: Any) -> Any:
@@ -91,9 +96,13 @@ def norm(vector: Sequence[Any]) -> Any:
     return sqrt(squared) if value(squared) > 0 else 0.0
 
 
-def cross_entropy(logits: Sequence[Sequence[Any]], target: Sequence[int]) -> Any:
-    """Mean over the rows of -log p of the label."""
-    return mean([-log_softmax(row)[int(label)] for row, label in zip(logits, target, strict=True)])
+def cross_entropy(logits: Sequence[Sequence[Any]], target: Sequence[int], smoothing: float = 0.0) -> Any:
+    """Mean over the rows of -log p of the label; ``smoothing`` of the label's weight is spread over all classes."""
+    losses = []
+    for row, label in zip(logits, target, strict=True):
+        log_p = log_softmax(row)
+        losses.append(-(1 - smoothing) * log_p[int(label)] - smoothing * mean(log_p))
+    return mean(losses)
 
 
 def kd_loss(logits_s: Sequence[Sequence[Any]], logits_t: Sequence[Sequence[Any]], temperature: float) -> Any:

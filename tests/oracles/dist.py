@@ -108,3 +108,36 @@ def spatial_relation_loss(f_s: Any, f_t: Any, eps: float = EPS, relation: Any = 
         return [sum(channel[j][k] for channel in image) for j in range(height) for k in range(width)]
 
     return mean([relation(summed(s), summed(t), eps) for s, t in zip(f_s, f_t, strict=True)])
+
+
+def convolution_1x1(maps: Any, weight: Matrix, bias: Vector) -> Any:
+    """The student's alignment: ``(B, C, H, W)`` -> ``(B, D, H, W)`` by ``weight``, ``(D, C)``."""
+    return [
+        [
+            [
+                [sum(w * image[c][j][k] for c, w in enumerate(line)) + b for k in range(len(image[0][0]))]
+                for j in range(len(image[0]))
+            ]
+            for line, b in zip(weight, bias, strict=True)
+        ]
+        for image in maps
+    ]
+
+
+def halved(maps: Any) -> Any:
+    """Means of 2 x 2 pixels: ``(B, C, 2H, 2W)`` -> ``(B, C, H, W)``."""
+    return [
+        [
+            [
+                [mean([x[j][k], x[j][k + 1], x[j + 1][k], x[j + 1][k + 1]]) for k in range(0, len(x[0]), 2)]
+                for j in range(0, len(x), 2)
+            ]
+            for x in image
+        ]
+        for image in maps
+    ]
+
+
+def squared_distance(u: Vector, v: Vector, eps: float = EPS) -> Any:
+    """Mean squared difference, for the ablation of Tab. 14. ``eps`` isn't used."""
+    return mean([(x - y) * (x - y) for x, y in zip(u, v, strict=True)])

@@ -11,7 +11,8 @@ lists, ``anchor_of[i]`` is the anchor that positive i is made from. What the pap
 - angle: tau^2 KL, mean over the positives; length: mean over all M N entries; on request both are the sums printed;
 - mu is the mean over all M N pairs, of student and teacher by themselves, and the gradient passes through it, or not
   on request;
-- a zero vector has cosine 0 with all, and equal lengths everywhere give differences of 0, all without gradient.
+- a zero vector counts as one of length 1, so that its cosines are 0; where all lengths are equal, all differences are 0
+  and have no gradient.
 """
 
 from __future__ import annotations
@@ -26,12 +27,25 @@ Matrix = Sequence[Vector]
 Stage = tuple[Matrix, Matrix]  # outputs of one stage: of the positives (M, D), of the anchors (N, D)
 
 
+def self_supervised_module(maps: Any, *layers: tuple[Matrix, Vector]) -> list[list[Any]]:
+    """Sec. 4.1: feature maps ``(B, C, H, W)``, pooled, then linear layers (weight, bias) with ReLU between them."""
+    rows = []
+    for image in maps:
+        row = [mean([x for line in channel for x in line]) for channel in image]
+        for number, (weight, bias) in enumerate(layers):
+            if number:
+                row = [x if value(x) > 0 else 0.0 for x in row]
+            row = [sum(w * x for w, x in zip(line, row, strict=True)) + b for line, b in zip(weight, bias, strict=True)]
+        rows.append(row)
+    return rows
+
+
 def angle_matrix(z_pos: Matrix, z_anchor: Matrix) -> list[list[Any]]:
     """Eq. 4: ``(M, N)`` cosines."""
 
     def cosine(a: Vector, b: Vector) -> Any:
-        lengths = norm(a) * norm(b)
-        return sum(x * y for x, y in zip(a, b, strict=True)) / lengths if value(lengths) > 0 else 0.0
+        length_a, length_b = (length if value(length := norm(v)) > 0 else 1.0 for v in (a, b))
+        return sum(x * y for x, y in zip(a, b, strict=True)) / (length_a * length_b)
 
     return [[cosine(positive, anchor) for anchor in z_anchor] for positive in z_pos]
 
@@ -88,8 +102,8 @@ def select_stages(ranks: Sequence[Sequence[int]], n: int = 1, ties: str = "deep"
     return [[chosen[r] for chosen in selected] for r in range(n)]
 
 
-def teacher_selection(
-    teacher: Sequence[Stage],
+def selection(
+    stages: Sequence[Stage],
     anchor_of: Sequence[int],
     kind: str,
     n: int,
@@ -97,9 +111,9 @@ def teacher_selection(
     rank_dim: str = "anchor",
     ties: str = "deep",
 ) -> list[list[int]]:
-    """``(n, M)``: the stages that the teacher's ``angle`` or ``length`` matrices select."""
-    relation = {"angle": angle_matrix, "length": length_matrix}[kind]
-    ranks = [pair_ranks(relation(*stage), anchor_of, descending=kind == "angle", dim=rank_dim) for stage in teacher]
+    """``(n, M)``: the stages that a network's ``angle``, ``length`` or ``distance`` matrices select."""
+    relation = {"angle": angle_matrix, "length": length_matrix, "distance": distance_matrix}[kind]
+    ranks = [pair_ranks(relation(*stage), anchor_of, descending=kind == "angle", dim=rank_dim) for stage in stages]
     return select_stages(ranks, n, ties)
 
 

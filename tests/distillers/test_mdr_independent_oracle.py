@@ -4,6 +4,9 @@ Two choices jump: the rank of a pair, where similarities tie, and the sign of a 
 keep clear of a tie in every precision or tie exactly.
 """
 
+import contextlib
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -237,3 +240,83 @@ def test_the_methods_losses_from_given_outputs(values, anchors):
     for name, weight in weights.items():
         loop = loops(name)
         assert_agree(library(name), lambda *x, f=loop, w=weight: w * f(*x), *given, wrt=range(len(given)))
+
+
+@pytest.mark.parametrize("augment", ["mixup", "rotation"])
+@pytest.mark.parametrize("training", ["ce", "contrastive"])
+def test_the_first_phase_from_given_outputs(training, augment):
+    """The figures of a first batch, before its step: Sec. 3.3's classifier behind each module, or Eq. 5."""
+    classes, anchors, count = 3, 3, 2
+    target, anchor_of = [2, 0, 1], [*range(anchors)] * 3
+    torch.manual_seed(0)
+    student, teacher = (Outputs(classes, [1, 2, 3]) for _ in range(2))
+    values = {"SM_WIDTH": 4, "SM_TRAINING": training, "AUGMENT": augment, "SM_EPOCHS": 1, "TEMPERATURE": 0.3}
+    cfg = config("MDR", {f"MDR.{key}": value for key, value in values.items()})
+    distiller = build_distiller(cfg, student, teacher).double().train()
+    _, classifiers = distiller._fresh_teacher_modules()
+    modules, classifiers = (
+        [[tuple(numbers(p.detach()) for p in layer.parameters()) for layer in found] for found in nets]
+        for nets in ([[sm[0], sm[2]] for sm in distiller.teacher_modules], [[layer] for layer in classifiers])
+    )
+    random = np.random.default_rng(4)
+    logits, *maps = (random.normal(size=(4 * anchors, width, 1, 2)) for width in (classes, 1, 2, 3))
+    teacher.give(torch.as_tensor(logits[..., 0, 0]), [torch.as_tensor(x) for x in maps])
+    image, index = torch.as_tensor(random.normal(size=(anchors, 3, 4, 4))), torch.tensor([5, 0, 9])
+    positives = distiller.positives(image, index, 1)
+    labels = np.zeros((4 * anchors, classes))
+    for row, (own, other, share) in enumerate(
+        [(j, j, 1.0) for j in range(anchors)]
+        + list(zip(anchor_of, positives.partner.tolist(), positives.share.tolist(), strict=True))
+    ):
+        labels[row, target[own]] += share
+        labels[row, target[other]] += 1 - share
+    facts = distiller.prepare(
+        lambda epoch: [{"image": image, "target": torch.tensor(target), "index": index}], contextlib.nullcontext
+    )
+    z = [oracle.self_supervised_module(x.tolist(), *module) for x, module in zip(maps[1:], modules, strict=True)]
+    pairs = [(stage[anchors:], stage[:anchors]) for stage in z]
+    assert facts["smp"] == pytest.approx([oracle.smp_accuracy(*pair, anchor_of) for pair in pairs], rel=1e-6)
+    if training == "contrastive":
+        expected = sum(oracle.contrastive_loss(*pair, anchor_of, 0.3) for pair in pairs)
+    else:
+        scores = [
+            [
+                [sum(w * x for w, x in zip(line, row, strict=True)) + b for line, b in zip(*layer, strict=True)]
+                for row in stage
+            ]
+            for stage, (layer,) in zip(z, classifiers, strict=True)
+        ]
+        expected = sum(oracle.mixed_cross_entropy(rows, labels.tolist()) for rows in scores)
+        right = [np.mean(np.argmax(rows[:anchors], axis=1) == target) for rows in scores]
+        assert facts["accuracy"] == pytest.approx(right, rel=1e-6)
+    assert facts["loss"] == pytest.approx(expected, rel=1e-6)
+    assert len(facts["smp"]) == count
+
+
+def test_the_oracle_by_hand():
+    assert oracle.angle_matrix([[3.0, 4.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, -2.0]]) == [
+        pytest.approx([0.6, -0.8]),
+        [0, 0],
+    ]
+    # Lengths 5 and 1 against 1 and 2: differences 4, 3, 0, 1, mean 2.
+    assert oracle.length_matrix([[3.0, 4.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, -2.0]]) == [[2.0, 1.5], [0.0, 0.5]]
+    assert oracle.distance_matrix([[0.0], [6.0]], [[0.0], [2.0]]) == [
+        pytest.approx([0, 2 / 3]),
+        pytest.approx([2, 4 / 3]),
+    ]
+    similar = [[0.9, 0.1, 0.9], [0.2, 0.1, 0.3], [0.5, 0.5, 0.5]]
+    assert oracle.pair_ranks(similar, [0, 1, 2], descending=True) == [0, 2, 0]  # equals are not better
+    assert oracle.pair_ranks(similar, [0, 1, 2], descending=False) == [1, 0, 0]
+    assert oracle.pair_ranks(similar, [0, 1, 2], descending=True, dim="positive") == [0, 1, 1]
+    ranks = [[0, 3, 1], [2, 1, 1], [0, 2, 1]]  # three stages, three positives
+    assert oracle.select_stages(ranks) == [[2, 1, 2]]
+    assert oracle.select_stages(ranks, 2) == [[2, 1, 2], [0, 2, 1]]
+    assert oracle.select_stages(ranks, 2, "shallow") == [[0, 1, 0], [2, 2, 1]]
+    # Cosines (1, 0) of the teacher and (0, 1) of the student: p (1 - 0) / tau + (1 - p) (0 - 1) / tau.
+    p = 1 / (1 + math.exp(-2))
+    teacher, student = [([[1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]])], [([[0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]])]
+    assert oracle.angle_loss(student, teacher, [[0]]) == pytest.approx(0.25 * (2 * p - 1) / 0.5, rel=1e-12)
+    # Differences of lengths over their mean: (2, 0) and (1/2, 3/2); squares 9/4 and 9/4.
+    teacher, student = [([[1.0]], [[5.0], [1.0]])], [([[1.0]], [[2.0], [4.0]])]
+    assert oracle.length_loss(student, teacher, [[0]]) == pytest.approx(9 / 4, rel=1e-12)
+    assert oracle.length_loss(student, teacher, [[0], [0]], reduction="sum") == pytest.approx(9, rel=1e-12)

@@ -197,6 +197,12 @@ def contrastive_loss(z_pos: Matrix, z_anchor: Matrix, anchor_of: Sequence[int], 
     return mean([-log_softmax([c / tau for c in row])[j] for row, j in zip(rows, anchor_of, strict=True)])
 
 
+def mixed_cross_entropy(logits: Matrix, labels: Matrix) -> Any:
+    """Mean over anchors and positives of -sum of label log p; ``labels`` ``(M + N, C)`` are shares of the classes."""
+    rows = zip(logits, labels, strict=True)
+    return mean([-sum(y * x for y, x in zip(shares, log_softmax(row), strict=True)) for row, shares in rows])
+
+
 def smp_accuracy(z_pos: Matrix, z_anchor: Matrix, anchor_of: Sequence[int]) -> float:
     """Sec. 4.3: the share of positives whose own anchor is the most similar one."""
     ranks = pair_ranks(angle_matrix(z_pos, z_anchor), anchor_of, descending=True)

@@ -15,7 +15,7 @@ from mdistiller.models import cifar_model_dict
 from mdistiller.registry import distiller_dict
 
 CLASSES, SIZE, IMAGES = 10, 16, 8
-METHODS = sorted(distiller_dict)
+METHODS = sorted({cls: name for name, cls in sorted(distiller_dict.items(), reverse=True)}.values())  # no second names
 TEACHER_METHODS = [name for name in METHODS if name not in ("NONE", "NONE_TWO_VIEWS")]
 
 # With which a few steps show that a method's own terms fall, where a weight of 1 does not.

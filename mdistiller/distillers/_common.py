@@ -1,4 +1,4 @@
-"""What several methods share: which feature maps are compared, and what fits a student's map to its teacher's."""
+"""What several methods share: modules that fit a student's features to its teacher's, facts about networks."""
 
 from __future__ import annotations
 
@@ -149,3 +149,56 @@ def _in_eval_mode(net: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def warmup(epoch: int, epochs: int) -> float:
+    """The share of a term's weight that counts in ``epoch`` (from 1): it rises linearly over ``epochs``, then is 1."""
+    return min(epoch / epochs, 1.0) if epochs else 1.0
+
+
+def count_classes(network: nn.Module) -> int | None:
+    """The classes of a network: the width of its last linear layer, ``None`` where it has none.
+
+    A forward pass would tell too, but takes an input of the right size and disturbs BatchNorm and random states.
+    """
+    classifier = _last_linear(network)
+    return None if classifier is None else classifier.out_features
+
+
+def pooled_width(network: nn.Module, role: str, otherwise: int | None = None) -> int:
+    """The width of ``pooled_feat``: what the network's last linear layer, its classifier, reads.
+
+    Args:
+        network: whose.
+        role: what it is, for the message.
+        otherwise: the answer for a network without a linear layer.
+
+    Raises:
+        InputError: it has none, and ``otherwise`` is not given.
+    """
+    classifier = _last_linear(network)
+    if classifier is not None:
+        return classifier.in_features
+    if otherwise is None:
+        raise InputError(f"the width of the {role}'s pooled_feat is read off its last nn.Linear, and it has none")
+    return otherwise
+
+
+def _last_linear(network: nn.Module) -> nn.Linear | None:
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear else None
+
+
+def wants_standardised_logits(cfg: Any, student: nn.Module) -> bool:
+    """``EXPERIMENT.LOGIT_STAND``, LSKD's switch.
+
+    Raises:
+        InputError: it is on, and there are so few classes that nothing would be left of the logits.
+    """
+    wanted, classes = cfg.EXPERIMENT.LOGIT_STAND, count_classes(student)
+    if wanted and classes is not None and classes <= 2:
+        raise InputError(
+            f"EXPERIMENT.LOGIT_STAND: with {classes} classes, standardised logits only say which class is ahead; "
+            "set EXPERIMENT.LOGIT_STAND False"
+        )
+    return wanted

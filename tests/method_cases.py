@@ -15,7 +15,7 @@ from mdistiller.models import cifar_model_dict
 from mdistiller.registry import distiller_dict
 
 CLASSES, SIZE, IMAGES = 10, 16, 8
-METHODS = sorted({cls: name for name, cls in sorted(distiller_dict.items(), reverse=True)}.values())  # no second names
+METHODS = sorted({cls: name for name, cls in reversed(distiller_dict.items())}.values())  # without second names
 TEACHER_METHODS = [name for name in METHODS if name not in ("NONE", "NONE_TWO_VIEWS")]
 
 

@@ -10,6 +10,8 @@ from .DKD import DKD
 from .KD import KD, KDTwoViews
 from .MDR import MDR
 from .MLKD import MLKD
+from .OFD import OFD
+from .ReviewKD import ReviewKD
 from .VRM import VRM
 
 __all__ = [
@@ -20,10 +22,12 @@ __all__ = [
     "KD",
     "MDR",
     "MLKD",
+    "OFD",
     "VRM",
     "DISTPlus",
     "Distiller",
     "KDTwoViews",
+    "ReviewKD",
     "Vanilla",
     "distiller_dict",
     "register_distiller",

@@ -3,6 +3,7 @@
 from mdistiller.registry import distiller_dict
 
 from ._base import Distiller, Vanilla, register_distiller
+from .CRD import CRD
 from .CTKD import CTKD
 from .DCD import DCD
 from .DIST import DIST, DISTPlus
@@ -15,6 +16,7 @@ from .ReviewKD import ReviewKD
 from .VRM import VRM
 
 __all__ = [
+    "CRD",
     "CTKD",
     "DCD",
     "DIST",

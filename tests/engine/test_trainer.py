@@ -52,8 +52,9 @@ def outcome(trainer):
         {"SOLVER__EMA_DECAY": 0.9, "SOLVER__TYPE": "AdamW"},
         {"DISTILLER__TYPE": "DIST_PLUS"},
         {"DISTILLER__TYPE": "DCD"},
+        {"DISTILLER__TYPE": "CRD", "CRD__NCE__K": 8, "SOLVER__TRAINER": "dot"},
     ],
-    ids=["float32", "bf16", "ema-adamw", "trained teacher", "learned scale"],
+    ids=["float32", "bf16", "ema-adamw", "trained teacher", "learned scale", "memory banks and two momenta"],
 )
 @pytest.mark.parametrize("step", [4, 6], ids=["between epochs", "inside an epoch"])
 def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, values, step):

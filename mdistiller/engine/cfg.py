@@ -100,7 +100,9 @@ CFG.DISTILLER.ADD_KD = 0.0  # weight of a KD term beside any method's own; see m
 CFG.DISTILLER.ADD_KD_TEMPERATURE = 4.0
 
 CFG.SOLVER = CN()
-CFG.SOLVER.TRAINER = "base"
+CFG.SOLVER.TRAINER = "base"  # base; dot: two momenta, see mdistiller/engine/dot.py
+CFG.SOLVER.DOT = CN()
+CFG.SOLVER.DOT.DELTA = 0.075  # dot: by how much the distillation's momentum is above MOMENTUM, and the task's below
 CFG.SOLVER.BATCH_SIZE = 64
 CFG.SOLVER.DROP_LAST = False  # leave out the last batch of an epoch where it is smaller
 CFG.SOLVER.EPOCHS = 240

@@ -18,7 +18,7 @@ def build_optimizer(cfg: Any, distiller: nn.Module) -> torch.optim.Optimizer:
     each group's rate alike.
     """
     solver = cfg.SOLVER
-    groups = _groups(cfg, distiller)
+    groups = parameter_groups(cfg, distiller)
     common = {"lr": solver.LR, "weight_decay": solver.WEIGHT_DECAY}
     if solver.TYPE == "SGD":
         return torch.optim.SGD(groups, momentum=solver.MOMENTUM, nesterov=_nesterov(solver), **common)
@@ -35,8 +35,8 @@ def _nesterov(solver: Any) -> bool:
     return solver.NESTEROV
 
 
-def _groups(cfg: Any, distiller: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups without repeats; ``lr_scale`` is a group's rate as a share of ``SOLVER.LR``."""
+def parameter_groups(cfg: Any, distiller: nn.Module) -> list[dict[str, Any]]:
+    """What the method trains, in groups without repeats; ``lr_scale`` is a group's rate as a share of ``SOLVER.LR``."""
     if hasattr(distiller, "parameter_groups"):
         groups = [dict(group) for group in distiller.parameter_groups(cfg)]
     else:

@@ -12,6 +12,8 @@ from mdistiller.engine.cfg import CFG
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import distiller_dict
 
+SPARED = ("contrast.params",)  # CRD's settings and its normalisation, which are no weights
+NUM_DATA, NEGATIVES = 200, 32
 RECORD = json.loads((golden_dir() / "end_to_end.json").read_text())
 
 # Beyond what the reference trains: its variances are neither optimised nor saved, and stay at their start.
@@ -34,34 +36,39 @@ def fill(module, keys, prefix=""):
 
 
 @functools.cache
-def networks(student, teacher):
-    """Both in float64. The teacher has seen the images and only repeats what it said, which is the same for all."""
-    built = {"student": student, "teacher": teacher}
-    for role, name in built.items():
-        built[role] = cifar_model_dict[name][0](num_classes=100)
-        fill(built[role], None, prefix=f"{role}.")
-        built[role].double()
-    images, teacher = golden_images(RECORD["batch"], 32).double(), built["teacher"]
-    forward = teacher.eval().forward
+def what_the_teacher_says(name):
+    """The teacher's outputs for the images, in float64: the same for all methods."""
+    teacher = cifar_model_dict[name][0](num_classes=100)
+    fill(teacher, None, prefix="teacher.")
     with torch.no_grad():
-        remembered = forward(images)
-    teacher.forward = lambda x: remembered if torch.equal(x, images) and not teacher.training else forward(x)
-    return built["student"], teacher
+        return teacher.double().eval()(golden_images(RECORD["batch"], 32).double())
+
+
+def remembering(teacher, name, images):
+    """Have the teacher repeat what it said rather than compute it again."""
+    forward, said = teacher.forward, what_the_teacher_says(name)
+    teacher.forward = lambda x: said if torch.equal(x, images) and not teacher.training else forward(x)
 
 
 @pytest.mark.parametrize(("pair", "method", "expected"), list(cases()))
 def test_golden_losses_and_gradients(pair, method, expected):
     cfg = CFG.clone()
     cfg.merge_from_list(["DISTILLER.TYPE", method, *expected["config_overrides"]])
-    student, teacher = networks(pair["student"], pair["teacher"])
-    student.zero_grad()
-    distiller = build_distiller(cfg, student, teacher, num_data=200)
-    fill(distiller, {key for key, _ in expected["extra_state"]})
+    student, teacher = (cifar_model_dict[pair[role]][0](num_classes=100) for role in ("student", "teacher"))
+    distiller = build_distiller(cfg, student, teacher, num_data=NUM_DATA)  # fresh: OFD's margins are the reference's
+    fill(distiller, {key for key, _ in expected["extra_state"]} - set(SPARED))
+    fill(student, None, prefix="student.")
+    fill(teacher, None, prefix="teacher.")
     distiller = distiller.double().train()
 
     count = RECORD["batch"]
     image, target = golden_images(count, 32).double(), (7 * torch.arange(count)) % 100
-    logits, losses = distiller(image=image, target=target, index=torch.arange(count), epoch=RECORD["epoch"])
+    remembering(teacher, pair["teacher"], image)
+    index = torch.arange(count)
+    negatives = torch.randint(0, NUM_DATA, (count, NEGATIVES), generator=torch.Generator().manual_seed(1))
+    batch = {"image": image, "target": target, "index": index}
+    batch["contrastive_index"] = torch.cat([index[:, None], negatives], dim=1)
+    logits, losses = distiller(**batch, epoch=RECORD["epoch"])
     sum(loss.mean() for loss in losses.values()).backward()
 
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected["losses"], rel=1e-6)

@@ -28,12 +28,13 @@ KD = {"DISTILLER__TYPE": "KD_TWO_VIEWS"}
         {},
         {"SOLVER__AMP": "bf16", "SOLVER__CHANNELS_LAST": True},
         {"SOLVER__EMA_DECAY": 0.9, "SOLVER__TYPE": "AdamW"},
+        {"DISTILLER__TYPE": "CRD", "CRD__NCE__K": 8, "SOLVER__TRAINER": "dot"},
     ],
-    ids=["float32", "bf16", "ema-adamw"],
+    ids=["float32", "bf16", "ema-adamw", "memory banks and two momenta"],
 )
 @pytest.mark.parametrize("step", [4, 6], ids=["between epochs", "inside an epoch"])
 def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, values, step):
-    assert_resumes_to_the_bit(tmp_path, step, **KD, **values)
+    assert_resumes_to_the_bit(tmp_path, step, **{**KD, **values})
 
 
 def test_what_is_trained_of_the_teacher_is_saved_scored_and_kept_out_of_its_file(tmp_path, capsys):

@@ -20,6 +20,12 @@ CLASSES, SIZE, IMAGES, NEGATIVES = 10, 16, 8, 4
 METHODS = sorted({cls: name for name, cls in reversed(distiller_dict.items())}.values())  # without second names
 TEACHER_METHODS = [name for name in METHODS if name not in ("NONE", "NONE_TWO_VIEWS")]
 
+# With which a few steps show that a method's own terms fall, where a weight of 1 does not.
+FALLING = {
+    "PKT": {"PKT.LOSS.FEAT_WEIGHT": 30000.0},  # a mean of differences of probabilities, 10^-5 at first
+    "VID": {"VID.INIT_PRED_VAR": 0.1},  # from 5, most of the loss is the variance's logarithm
+}
+
 
 def config(method: str, values: dict[str, Any] | None = None) -> CfgNode:
     """Defaults for ``method``, with ``{"KD.TEMPERATURE": 2.0}`` merged."""

@@ -19,6 +19,7 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.plugins import load_methods, method_file
 from mdistiller.registry import InputError, suggestion
 
+from .build import needs_teacher
 from .config_node import ConfigNode as CN
 from .trainer import trainer_dict
 from .utils import log_msg
@@ -95,6 +96,8 @@ CFG.DISTILLER.TEACHER = "ResNet50"
 CFG.DISTILLER.TEACHER_CKPT = ""  # the teacher's weights; empty: where its public weights are unpacked
 CFG.DISTILLER.STUDENT = "resnet32"
 CFG.DISTILLER.PLUGINS = []  # method files from elsewhere, as paths; see mdistiller/plugins.py
+CFG.DISTILLER.ADD_KD = 0.0  # weight of a KD term beside any method's own; see mdistiller/engine/added_kd.py
+CFG.DISTILLER.ADD_KD_TEMPERATURE = 4.0
 
 CFG.SOLVER = CN()
 CFG.SOLVER.TRAINER = "base"  # base; dot: two momenta, see mdistiller/engine/dot.py
@@ -244,6 +247,11 @@ def check_config(cfg: CN) -> None:
     load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)
     _one_of(cfg, "DISTILLER.TYPE", distiller_dict, "method")
     _check_method_settings(cfg)
+    if cfg.DISTILLER.ADD_KD and not needs_teacher(cfg):
+        raise InputError(
+            f"DISTILLER.ADD_KD {cfg.DISTILLER.ADD_KD} needs a teacher, which {cfg.DISTILLER.TYPE} has not; use KD or "
+            "KD_TWO_VIEWS"
+        )
     _one_of(cfg, "DATASET.TYPE", dataset_dict, "data set")
     _one_of(cfg, "DATASET.LOADER", LOADERS, "loader")
     _one_of(cfg, "SOLVER.TRAINER", trainer_dict, "trainer")
@@ -253,11 +261,17 @@ def check_config(cfg: CN) -> None:
     _one_of(cfg, "LOG.PROGRESS", ("auto", "on", "off"), "choice")
     positive = ("SOLVER.BATCH_SIZE", "SOLVER.EPOCHS", "DATASET.TEST.BATCH_SIZE", "LOG.EVAL_FREQ", "LOG.MEAN_OF_LAST")
     _each(cfg, positive, lambda v: v >= 1, "at least 1")
-    _each(cfg, ("SOLVER.LR", "SOLVER.LR_DECAY_RATE", "SOLVER.EPS"), lambda v: v > 0, "above 0")
+    _each(
+        cfg,
+        ("SOLVER.LR", "SOLVER.LR_DECAY_RATE", "SOLVER.EPS", "DISTILLER.ADD_KD_TEMPERATURE"),
+        lambda v: v > 0,
+        "above 0",
+    )
     not_negative = (
         "SOLVER.WEIGHT_DECAY", "SOLVER.LR_MIN", "SOLVER.WARMUP_EPOCHS", "SOLVER.WARMUP_LR",
         "DATASET.NUM_WORKERS", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_PER_CLASS",
         "LOG.SAVE_CHECKPOINT_FREQ", "LOG.SAVE_EVERY_STEPS", "LOG.SAVE_EVERY_MINUTES", "LOG.TENSORBOARD_FREQ",
+        "DISTILLER.ADD_KD",
     )  # fmt: skip
     _each(cfg, not_negative, lambda v: v >= 0, "0 or more")
     _each(cfg, ("DATASET.TRAIN_FRACTION",), lambda v: 0 < v <= 1, "above 0 and at most 1")

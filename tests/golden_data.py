@@ -9,7 +9,6 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +47,10 @@ def filled_value(key: str, shape: tuple[int, ...] | torch.Size, scale: float = 1
 
 
 @torch.no_grad()
-def fill_state(module: nn.Module, scale: float = 1.0, spared: Container[str] = ()) -> nn.Module:
-    """Set every floating-point entry of the state dict by :func:`filled_value`; integers and ``spared`` keys stay."""
+def fill_state(module: nn.Module, scale: float = 1.0) -> nn.Module:
+    """Set every floating-point entry of the state dict by :func:`filled_value`; integers stay."""
     for key, entry in module.state_dict().items():
-        if entry.is_floating_point() and key not in spared:
+        if entry.is_floating_point():
             entry.copy_(filled_value(key, entry.shape, scale))
     return module
 

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32, gathered_rows
+from mdistiller.functional import at_least_float32
+from mdistiller.functional.gather import gather_rows
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
@@ -130,16 +131,16 @@ class ContrastMemory(nn.Module):
         for place, embedding, other in ((2, embed_s, self.memory_v2), (3, embed_t, self.memory_v1)):
             scores = similarities(embedding, other, contrastive_index) / self.temperature
             ratios.append(scores - self._z(place, scores).log())
-        index = gathered_rows(index)
+        index = gather_rows(index)
         for memory, embedding in ((self.memory_v1, embed_s), (self.memory_v2, embed_t)):
-            mixed = self.momentum * memory[index] + (1 - self.momentum) * gathered_rows(embedding)
+            mixed = self.momentum * memory[index] + (1 - self.momentum) * gather_rows(embedding)
             memory.index_copy_(0, index, F.normalize(mixed, dim=1))
         return ratios
 
     @torch.no_grad()
     def _z(self, place: int, scores: Tensor) -> Tensor:
         """The constant at ``place``; the first batch's scores set it. The device is not waited for."""
-        z = gathered_rows(scores.exp().mean(1)).mean() * len(self.memory_v1)
+        z = gather_rows(scores.exp().mean(1)).mean() * len(self.memory_v1)
         self.params[place] = torch.where(self.params[place] < 0, z, self.params[place])
         return self.params[place].clone()
 

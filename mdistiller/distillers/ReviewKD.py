@@ -63,11 +63,10 @@ def hcl_loss(maps_student: Sequence[Tensor], maps_teacher: Sequence[Tensor]) -> 
     """
     total = 0.0
     for f_s, f_t in zip(maps_student, maps_teacher, strict=True):
-        f_s, f_t = at_least_float32(f_s), at_least_float32(f_t)
-        loss, weight, weights = F.mse_loss(f_s, f_t), 1.0, 1.0
-        difference = f_s - f_t  # pooling is linear
+        difference = at_least_float32(f_s) - at_least_float32(f_t)  # pooling is linear
+        loss, weight, weights = difference.square().mean(), 1.0, 1.0
         for side in POOLED_SIDES:
-            if side < f_s.shape[2]:
+            if side < difference.shape[2]:
                 weight /= 2
                 weights += weight
                 loss = loss + weight * F.adaptive_avg_pool2d(difference, side).square().mean()
@@ -108,12 +107,28 @@ class ABF(nn.Module):
         """
         x = self.conv1(x)
         if self.att_conv is not None:
-            deeper = F.interpolate(deeper, x.shape[2:], mode="nearest")
-            of_x, of_deeper = self.att_conv(torch.cat([x, deeper], dim=1)).split(1, dim=1)
-            x = x * of_x + deeper * of_deeper
+            x = self._fuse(x, deeper)
         if x.shape[2:] != torch.Size(size):
             x = F.interpolate(x, tuple(size), mode="nearest")
         return self.conv2(x), x
+
+    def _fuse(self, x: Tensor, deeper: Tensor) -> Tensor:
+        """``x * a + up(deeper) * b``, with ``a, b = att_conv(cat(x, up(deeper)))``.
+
+        A 1x1 convolution commutes with nearest upsampling, so that only its two channels are upsampled for the
+        attention; and where the size is a multiple, each entry of ``deeper`` is spread over its block instead of being
+        copied. Neither the upsampled nor the concatenated map is written out.
+        """
+        conv, squash = self.att_conv
+        of_x, of_deeper = conv.weight.split([x.shape[1], deeper.shape[1]], dim=1)
+        logits = F.conv2d(x, of_x, conv.bias) + F.interpolate(F.conv2d(deeper, of_deeper), x.shape[2:], mode="nearest")
+        a, b = squash(logits).split(1, dim=1)
+        (height, width), (rows, columns) = x.shape[2:], deeper.shape[2:]
+        if height % rows or width % columns:
+            return x * a + F.interpolate(deeper, x.shape[2:], mode="nearest") * b
+        b = b.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
+        spread = deeper[:, :, :, None, :, None] * b
+        return x * a + spread.flatten(4, 5).flatten(2, 3)
 
 
 @register_distiller("REVIEWKD", DEFAULTS, paper=PAPER, family="feature")

@@ -1,4 +1,4 @@
-"""Rows of all processes as one batch, with gradient."""
+"""Rows of all processes as one batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def num_processes() -> int:
+    """How many processes train together; 1 without ``torch.distributed``."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """The rows of all processes without gradient, those of rank 0 first; what memory banks are written with.
+
+    Collective, as :func:`gather_with_gradient`; but the number of rows may differ between processes.
+
+    Args:
+        tensor: ``(B, ...)``, of one type and width in all processes.
+
+    Returns:
+        ``(sum of all B, ...)``; with one process ``tensor`` itself, detached.
+    """
+    count, tensor = num_processes(), tensor.detach()
+    if count == 1:
+        return tensor
+    sizes = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(count)]
+    dist.all_gather(sizes, torch.tensor([len(tensor)], device=tensor.device))
+    sizes = [int(size) for size in sizes]
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in range(count)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
@@ -28,9 +57,7 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
     Returns:
         ``(W * B, ...)``, W the number of processes.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return tensor
-    return _Gather.apply(tensor)
+    return tensor if num_processes() == 1 else _Gather.apply(tensor)
 
 
 class _Gather(torch.autograd.Function):
@@ -47,27 +74,3 @@ class _Gather(torch.autograd.Function):
         gradient = gradient.clone(memory_format=torch.contiguous_format)  # the sum is taken in place
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def num_processes() -> int:
-    """How many processes train together; 1 without ``torch.distributed``."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def gathered_rows(x: Tensor) -> Tensor:
-    """The rows of all processes' ``x`` ``(B, ...)``, in the order of their ranks; the same on each. No gradient flows.
-
-    B may differ between processes. With one process, ``x`` itself, detached.
-    """
-    count = num_processes()
-    x = x.detach()
-    if count == 1:
-        return x
-    sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(count)]
-    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
-    sizes = [int(size) for size in sizes]
-    padded = x.new_zeros(max(sizes), *x.shape[1:])
-    padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in range(count)]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

@@ -13,7 +13,7 @@ from method_cases import IMAGES, build, make_batch, total
 from torch import multiprocessing, nn
 
 from mdistiller.distillers.CRD import EPS, WHOLE_BANK, ContrastMemory, Embed, nce_loss, pooled_dim, similarities
-from mdistiller.functional import gathered_rows
+from mdistiller.functional.gather import gather_rows
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import InputError
 
@@ -169,7 +169,7 @@ def of_rank(rank, count, port, folder):
     share = slice(0, 5) if rank == 0 else slice(5, 8)  # unequal shares, as at the end of an epoch
     for _ in range(2):
         total(distiller, {name: value[share] for name, value in batch.items()})
-    assert gathered_rows(batch["index"][share]).tolist() == list(range(8))
+    assert gather_rows(batch["index"][share]).tolist() == list(range(8))
     torch.save(distiller.contrast.state_dict(), f"{folder}/{rank}")
     dist.destroy_process_group()
 
@@ -198,13 +198,13 @@ def test_rows_of_processes_with_unequal_batches(monkeypatch):
 
     monkeypatch.setattr("mdistiller.functional.gather.num_processes", lambda: 2)
     monkeypatch.setattr(dist, "all_gather", all_gather)
-    found = gathered_rows(torch.tensor([[7.0, 8.0]]))
+    found = gather_rows(torch.tensor([[7.0, 8.0]]))
     assert found.tolist() == [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]
 
 
 def test_rows_of_one_process_are_its_own():
     x = torch.ones(2, 3, requires_grad=True)
-    assert torch.equal(gathered_rows(x), x.detach()) and not gathered_rows(x).requires_grad
+    assert torch.equal(gather_rows(x), x.detach()) and not gather_rows(x).requires_grad
 
 
 # Settings

@@ -7,7 +7,7 @@ from golden_data import assert_golden_gradients, case_tensors, loss_cases
 from method_cases import build, config, make_batch
 from networks_stub import GivenNet
 
-from mdistiller.distillers.ReviewKD import hcl_loss
+from mdistiller.distillers.ReviewKD import ABF, hcl_loss
 from mdistiller.engine.build import build_distiller
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import InputError
@@ -101,6 +101,19 @@ def test_half_precision_is_computed_in_float32():
 def test_finite_at_the_ends(scale):
     student, teacher = ([(scale * f).float() for f in net] for net in maps())
     assert torch.isfinite(hcl_loss(student, teacher))
+
+
+@pytest.mark.parametrize("sides", [(8, 4), (8, 1), (6, 4), (4, 4)])
+def test_fusion_equals_the_plain_form(sides):
+    abf = ABF(3, 5, 4, fuse=True).double()
+    x, deeper = (torch.randn(2, 5, side, side, dtype=torch.float64, requires_grad=True) for side in sides)
+    up = F.interpolate(deeper, x.shape[2:], mode="nearest")
+    a, b = abf.att_conv(torch.cat([x, up], dim=1)).split(1, dim=1)
+    found, expected = abf._fuse(x, deeper), x * a + up * b
+    torch.testing.assert_close(found, expected)
+    weights, inputs = torch.randn_like(found), (x, deeper, *abf.att_conv.parameters())
+    for one, other in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 PAIRS = [

@@ -22,6 +22,7 @@ TEACHER_METHODS = [name for name in METHODS if name not in ("NONE", "NONE_TWO_VI
 
 # With which a few steps show that a method's own terms fall, where a weight of 1 does not.
 FALLING = {
+    "MDR": {"MDR.SM_EPOCHS": 2},  # as many as need be
     "PKT": {"PKT.LOSS.FEAT_WEIGHT": 30000.0},  # a mean of differences of probabilities, 10^-5 at first
     "SP": {"SP.LOSS.FEAT_WEIGHT": 300.0},  # a mean of squared differences of cosines, 10^-3 at first
     "VID": {"VID.INIT_PRED_VAR": 0.1},  # from 5, most of the loss is the variance's logarithm

@@ -11,8 +11,8 @@ Departs from the paper, as mdistiller does: the paper's matrix has a row for eac
 channel. Departs from mdistiller (docs/differences.md):
 
 - the singular vectors' sign, which a decomposition leaves open and the loss depends on, is fixed (:func:`directions`);
-- directions come from the eigenvectors of the W x W matrix ``X^T X`` in float64, which is faster, and their gradient
-  leaves out pairs of equal singular values, between which it is infinite;
+- directions come from the eigenvectors of the W x W matrix ``X^T X`` in float64, and their gradient leaves out pairs of
+  equal singular values, between which it is infinite;
 - of maps of different size the larger is pooled to the smaller, where mdistiller fails;
 - which maps are compared where the networks have different numbers of them (``STAGES``).
 """

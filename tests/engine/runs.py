@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from mdistiller.engine.build import build_student
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.checkpoint import save_checkpoint
-from mdistiller.engine.hooks import Hook
 from mdistiller.engine.run import build_run
 from mdistiller.engine.trainer import BaseTrainer
 
@@ -63,46 +61,3 @@ def same_state(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same_state, a, b))
     return a == b
-
-
-class StopAfter(Hook):
-    """Ends the run in the middle of an epoch, as a crash would, and keeps the state of that moment."""
-
-    def __init__(self, trainer: BaseTrainer, step: int) -> None:
-        super().__init__(trainer)
-        self.stop_at, self.saved = step, None
-
-    def after_step(self, output: Any) -> None:
-        if self.trainer.step == self.stop_at:
-            self.saved = self.trainer.state_dict()
-            raise KeyboardInterrupt
-
-
-def outcome(trainer: BaseTrainer) -> dict[str, Any]:
-    """All that a finished run leaves except times, and whether a stage before training was computed or found."""
-    state = trainer.state_dict()
-    of_this_run = ("seconds", "images_per_second", "preparation")
-    state["results"] = {key: value for key, value in state["results"].items() if key not in of_this_run}
-    state["hooks"].pop("Clock")
-    state.pop("config")  # names the folder
-    return state
-
-
-def assert_resumes_to_the_bit(folder: Path, step: int, **values: Any) -> None:
-    """A run that is stopped after ``step`` steps and resumed leaves what one that was not leaves."""
-    values["DISTILLER__TEACHER_CKPT"] = teacher_file(folder)
-    whole = make_trainer(folder / "whole", **values)
-    whole.train()
-
-    first = make_trainer(folder / "parts", **values)
-    stop = StopAfter(first, step)
-    first.hooks.append(stop)
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
-    torch.manual_seed(99)  # another process has other generators
-    second = make_trainer(folder / "parts", **values)
-    second.load_state(stop.saved)
-    second.train()
-
-    assert same_state(outcome(second), outcome(whole))
-    assert (second.folder / "metrics.csv").read_bytes() == (whole.folder / "metrics.csv").read_bytes()

@@ -165,6 +165,10 @@ REFUSED = [
     ("train", f"{PLAIN} SOLVER.NESTEROV True SOLVER.MOMENTUM 0", "SOLVER.NESTEROV needs SOLVER.MOMENTUM above 0"),
     ("train", f"{PLAIN} SOLVER.DEVICE warp", "SOLVER.DEVICE 'warp' cannot be used here", "use auto, cpu or cuda"),
     ("train", f"{PLAIN} SOLVER.AMP fp16", "SOLVER.AMP fp16 needs a GPU; on the CPU use SOLVER.AMP bf16"),
+    ("train", f"{PLAIN} DATASET.LABEL_SMOOTHING 1", "DATASET.LABEL_SMOOTHING must be 0 or more and below 1, got 1"),
+    ("train", f"{PLAIN} DATASET.RANDOM_ERASING 2", "DATASET.RANDOM_ERASING must be from 0 to 1, got 2"),
+    ("train", f"{KD} DISTILLER.TYPE MDR DATASET.MIXUP_ALPHA 1", "DATASET.MIXUP_ALPHA 1.0: labels become shares",
+     "method MDR reads class numbers; methods that take shares: DCD, DIST"),
     # data
     ("train", f"{PLAIN} SOLVER.BATCH_SIZE 1", "BatchNorm", "SOLVER.BATCH_SIZE, at least 2"),
     ("train", f"{PLAIN} SOLVER.BATCH_SIZE 39", "the last batch of an epoch holds a single image (40 training images",

@@ -10,11 +10,15 @@ import torch
 
 from mdistiller.registry import InputError, dataset_dict, distiller_dict
 
-from .base import Split
+from .augment import ColorJitter, RandomErasing
+from .base import DataSet, Split
 from .fields import batch_fields, views_of, wants_negatives
 from .loader import BatchedImages, Loader
+from .mixing import LabelMixing
 from .negatives import negatives_from
+from .randaugment import RandAugment
 from .subsets import hold_out, reduce_train
+from .views import View
 
 LOADERS = ("auto", "device", "workers")  # what DATASET.LOADER takes
 
@@ -80,7 +84,7 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
     """
     dataset = dataset_dict[cfg.DATASET.TYPE]
     method, seed = distiller_dict[cfg.DISTILLER.TYPE], cfg.EXPERIMENT.SEED
-    views = views_of(batch_fields(method), dataset)
+    views = training_views(cfg, method)
     splits = load_splits(cfg)
     workers = _worker_count(cfg, torch.device(device))
     place = {"device": "cpu" if workers is not None else device, "channels_last": cfg.SOLVER.CHANNELS_LAST}
@@ -95,7 +99,15 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
         negatives = negatives_from(cfg, method.section, labels) if wants_negatives(method) else None
         train = Loader(
             BatchedImages(
-                splits.train, views, dataset.mean, dataset.std, seed, with_index=True, negatives=negatives, **place
+                splits.train,
+                views,
+                dataset.mean,
+                dataset.std,
+                seed,
+                with_index=True,
+                negatives=negatives,
+                mixing=_label_mixing(cfg, dataset),
+                **place,
             ),
             cfg.SOLVER.BATCH_SIZE,
             shuffle=True,
@@ -113,6 +125,32 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
             f"than SOLVER.BATCH_SIZE={train.batch_size}; give a batch size of at most {train.num_data}"
         )
     return Loaders(train, val, test, num_data=len(splits.train), num_classes=dataset.num_classes)
+
+
+def training_views(cfg: Any, method: type) -> dict[str, tuple[str, View]]:
+    """For each image field that a method asks for, name and recipe of its view.
+
+    The data set's weak view is followed by what ``DATASET.COLOR_JITTER``, ``RANDAUGMENT`` and ``RANDOM_ERASING`` ask
+    for, in this order; other views are the methods' own and stay as they are.
+
+    Raises:
+        InputError: see :func:`views_of`.
+    """
+    keys, added = cfg.DATASET, ()
+    if keys.COLOR_JITTER:
+        added += (ColorJitter(keys.COLOR_JITTER),)
+    if keys.RANDAUGMENT:
+        added += (RandAugment(keys.RANDAUGMENT),)
+    if keys.RANDOM_ERASING:
+        added += (RandomErasing(keys.RANDOM_ERASING),)
+    views = views_of(batch_fields(method), dataset_dict[cfg.DATASET.TYPE])
+    return {field: (name, (*view, *added) if name == "weak" else view) for field, (name, view) in views.items()}
+
+
+def _label_mixing(cfg: Any, dataset: type[DataSet]) -> LabelMixing | None:
+    keys = cfg.DATASET
+    wanted = keys.MIXUP_ALPHA, keys.CUTMIX_ALPHA, keys.LABEL_SMOOTHING
+    return LabelMixing(dataset.num_classes, *wanted, cfg.EXPERIMENT.SEED) if any(wanted) else None
 
 
 def _worker_count(cfg: Any, device: torch.device) -> int | None:

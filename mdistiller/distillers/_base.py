@@ -9,6 +9,8 @@ The contract, which the trainer reads off the signatures and nothing else:
   image_strong`` are two views of the same images, ``index`` is the position of each image in the training
   set, ``contrastive_index`` a row of positions to contrast it with. ``epoch`` counts from 1. What is not named
   is not passed, unless there is a ``**kwargs``, which takes ``index`` and ``epoch`` always.
+- ``target`` are class numbers ``(B,)``. A method that says ``mixed_labels = True`` can also be given shares ``(B, K)``
+  that sum to 1, as MixUp, CutMix and label smoothing make them; cross-entropies take both.
 - Everything trainable is a parameter of the module and is optimised with the student, unless
   ``get_learnable_parameters`` says otherwise.
 
@@ -75,6 +77,7 @@ class Distiller(nn.Module):
     paper = ""
     family = ""
     weights: tuple[str, ...] = ()
+    mixed_labels = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
         super().__init__()
@@ -128,6 +131,8 @@ class Distiller(nn.Module):
 @register_distiller("NONE")
 class Vanilla(Distiller):
     """Plain training: cross-entropy on the labels, no teacher."""
+
+    mixed_labels = True
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)

@@ -158,6 +158,7 @@ class Meters(Hook):
 
     def after_step(self, output: StepOutput) -> None:
         target = output.batch["target"]
+        target = target.argmax(1) if target.ndim == 2 else target  # of mixed labels the largest share
         top1, top5 = hits_at(output.logits, target, (1, 5))
         per_image = [
             output.total,

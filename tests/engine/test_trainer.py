@@ -52,8 +52,20 @@ def outcome(trainer):
         {"SOLVER__EMA_DECAY": 0.9, "SOLVER__TYPE": "AdamW"},
         {"DISTILLER__TYPE": "DIST_PLUS"},
         {"DISTILLER__TYPE": "DCD"},
+        {
+            "SOLVER__TYPE": "RMSProp",
+            "SOLVER__LR": 1e-3,
+            "SOLVER__LR_SCHEDULE": "exponential",
+            "SOLVER__EMA_DECAY": 0.99,
+            "DATASET__COLOR_JITTER": 0.4,
+            "DATASET__RANDAUGMENT": 1,
+            "DATASET__RANDOM_ERASING": 0.5,
+            "DATASET__MIXUP_ALPHA": 0.8,
+            "DATASET__CUTMIX_ALPHA": 1.0,
+            "DATASET__LABEL_SMOOTHING": 0.1,
+        },
     ],
-    ids=["float32", "bf16", "ema-adamw", "trained teacher", "learned scale"],
+    ids=["float32", "bf16", "ema-adamw", "trained teacher", "learned scale", "strong recipe"],
 )
 @pytest.mark.parametrize("step", [4, 6], ids=["between epochs", "inside an epoch"])
 def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, values, step):

@@ -328,6 +328,15 @@ class MDR(Distiller):
         self.student_modules = self._build_modules(self.student_shape.widths, self._seed_of(STUDENT_KEY))
         self.register_buffer("quantiles", share_quantiles(own.MIXUP_ALPHA), persistent=False)
 
+    @property
+    def images_of_one(self) -> int:
+        """Anchor and positives, or the anchor alone where no term needs positives."""
+        return 1 + POSITIVES if self.own.KD_WEIGHT or self.uses_relations else 1
+
+    @property
+    def uses_relations(self) -> bool:
+        return any((self.own.ANGLE_WEIGHT, self.own.LENGTH_WEIGHT, self.own.DISTANCE_WEIGHT))
+
     def train(self, mode: bool = True) -> MDR:
         super().train(mode)
         self.teacher_modules.eval()
@@ -337,9 +346,8 @@ class MDR(Distiller):
         self, image: Tensor, target: Tensor, index: Tensor | None = None, epoch: int = 1, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         own, count = self.own, len(image)
-        weights = (own.KD_WEIGHT, own.ANGLE_WEIGHT, own.LENGTH_WEIGHT, own.DISTANCE_WEIGHT)
         self.monitors = {}
-        if not any(weights):
+        if self.images_of_one == 1:
             logits, _ = self.student(image)
             return logits, {"loss_ce": own.CE_WEIGHT * F.cross_entropy(logits, target)}
         positives = self.positives(image, index, epoch)
@@ -352,7 +360,7 @@ class MDR(Distiller):
             kd = kd_loss(logits_s[:count], logits_t[:count], own.KD_TEMPERATURE)
             kd = kd + kd_loss(logits_s[count:], logits_t[count:], own.KD_TEMPERATURE_POSITIVE)
             losses["loss_kd"] = own.KD_WEIGHT * kd
-        if any(weights[1:]):
+        if self.uses_relations:
             with torch.autocast(image.device.type, enabled=False):
                 z_s = embed(self.student_modules, pooled_stages(features_s, self.student_shape.stages))
                 with torch.no_grad():
@@ -457,7 +465,7 @@ class MDR(Distiller):
 
     def preparation(self) -> tuple[nn.Module, dict[str, Any]]:
         """What :meth:`prepare` trains, and the settings, beside teacher, data and seed, that it depends on."""
-        if not (self.own.ANGLE_WEIGHT or self.own.LENGTH_WEIGHT or self.own.DISTANCE_WEIGHT):
+        if not self.uses_relations:
             return nn.Identity(), {}  # nobody reads the modules
         used = {"STAGES", "AUGMENT"} | {key for key in self.own if key.startswith("SM_")}
         if self.own.AUGMENT == "mixup":
@@ -575,7 +583,8 @@ def _same_count(student: Shape, teacher: Shape, names: Any) -> int:
     if counts[0] != counts[1] or not counts[0]:
         raise InputError(
             f"MDR relates stages one to one, but student {names.STUDENT} has {counts[0]} of them and teacher "
-            f"{names.TEACHER} {counts[1]} (by MDR.STAGES); choose networks with equally many stages"
+            f"{names.TEACHER} {counts[1]} (by MDR.STAGES); choose networks with equally many stages, or where they declare "
+            "as many, MDR.STAGES declared"
         )
     return counts[0]
 

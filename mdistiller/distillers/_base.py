@@ -17,10 +17,10 @@ The contract, which the trainer reads off the signatures and nothing else:
 Optional: ``parameter_groups(cfg)`` (groups with their own ``lr``), ``teacher_parameters()`` (what of the
 teacher a method trains), ``on_epoch_start(epoch)``, and a stage of its own before training: ``prepare(batches,
 autocast)``, with ``preparation()`` if the result is to be kept for other runs; ``mdistiller/engine/prepare.py`` says
-what they are given and give back. ``forward_train`` may fill ``self.monitors`` with scalars to watch
-that are no losses, detached; the log has their means over an epoch's images as ``monitor/<name>``. A class method
-``logit_stand_options(cfg, base_temp, kd_weight)`` says that the method heeds ``EXPERIMENT.LOGIT_STAND``, and which
-``[KEY, VALUE, ...]`` LSKD's flags stand for; ``base_temp`` is ``None`` where it was not given.
+what they are given and give back. ``images_of_one``: how many images go through the student for each image of the
+batch, where the method makes rotated or mixed copies, so that ``images_seen`` is true. ``forward_train`` may fill
+``self.monitors`` with scalars to watch that are no losses, detached; the log has their means over an epoch's images as
+``monitor/<name>``.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class Distiller(nn.Module):
     family = ""
     weights: tuple[str, ...] = ()
     mixed_labels = False
+    images_of_one = 1
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
         super().__init__()

@@ -171,7 +171,8 @@ class Meters(Hook):
         self.names = [f"loss/{name}" for name in output.losses] + [f"monitor/{name}" for name in output.monitors]
         self.sums = values if self.sums is None else self.sums.to(values.device) + values
         self.count += len(target)
-        self.images_seen += sum(len(image) for image in images_of(output.batch))
+        of_one = getattr(self.trainer.distiller, "images_of_one", 1)
+        self.images_seen += of_one * sum(len(image) for image in images_of(output.batch))
 
     def averages(self) -> dict[str, float]:
         """The epoch so far; waits for the device."""

@@ -188,6 +188,18 @@ def test_every_view_counts_as_an_image_seen(tmp_path):
     assert trainer.results["images_seen"] == 60
 
 
+@pytest.mark.parametrize(("kd_weight", "of_one"), [(2.0, 4), (0.0, 1)])
+def test_every_copy_that_the_method_makes_counts_as_an_image_seen(tmp_path, kd_weight, of_one):
+    values = {"MDR__ANGLE_WEIGHT": 0.0, "MDR__LENGTH_WEIGHT": 0.0, "MDR__KD_WEIGHT": kd_weight, "SOLVER__EPOCHS": 1}
+    trainer = make_trainer(tmp_path, DISTILLER__TYPE="MDR", DISTILLER__TEACHER_CKPT=teacher_file(tmp_path), **values)
+    shown = []
+    trainer.distiller.student.register_forward_hook(
+        lambda module, args, output: shown.append(len(args[0]) * module.training)
+    )
+    trainer.train()
+    assert trainer.results["images_seen"] == of_one * 30 == sum(shown)
+
+
 def test_non_finite_loss_stops_and_names_step_terms_rate_and_images(tmp_path):
     trainer = make_trainer(tmp_path, SOLVER__LR=1e20)
     with pytest.raises(NonFiniteLossError, match=r"step [23] .*ce (nan|inf).*learning rate 1e\+20.*images \["):

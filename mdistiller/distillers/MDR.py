@@ -583,8 +583,8 @@ def _same_count(student: Shape, teacher: Shape, names: Any) -> int:
     if counts[0] != counts[1] or not counts[0]:
         raise InputError(
             f"MDR relates stages one to one, but student {names.STUDENT} has {counts[0]} of them and teacher "
-            f"{names.TEACHER} {counts[1]} (by MDR.STAGES); choose networks with equally many stages, or where they declare "
-            "as many, MDR.STAGES declared"
+            f"{names.TEACHER} {counts[1]} (by MDR.STAGES); choose networks with equally many stages, or, "
+            "where they declare as many, MDR.STAGES declared"
         )
     return counts[0]
 

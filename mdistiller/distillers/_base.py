@@ -20,7 +20,9 @@ autocast)``, with ``preparation()`` if the result is to be kept for other runs; 
 what they are given and give back. ``images_of_one``: how many images go through the student for each image of the
 batch, where the method makes rotated or mixed copies, so that ``images_seen`` is true. ``forward_train`` may fill
 ``self.monitors`` with scalars to watch that are no losses, detached; the log has their means over an epoch's images as
-``monitor/<name>``.
+``monitor/<name>``. A class method ``logit_stand_options(cfg, base_temp, kd_weight)`` says that the method heeds
+``EXPERIMENT.LOGIT_STAND``, and which ``[KEY, VALUE, ...]`` LSKD's flags stand for; ``base_temp`` is ``None`` where it
+was not given.
 """
 
 from __future__ import annotations

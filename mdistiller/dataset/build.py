@@ -87,12 +87,14 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
     views = training_views(cfg, method)
     splits = load_splits(cfg)
     workers = _worker_count(cfg, torch.device(device))
+    decoders = cfg.DATASET.NUM_WORKERS if dataset.in_files else 0
     place = {"device": "cpu" if workers is not None else device, "channels_last": cfg.SOLVER.CHANNELS_LAST}
     batch_size = cfg.DATASET.TEST.BATCH_SIZE
 
     def test_loader(split: Split) -> Loader:
-        """No view, no workers: passing a batch between processes takes longer than normalising it."""
-        return Loader(BatchedImages(split, {"image": ("test", ())}, dataset.mean, dataset.std, **place), batch_size)
+        """Workers only where there is something to decode: passing a batch on takes longer than normalising it."""
+        views = {"image": ("test", dataset.views.get("test", ()))}
+        return Loader(BatchedImages(split, views, dataset.mean, dataset.std, **place), batch_size, num_workers=decoders)
 
     try:
         labels = splits.train.labels.to(place["device"])
@@ -156,6 +158,10 @@ def _label_mixing(cfg: Any, dataset: type[DataSet]) -> LabelMixing | None:
 def _worker_count(cfg: Any, device: torch.device) -> int | None:
     """Worker processes for the training batches; ``None``: they are made on the device."""
     count, choice = cfg.DATASET.NUM_WORKERS, cfg.DATASET.LOADER
+    if dataset_dict[cfg.DATASET.TYPE].in_files:
+        if choice == "device":
+            raise InputError(f"DATASET.LOADER device keeps images in memory; {cfg.DATASET.TYPE} takes workers or auto")
+        return count
     on_device = choice == "device" or (choice == "auto" and (device.type != "cpu" or count == 0))
     return None if on_device else count
 

@@ -69,9 +69,10 @@ def learning_rate(solver: Any, epoch: int, done: float = 0.0) -> float:
 
     Returns:
         ``step``: LR * LR_DECAY_RATE^s with s the number of stages below ``epoch`` (mdistiller's rule: the first
-        decayed epoch of stage 150 is 151). ``exponential``: LR * LR_DECAY_RATE^(epochs behind, warm-up not
-        counted). ``cosine``: half a wave from LR to LR_MIN over the epochs after the warm-up, step by step. In
-        the first WARMUP_EPOCHS: linear from WARMUP_LR to LR, step by step.
+        decayed epoch of stage 150 is 151). ``exponential``: LR * LR_DECAY_RATE^n, n being how often LR_DECAY_EPOCHS,
+        which may be broken, fits into the epochs behind, warm-up not counted. ``cosine``: half a wave from LR to
+        LR_MIN over the epochs after the warm-up, step by step. In the first WARMUP_EPOCHS: linear from WARMUP_LR to
+        LR, step by step.
     """
     if epoch <= solver.WARMUP_EPOCHS:
         share = (epoch - 1 + done) / solver.WARMUP_EPOCHS
@@ -80,6 +81,6 @@ def learning_rate(solver: Any, epoch: int, done: float = 0.0) -> float:
         return solver.LR * solver.LR_DECAY_RATE ** sum(epoch > stage for stage in solver.LR_DECAY_STAGES)
     behind = epoch - 1 - solver.WARMUP_EPOCHS
     if solver.LR_SCHEDULE == "exponential":
-        return solver.LR * solver.LR_DECAY_RATE**behind
+        return solver.LR * solver.LR_DECAY_RATE ** math.floor(behind / solver.LR_DECAY_EPOCHS)
     share = (behind + done) / (solver.EPOCHS - solver.WARMUP_EPOCHS)
     return solver.LR_MIN + (solver.LR - solver.LR_MIN) * 0.5 * (1 + math.cos(math.pi * share))

@@ -149,6 +149,20 @@ def test_works_in_float64(method):
     assert loss.dtype == torch.float64 and torch.isfinite(loss)
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if distiller_dict[name].mixed_labels])
+def test_labels_may_be_shares_of_classes(method):
+    """Shares that are all at one class are that class, and mixed ones are taken."""
+    numbers = make_batch(method)
+    whole = torch.nn.functional.one_hot(numbers["target"], CLASSES).float()
+    mixed = 0.6 * whole + 0.4 * whole.roll(1, 0)
+    found = []
+    for target in (numbers["target"], whole, mixed):
+        _, losses = build(method)(**{**numbers, "target": target}, epoch=1)
+        found.append(sum(loss.mean() for loss in losses.values()))
+    torch.testing.assert_close(found[1], found[0])
+    assert torch.isfinite(found[2]) and abs(found[2] - found[0]) > 1e-3
+
+
 @each_method
 def test_batch_of_two(method):
     loss = total(build(method), make_batch(method, images=2))

@@ -308,6 +308,25 @@ def test_the_recipe_on_cifar100(path):
     assert (epochs, [150, 180, 210], 0.1) == (solver.EPOCHS, solver.LR_DECAY_STAGES, solver.LR_DECAY_RATE)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("dist/r34_r18", (100, 256, 0.1, "SGD", 1e-4, "step", 0.0, 0.0, 0)),
+        ("dist_plus_b2/r50_r18", (450, 768, 0.048, "RMSProp", 1e-5, "exponential", 0.1, 0.9999, 2)),
+        ("dist_plus_b3/r50_r18", (300, 1024, 5e-4, "AdamW", 5e-2, "cosine", 0.1, 0.0, 2)),
+    ],
+    ids=["B1", "B2", "B3"],
+)
+def test_the_strategies_of_dist_plus(name, expected):
+    """Tab. 2."""
+    cfg = load_config(CONFIGS / "imagenet" / f"{name}.yaml")
+    solver, data = cfg.SOLVER, cfg.DATASET
+    found = (solver.EPOCHS, solver.BATCH_SIZE, solver.LR, solver.TYPE, solver.WEIGHT_DECAY, solver.LR_SCHEDULE)
+    assert (*found, data.LABEL_SMOOTHING, solver.EMA_DECAY, data.RANDAUGMENT) == expected
+    assert bool(data.RANDOM_ERASING) == bool(data.RANDAUGMENT)
+    assert bool(data.MIXUP_ALPHA and data.CUTMIX_ALPHA and data.COLOR_JITTER) == (solver.TYPE == "AdamW")
+
+
 def test_no_two_configs_share_a_folder():
     folders = [experiment_name(load_config(path)) for path in PAIR_FILES]
     assert len(set(folders)) == len(folders)

@@ -7,7 +7,7 @@ from .DCD import DCD
 from .DIST import DIST, DISTPlus
 from .KD import KD, KDTwoViews
 from .MDR import MDR
-from .VRM import VRM
+from .VRM import VRM, VRMOneView
 
 __all__ = [
     "DCD",
@@ -18,6 +18,7 @@ __all__ = [
     "DISTPlus",
     "Distiller",
     "KDTwoViews",
+    "VRMOneView",
     "Vanilla",
     "distiller_dict",
     "register_distiller",

@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from method_cases import build, config, make_batch, total
 from torch.profiler import ProfilerActivity, profile
 
-from mdistiller.distillers import VRM
-from mdistiller.distillers.VRM import edge_uncertainty, vrm_loss, zs_norm
+from mdistiller.distillers.VRM import compare_samples, edge_uncertainty, stack_views, vrm_loss, zs_norm
 from mdistiller.engine.build import build_distiller
+from mdistiller.functional import graphs
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import InputError
 
-IMPLEMENTATION = sys.modules[VRM.__module__]
 NAMES = ("p_real_s", "p_virtual_s", "p_real_t", "p_virtual_t")
 
 
@@ -137,13 +136,14 @@ def test_views_that_agree_nearly_in_float32(noise, edge_eps):
 @pytest.mark.parametrize("edge_eps", [0.0, 1e-3])
 @pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-4, 1e-3, 1e-2, 0.1, 0.5])
 def test_devices_without_float64(noise, edge_eps, monkeypatch):
-    monkeypatch.setattr(IMPLEMENTATION, "_working_dtype", lambda tensor: torch.float32)
+    monkeypatch.setattr(sys.modules[vrm_loss.__module__], "in_working_precision", lambda x: x.float())
+    monkeypatch.setattr(graphs, "in_working_precision", lambda x: x.float())
     given = predictions(images=8, classes=6, noise=noise, temperature=4.0, dtype=torch.float32)
     assert_equals_written_out(given, tolerance=1e-4, edge_eps=edge_eps, prune_percentile=100.0)
 
 
 def test_chunks_do_not_matter(monkeypatch):
-    monkeypatch.setattr(IMPLEMENTATION, "CHUNK", 7)
+    monkeypatch.setattr(graphs, "CHUNK", 7)
     for metric in ("mse", "l1"):
         assert_equals_written_out(predictions(), metric=metric, uncertainty="mixture")
     assert_equals_written_out(predictions(noise=0.0), edge_eps=0.0)
@@ -197,22 +197,21 @@ def test_blind_to_the_order_of_samples_and_classes():
     torch.testing.assert_close(torch.stack(vrm_loss(*(x[:, classes] for x in given))), expected)
 
 
-def test_samples_are_judged_by_the_students_uncertainty_alone():
+def test_edges_are_judged_by_the_students_uncertainty_alone():
     given = predictions()
-    kept = edge_uncertainty(*given[:2]) <= torch.quantile(edge_uncertainty(*given[:2]), 0.95)
-    monitors = IMPLEMENTATION.virtual_relations(*given, IMPLEMENTATION.Rules())[2]
-    assert monitors["kept_isv"].item() == pytest.approx(kept.float().mean().item())
-    assert monitors["uncertainty_isv"].item() == pytest.approx(edge_uncertainty(*given[:2]).mean().item())
-    assert sorted(monitors) == ["kept_icv", "kept_isv", "uncertainty_icv", "uncertainty_isv"]
+    h = edge_uncertainty(*given[:2])
+    found = compare_samples(stack_views(given[:2]), stack_views(given[2:]), graphs.Rules())
+    assert found.kept.item() == pytest.approx((h <= torch.quantile(h, 0.95)).double().mean().item())
+    assert found.uncertainty.item() == pytest.approx(h.mean().item())
 
 
 @pytest.mark.parametrize("count", [2, 9, 100, 1000])
 @pytest.mark.parametrize("percentile", [0.0, 12.5, 50.0, 95.0, 99.9, 100.0])
 def test_keeps_what_the_quantile_keeps(count, percentile):
     real, virtual, _, _ = predictions(count, 3, seed=count)
-    mask, _ = IMPLEMENTATION._reliable_edges(real, virtual, IMPLEMENTATION.Rules(percentile), False)
+    dropped, _ = graphs.unreliable_edges(real, virtual, graphs.Rules(percentile))
     h = edge_uncertainty(real, virtual)
-    assert torch.equal(mask, h <= torch.quantile(h, percentile / 100))
+    assert torch.equal(dropped, h > torch.quantile(h, percentile / 100))
 
 
 def extreme(kind, images, classes):
@@ -253,8 +252,8 @@ def test_an_edge_without_length_has_no_gradient():
 
 def test_identical_views_lose_their_diagonal():
     real, _, real_t, virtual_t = predictions(images=6, noise=0.3)
-    rules = IMPLEMENTATION.Rules(prune_percentile=100.0)
-    assert IMPLEMENTATION.virtual_relations(real, real, real_t, virtual_t, rules)[2]["kept_isv"] == pytest.approx(5 / 6)
+    found = compare_samples(stack_views([real, real]), stack_views([real_t, virtual_t]), graphs.Rules(100.0))
+    assert found.kept.item() == pytest.approx(5 / 6)
 
 
 def test_thousand_classes():
@@ -297,7 +296,7 @@ def test_what_the_paper_asks_of_uncertainty():
     ("options", "message"),
     [
         ({"metric": "mae"}, "METRIC"),
-        ({"reduction": "mean"}, "REDUCTION.: no 'mean'; closest: element"),
+        ({"reduction": "mean"}, "REDUCTION: no 'mean'; closest: element"),
         ({"uncertainty": "joint"}, "UNCERTAINTY"),
         ({"prune_percentile": 101}, "from 0 to 100"),
         ({"edge_eps": -1.0}, "EDGE_EPS"),
@@ -386,7 +385,7 @@ def test_relations_under_autocast_are_those_of_the_logits():
         _, losses = distiller(**batch, epoch=1)
         student = [distiller.student(batch[f"image_{view}"])[0].float() for view in ("weak", "strong")]
         teacher = distiller.teacher(torch.cat([batch["image_weak"], batch["image_strong"]]))[0].float().chunk(2)
-    vertices = [distiller.predict(distiller.adaptor(z)) for z in student] + [distiller.predict(z) for z in teacher]
+    vertices = [(zs_norm(z) / 4).softmax(1) for z in [*map(distiller.adaptor, student), *teacher]]
     torch.testing.assert_close(losses["loss_isv"], 128 * vrm_loss(*vertices)[0])
 
 

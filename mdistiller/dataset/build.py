@@ -11,7 +11,7 @@ import torch
 from mdistiller.registry import InputError, dataset_dict, distiller_dict
 
 from .base import Split
-from .fields import batch_fields, views_of, wants_negatives
+from .fields import batch_fields, chosen_recipes, views_of, wants_negatives
 from .loader import BatchedImages, Loader
 from .negatives import negatives_from
 from .subsets import hold_out, reduce_train
@@ -75,12 +75,12 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
             ``auto`` means that on a GPU, and anywhere with ``DATASET.NUM_WORKERS`` 0.
 
     Raises:
-        InputError: see :func:`load_splits`, :func:`batch_fields` and :func:`views_of`; or no batch is left; or the
-            images do not fit into the device's memory.
+        InputError: see :func:`load_splits`, :func:`batch_fields`, :func:`chosen_recipes` and :func:`views_of`; or no
+            batch is left; or the images do not fit into the device's memory.
     """
     dataset = dataset_dict[cfg.DATASET.TYPE]
     method, seed = distiller_dict[cfg.DISTILLER.TYPE], cfg.EXPERIMENT.SEED
-    views = views_of(batch_fields(method), dataset)
+    views = views_of(batch_fields(method), dataset, chosen_recipes(cfg, dataset))
     splits = load_splits(cfg)
     workers = _worker_count(cfg, torch.device(device))
     place = {"device": "cpu" if workers is not None else device, "channels_last": cfg.SOLVER.CHANNELS_LAST}

@@ -242,8 +242,9 @@ class _Edges(torch.autograd.Function):
         return total / scale, kept
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph: the gradient would count as a constant, and nobody would notice
+            raise RuntimeError("the gradient of these graph relations cannot be differentiated again")
         return ctx.saved_tensors[0] * grad, None, None, None
 
 

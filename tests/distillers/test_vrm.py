@@ -14,8 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from mdistiller.distillers.VRM import compare_samples, edge_uncertainty, stack_views, vrm_loss, zs_norm
 from mdistiller.engine.build import build_distiller
 from mdistiller.functional import graphs
+from mdistiller.functional.graphs import compare_graphs
 from mdistiller.models import cifar_model_dict
-from mdistiller.registry import InputError
+from mdistiller.registry import InputError, distiller_dict
 
 NAMES = ("p_real_s", "p_virtual_s", "p_real_t", "p_virtual_t")
 
@@ -389,17 +390,177 @@ def test_relations_under_autocast_are_those_of_the_logits():
     torch.testing.assert_close(losses["loss_isv"], 128 * vrm_loss(*vertices)[0])
 
 
+# The ablations
+
+
+def vertices_of(distiller, batch, fields=("image_weak", "image_strong")):
+    """Of student and teacher, for each view; the adaptor is the identity at the start."""
+    networks = (distiller.student, distiller.teacher)
+    return [[(zs_norm(net(batch[field])[0]) / 4).softmax(1) for field in fields] for net in networks]
+
+
+# Each key with a value that must change the loss, and what else must be set for that.
+SWITCHES = {
+    "ALPHA": (64.0, {}),
+    "BETA": (64.0, {}),
+    "VERTEX_WEIGHT": (1.0, {}),
+    "CE_WEIGHT": (0.5, {}),
+    "CE_VIRTUAL_WEIGHT": (0.0, {}),
+    "WARMUP": (10, {}),
+    "LOCATION": ("pooled", {}),
+    "TEMPERATURE": (2.0, {}),
+    "ZSNORM": (False, {}),
+    "ADAPTOR": ("mlp", {}),
+    "GRAPH": ("raw", {}),
+    "RELATION": ("gram", {}),
+    "EDGE_NORM": (False, {}),
+    "METRIC": ("l1", {}),
+    "HUBER_DELTA": (0.1, {"METRIC": "huber"}),
+    "REDUCTION": ("edge", {}),
+    "PRUNE_PERCENTILE": (100.0, {}),
+    "UNCERTAINTY": ("mixture", {"PRUNE_PERCENTILE": 50.0}),
+    "ICV_NORMALIZE": (False, {"PRUNE_PERCENTILE": 50.0}),
+    "EDGE_EPS": (0.9, {}),
+    "JOINT_FORWARD": (True, {}),
+}
+
+
+def test_every_key_is_among_the_switches():
+    assert sorted(SWITCHES) == sorted(distiller_dict["VRM"].defaults)
+
+
+@pytest.mark.parametrize("key", sorted(SWITCHES))
+def test_a_key_changes_the_loss(key):
+    value, base = SWITCHES[key]
+    base = {f"VRM.{name}": setting for name, setting in base.items()}
+    batch = make_batch("VRM")
+    before, after = (total(build("VRM", values), batch) for values in (base, base | {f"VRM.{key}": value}))
+    assert torch.isfinite(after) and before != after
+
+
+@pytest.mark.parametrize("method", ["VRM", "VRM_ONE_VIEW"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"RELATION": "gram"},
+        {"RELATION": "gram", "EDGE_NORM": False, "METRIC": "huber"},
+        {"RELATION": "angle"},
+        {"EDGE_NORM": False},
+        {"METRIC": "cosine", "PRUNE_PERCENTILE": 100.0},
+    ],
+    ids=str,
+)
+def test_relations_are_those_of_the_rules(method, values):
+    """Between samples, and the same of the columns between classes."""
+    distiller, batch = build(method, {f"VRM.{key}": value for key, value in values.items()}), make_batch(method)
+    losses = distiller(**batch, epoch=1)[1]
+    fields = ("image",) * 2 if method == "VRM_ONE_VIEW" else ("image_weak", "image_strong")
+    student, teacher = (torch.stack(views) for views in vertices_of(distiller, batch, fields))
+    rules = graphs.Rules(**{key.lower(): value for key, value in values.items()})
+    shares = student.mT / student.mT.sum(2, keepdim=True)
+    torch.testing.assert_close(losses["loss_isv"].double(), 128 * compare_graphs(student, teacher, student, rules).loss)
+    torch.testing.assert_close(
+        losses["loss_icv"].double(), 32 * compare_graphs(student.mT, teacher.mT, shares, rules).loss
+    )
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(128.0, 0.0), (0.0, 32.0), (0.0, 0.0)])
+def test_a_graph_without_weight_is_not_made(alpha, beta):
+    losses = build("VRM", {"VRM.ALPHA": alpha, "VRM.BETA": beta})(**make_batch("VRM"), epoch=1)[1]
+    assert sorted(losses) == ["loss_ce", "loss_ce_virtual"] + ["loss_icv"] * (beta > 0) + ["loss_isv"] * (alpha > 0)
+
+
+def test_raw_graph_has_all_edges():
+    """2B x 2B edges between samples, and columns of length 2B between classes."""
+    distiller, batch = build("VRM", {"VRM.GRAPH": "raw"}), make_batch("VRM")
+    losses = distiller(**batch, epoch=1)[1]
+    student, teacher = (torch.cat(views) for views in vertices_of(distiller, batch))
+    assert student.shape == (16, 10)
+    for name, weight, columns in (("loss_isv", 128, False), ("loss_icv", 32, True)):
+        s, t = (x.double().T if columns else x.double() for x in (student, teacher))
+        torch.testing.assert_close(losses[name].double(), weight * written_out(s, s, t, t, columns=columns))
+    kept = {name: distiller.monitors[f"kept_{name}"].item() for name in ("isv", "icv")}
+    assert kept["isv"] < 0.95 and kept["icv"] < 0.95  # the diagonals too are gone
+
+
+def test_one_view_has_the_relations_within_it():
+    distiller, batch = build("VRM_ONE_VIEW", {"VRM.PRUNE_PERCENTILE": 100.0}), make_batch("VRM_ONE_VIEW")
+    assert sorted(batch) == ["image", "index", "target"]
+    logits, losses = distiller(**batch, epoch=1)
+    ((student,), (teacher,)) = vertices_of(distiller, batch, ["image"])
+    assert sorted(losses) == ["loss_ce", "loss_icv", "loss_isv"]
+    for name, weight, columns in (("loss_isv", 128, False), ("loss_icv", 32, True)):
+        s, t = (x.double().T if columns else x.double() for x in (student, teacher))
+        expected = weight * written_out(s, s, t, t, columns=columns, prune_percentile=100.0)
+        torch.testing.assert_close(losses[name].double(), expected)
+    assert losses["loss_ce"] == F.cross_entropy(logits, batch["target"])
+    assert distiller.monitors["kept_isv"].item() == pytest.approx(7 / 8)
+
+
+def test_vertices_are_matched_in_both_views():
+    distiller, batch = build("VRM", {"VRM.ALPHA": 0.0, "VRM.BETA": 0.0, "VRM.VERTEX_WEIGHT": 0.5}), make_batch("VRM")
+    losses = distiller(**batch, epoch=1)[1]
+    student, teacher = vertices_of(distiller, batch)
+    divergence = sum((t * (t / s).log()).sum(1).mean() for s, t in zip(student, teacher, strict=True))
+    torch.testing.assert_close(losses["loss_vertices"], 0.5 * 4**2 * divergence)
+    assert "loss_isv" not in losses
+
+
+@pytest.mark.parametrize("zsnorm", [True, False])
+def test_graphs_of_features(zsnorm):
+    """No softmax but for the uncertainties; 64 features of either network."""
+    distiller, batch = build("VRM", {"VRM.LOCATION": "pooled", "VRM.ZSNORM": zsnorm}), make_batch("VRM")
+    losses = distiller(**batch, epoch=1)[1]
+    found = []
+    for network in (distiller.student, distiller.teacher):
+        views = [network(batch[f"image_{view}"])[1]["pooled_feat"] for view in ("weak", "strong")]
+        found.append(torch.stack([zs_norm(f) if zsnorm else f for f in views]).double())
+    student, teacher = found
+    beliefs = (student / 4).softmax(2)
+    shares = beliefs.mT / beliefs.mT.sum(2, keepdim=True)
+    rules = graphs.Rules()
+    isv = compare_graphs(student, teacher, beliefs, rules).loss
+    icv = compare_graphs(student.mT, teacher.mT, shares, rules).loss
+    torch.testing.assert_close(losses["loss_isv"].double(), 128 * isv, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses["loss_icv"].double(), 32 * icv, rtol=1e-5, atol=0)
+
+
+def test_features_of_different_widths():
+    student, teacher = (cifar_model_dict[name][0](num_classes=10) for name in ("resnet8", "resnet8x4"))
+    for kind in ("residual", "mlp"):
+        distiller = build_distiller(config("VRM", {"VRM.LOCATION": "pooled", "VRM.ADAPTOR": kind}), student, teacher)
+        assert distiller.adaptor(torch.zeros(2, 64)).shape == (2, 256)
+        loss = total(distiller.train(), make_batch("VRM"))
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert all(p.grad is not None for p in distiller.adaptor.parameters())
+    with pytest.raises(InputError, match=r"the student's features have 64 entries, the teacher's 256; set VRM\.ADAPTOR"):
+        build_distiller(config("VRM", {"VRM.LOCATION": "pooled", "VRM.ADAPTOR": "none"}), student, teacher)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"VRM.ADAPTOR": "linear"}, "VRM.ADAPTOR"),
-        ({"VRM.METRIC": "kl"}, "VRM.METRIC"),
+        ({"VRM.METRIC": "kl"}, "VRM.METRIC: no 'kl'"),
+        ({"VRM.GRAPH": "full"}, "VRM.GRAPH: no 'full'"),
+        ({"VRM.LOCATION": "features"}, "VRM.LOCATION: no 'features'"),
         ({"VRM.TEMPERATURE": 0.0}, "VRM.TEMPERATURE"),
+        ({"VRM.WARMUP": -1}, "VRM.WARMUP"),
+        ({"VRM.METRIC": "cosine", "VRM.RELATION": "gram"}, "VRM.METRIC cosine"),
+        ({"VRM.RELATION": "angle", "VRM.EDGE_NORM": False}, "VRM.RELATION angle"),
+        ({"VRM.LOCATION": "pooled", "VRM.VERTEX_WEIGHT": 1.0}, "VRM.VERTEX_WEIGHT compares predictions"),
     ],
 )
 def test_wrong_configurations(values, message):
     with pytest.raises(InputError, match=message):
         build("VRM", values)
+
+
+@pytest.mark.parametrize("values", [{"VRM.GRAPH": "raw"}, {"VRM.JOINT_FORWARD": True}])
+def test_one_view_refuses_what_speaks_of_two(values):
+    with pytest.raises(InputError, match="VRM_ONE_VIEW has one; leave it at"):
+        build("VRM_ONE_VIEW", values)
 
 
 def test_two_classes():

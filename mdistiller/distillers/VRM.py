@@ -64,14 +64,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32
+from mdistiller.functional import at_least_float32, zs_norm
 from mdistiller.functional.graphs import Comparison, Rules, compare_graphs, edge_uncertainty, in_working_precision
 from mdistiller.registry import InputError, suggestion
 
 from ._base import Distiller, register_distiller
+from ._common import last_linear, warmup
 from .KD import kd_loss
 
-__all__ = ["VRM", "VRMOneView", "edge_uncertainty", "vrm_loss", "zs_norm"]
+__all__ = ["VRM", "VRMOneView", "edge_uncertainty", "vrm_loss"]
 
 DEFAULTS = {
     "ALPHA": 128.0,  # weight of the inter-sample relations
@@ -173,14 +174,6 @@ def compare_classes(
     return compare_graphs(student.mT, teacher.mT, shares, rules)
 
 
-def zs_norm(logits: Tensor) -> Tensor:
-    """Each sample's logits with mean 0 and standard deviation 1 over the classes (ZSNorm, Sec. 3.7).
-
-    As in LSKD (Sun et al., arXiv:2403.01427), whose design it is: unbiased deviation, 1e-7 added to it.
-    """
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
-
-
 class Adaptor(nn.Module):
     """MLP on the student's logits or features, ``(B, D)`` to ``(B, D')``.
 
@@ -250,14 +243,11 @@ class VRM(Distiller):
         self.adaptor = make_adaptor(own.ADAPTOR, *widths)
 
     def _width(self, network: nn.Module) -> int | None:
-        """Entries of a vertex: the output or the input of the network's last linear layer, ``None`` without one.
-
-        A forward pass would tell too, but takes an input of the right size and disturbs BatchNorm and random states.
-        """
-        linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-        if not linear:
+        """Entries of a vertex: the output or the input of the network's last linear layer, ``None`` without one."""
+        linear = last_linear(network)
+        if linear is None:
             return None
-        return linear[-1].out_features if self.on_logits else linear[-1].in_features
+        return linear.out_features if self.on_logits else linear.in_features
 
     def forward_train(
         self, image_weak: Tensor, image_strong: Tensor, target: Tensor, epoch: int = 1, **kwargs: Any
@@ -300,7 +290,7 @@ class VRM(Distiller):
             if self.alpha or self.beta:
                 graphs = [self._graph(views) for views in (student, teacher)]
                 beliefs = graphs[0] if self.on_logits else self._graph([self._predict(z) for z in student])
-            rise = min(epoch / self.warmup, 1.0) if self.warmup else 1.0
+            rise = warmup(epoch, self.warmup)
             if self.alpha:
                 found = compare_samples(*graphs, self.rules, beliefs)
                 losses["loss_isv"] = rise * self.alpha * found.loss.to(student[0].dtype)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from method_cases import build, config, make_batch, total
 from torch.profiler import ProfilerActivity, profile
 
-from mdistiller.distillers.VRM import compare_samples, edge_uncertainty, stack_views, vrm_loss, zs_norm
+from mdistiller.distillers.VRM import compare_samples, edge_uncertainty, stack_views, vrm_loss
 from mdistiller.engine.build import build_distiller
-from mdistiller.functional import graphs
+from mdistiller.functional import graphs, zs_norm
 from mdistiller.functional.graphs import compare_graphs
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import InputError, distiller_dict
@@ -534,7 +534,7 @@ def test_features_of_different_widths():
         loss.backward()
         assert torch.isfinite(loss)
         assert all(p.grad is not None for p in distiller.adaptor.parameters())
-    with pytest.raises(InputError, match=r"the student's features have 64 entries, the teacher's 256; set VRM\.ADAPTOR"):
+    with pytest.raises(InputError, match="features have 64 entries, the teacher's 256; set"):
         build_distiller(config("VRM", {"VRM.LOCATION": "pooled", "VRM.ADAPTOR": "none"}), student, teacher)
 
 

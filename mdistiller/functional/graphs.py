@@ -261,9 +261,11 @@ def _sum_over_edges(
     """
     if not rules.edge_norm:
         return *_by_edges(vertices, ~dropped, rules, with_gradient), dropped
-    centred = vertices - vertices.mean((1, 2), keepdim=True)  # edges stay the same, smaller numbers cancel less
+    factor = rules.squared_factor if rules.relation == "difference" else None
     # In float64 an edge of 1e-3 times the mean length still has 9 digits; shorter ones are looked after.
     near = torch.empty_like(dropped) if vertices.dtype is torch.float32 or rules.edge_eps < 1e-3 else None
+    mean = vertices.mean((1, 2), keepdim=True)  # without it edges stay the same, and smaller numbers cancel less
+    centred = vertices.sub_(mean) if near is None and factor is not None else vertices - mean
     lengths, noise = _lengths(vertices, centred, near)
     mean = lengths.mean((1, 2), keepdim=True)
     has_edges = mean > noise
@@ -272,11 +274,9 @@ def _sum_over_edges(
         dropped = dropped | short[0] | short[1]
     if rules.relation == "angle":
         return *_by_angles(vertices, ~dropped, rules, with_gradient), dropped
-    factor = rules.squared_factor
     if factor is None:
         return *_by_edges(vertices, ~dropped, rules, with_gradient), dropped
     if near is None:
-        del vertices
         return *_by_products(centred, lengths, has_edges, dropped, factor, with_gradient), dropped
     total, gradient = _by_edges(vertices, near & ~dropped, rules, with_gradient)
     rest, of_rest = _by_products(centred, lengths, has_edges, near | dropped, factor, with_gradient)
@@ -289,7 +289,7 @@ def _lengths(vertices: Tensor, centred: Tensor, near: Tensor | None) -> tuple[Te
     Lengths come from the expanded squares and are at least ``ZERO``. Where ``near`` ``(N, N)`` is given, it is set to
     which edges are short enough to have lost digits, and those are computed from the differences.
     """
-    squares = centred.square().sum(3)
+    squares = torch.linalg.vector_norm(centred, dim=3).square_()
     both = squares[:, 0, :, None] + squares[:, 1, None]
     x, y = centred.unbind(1)
     zero = ZERO[both.dtype]
@@ -320,7 +320,7 @@ def _by_products(
     p = inverse[1].mul_(inverse[0]).masked_fill_(dropped, 0).mul_(has_edges.all())
     c = inner_x[:, None] + inner_y
     c = c.addmm_(x_s, y_t.T, alpha=-1).addmm_(x_t, y_s.T, alpha=-1).mul_(p)
-    total = factor * (_count_kept(dropped) * has_edges.sum() - 2 * c.sum()).clamp_min(0)
+    total = (_count_kept(dropped) * has_edges.sum() - 2 * c.sum()).clamp_min(0).mul_(factor)
     if not with_gradient:
         return total, None
     q = inverse[0].square_().mul_(c)

@@ -240,7 +240,8 @@ class VRM(Distiller):
                 f"VRM.ZSNORM: with {widths[0]} classes ZSNorm leaves nothing of a prediction but which class is "
                 "ahead; set VRM.ZSNORM False"
             )
-        self.adaptor = make_adaptor(own.ADAPTOR, *widths)
+        compares = bool(self.alpha or self.beta or self.vertex_weight)  # else nothing would train an adaptor
+        self.adaptor = make_adaptor(own.ADAPTOR, *widths) if compares else nn.Identity()
 
     def _width(self, network: nn.Module) -> int | None:
         """Entries of a vertex: the output or the input of the network's last linear layer, ``None`` without one."""

@@ -27,6 +27,7 @@ from mdistiller.models import cifar_model_dict, imagenet_model_dict, tiny_imagen
 TINY = "DATASET.TRAIN_PER_CLASS 4 SOLVER.BATCH_SIZE 20 SOLVER.EPOCHS 2 LOG.EVAL_FREQ 1 SOLVER.DEVICE cpu"
 PLAIN = f"--cfg configs/digits/vanilla/res8.yaml {TINY}"
 KD = f"--cfg configs/digits/kd/res20_res8.yaml {TINY} DISTILLER.TEACHER resnet8"
+VRM = f"--cfg configs/digits/vrm/res20_res8.yaml {TINY} DISTILLER.TEACHER resnet14 DISTILLER.TEACHER_CKPT resnet14"
 FIRST = Path("output/digits/first")
 
 PLAN = "TITLE: a\nOUTPUT: output/a\nSEEDS: [0]\nPAIRS: {p: }\n"
@@ -150,6 +151,8 @@ REFUSED = [
     ("train", "SOLVER.LR_SCHEDULE cos", "SOLVER.LR_SCHEDULE: no schedule named 'cos'; closest: cosine"),
     ("train", "SOLVER.AMP fp8", "SOLVER.AMP: no precision named 'fp8'; closest: fp16"),
     ("train", "SOLVER.TRAINER bass", "SOLVER.TRAINER: no trainer named 'bass'; closest: base"),
+    ("train", "SOLVER.LR_RULE root", "SOLVER.LR_RULE: no rule named 'root'; closest: sqrt"),
+    ("train", "DATASET.VIEW_STRONG medium", "DATASET.VIEW_STRONG: data set cifar100 has no recipe 'medium'", "strong"),
     ("train", "LOG.PROGRESS bar", "LOG.PROGRESS: no choice named 'bar'; known: auto, off, on"),
     # values
     ("train", "SOLVER.LR -1", "SOLVER.LR must be above 0, got -1"),
@@ -169,6 +172,10 @@ REFUSED = [
     ("train", f"{PLAIN} DATASET.RANDOM_ERASING 2", "DATASET.RANDOM_ERASING must be from 0 to 1, got 2"),
     ("train", f"{KD} DISTILLER.TYPE MDR DATASET.MIXUP_ALPHA 1", "DATASET.MIXUP_ALPHA 1.0: labels become shares",
      "method MDR reads class numbers; methods that take shares: DCD, DIST"),
+    ("train", f"{VRM} VRM.METRIC cosine VRM.RELATION gram", "VRM.METRIC cosine compares unit edges", "choose mse"),
+    ("train", f"{VRM} VRM.RELATION angle VRM.EDGE_NORM False", "VRM.RELATION angle", "EDGE_NORM must be True"),
+    ("train", f"{VRM} VRM.LOCATION pooled VRM.VERTEX_WEIGHT 1", "VRM.VERTEX_WEIGHT compares predictions", "logits"),
+    ("train", f"{VRM} DISTILLER.TYPE VRM_ONE_VIEW VRM.GRAPH raw", "VRM.GRAPH raw speaks of two views", "TYPE VRM"),
     # data
     ("train", f"{PLAIN} SOLVER.BATCH_SIZE 1", "BatchNorm", "SOLVER.BATCH_SIZE, at least 2"),
     ("train", f"{PLAIN} SOLVER.BATCH_SIZE 39", "the last batch of an epoch holds a single image (40 training images",

@@ -12,7 +12,7 @@ from mdistiller.registry import InputError, dataset_dict, distiller_dict
 
 from .augment import ColorJitter, RandomErasing
 from .base import DataSet, Split
-from .fields import batch_fields, views_of, wants_negatives
+from .fields import batch_fields, chosen_recipes, views_of, wants_negatives
 from .loader import BatchedImages, Loader
 from .mixing import LabelMixing
 from .negatives import negatives_from
@@ -79,8 +79,8 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
             ``auto`` means that on a GPU, and anywhere with ``DATASET.NUM_WORKERS`` 0.
 
     Raises:
-        InputError: see :func:`load_splits`, :func:`batch_fields` and :func:`views_of`; or no batch is left; or the
-            images do not fit into the device's memory.
+        InputError: see :func:`load_splits`, :func:`batch_fields`, :func:`chosen_recipes` and :func:`views_of`; or no
+            batch is left; or the images do not fit into the device's memory.
     """
     dataset = dataset_dict[cfg.DATASET.TYPE]
     method, seed = distiller_dict[cfg.DISTILLER.TYPE], cfg.EXPERIMENT.SEED
@@ -132,7 +132,7 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
 def training_views(cfg: Any, method: type) -> dict[str, tuple[str, View]]:
     """For each image field that a method asks for, name and recipe of its view.
 
-    The data set's weak view is followed by what ``DATASET.COLOR_JITTER``, ``RANDAUGMENT`` and ``RANDOM_ERASING`` ask
+    The weak view's recipe (:func:`chosen_recipes`) is followed by what ``DATASET.COLOR_JITTER``, ``RANDAUGMENT`` and ``RANDOM_ERASING`` ask
     for, in this order; other views are the methods' own and stay as they are.
 
     Raises:
@@ -145,7 +145,8 @@ def training_views(cfg: Any, method: type) -> dict[str, tuple[str, View]]:
         added += (RandAugment(keys.RANDAUGMENT),)
     if keys.RANDOM_ERASING:
         added += (RandomErasing(keys.RANDOM_ERASING),)
-    views = views_of(batch_fields(method), dataset_dict[cfg.DATASET.TYPE])
+    dataset = dataset_dict[cfg.DATASET.TYPE]
+    views = views_of(batch_fields(method), dataset, chosen_recipes(cfg, dataset))
     return {field: (name, (*view, *added) if name == "weak" else view) for field, (name, view) in views.items()}
 
 

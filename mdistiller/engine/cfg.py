@@ -15,12 +15,14 @@ from typing import Any
 
 from mdistiller.dataset import dataset_dict
 from mdistiller.dataset.build import LOADERS
+from mdistiller.dataset.fields import chosen_recipes
 from mdistiller.distillers import distiller_dict
 from mdistiller.plugins import load_methods, method_file
 from mdistiller.registry import InputError, suggestion
 
 from .build import needs_teacher
 from .config_node import ConfigNode as CN
+from .solver import LR_RULES
 from .trainer import trainer_dict
 from .utils import log_msg
 
@@ -84,6 +86,9 @@ CFG.DATASET.DOWNLOAD = True  # fetch what is missing, where the data set can be 
 CFG.DATASET.IMAGE_SIZE = 0  # pixels a side; 0: the data set's own
 CFG.DATASET.LOADER = "auto"  # where batches are made: device: where the networks run; workers: on the CPU
 CFG.DATASET.NUM_WORKERS = 2  # processes of LOADER workers; LOADER auto: device on a GPU or where this is 0
+CFG.DATASET.VIEW_WEAK = "weak"  # recipe of the weak view, image and image_weak: strong, or another of the data set's
+CFG.DATASET.VIEW_STRONG = "strong"  # recipe of the strong view, image_strong; views differ even if recipes do not
+CFG.DATASET.RANDAUGMENT_N = 2  # RandAugment's operations in the strong recipe
 CFG.DATASET.TRAIN_FRACTION = 1.0  # share of the training images that is used, the same of each class
 CFG.DATASET.TRAIN_PER_CLASS = 0  # or: this many of each class; 0: all
 CFG.DATASET.VAL_FRACTION = 0.0  # share of the training images held out to pick the best epoch on
@@ -114,6 +119,8 @@ CFG.SOLVER.DROP_LAST = False  # leave out the last batch of an epoch where it is
 CFG.SOLVER.EPOCHS = 240
 CFG.SOLVER.TYPE = "SGD"  # SGD, AdamW, RMSProp
 CFG.SOLVER.LR = 0.05
+CFG.SOLVER.LR_RULE = "none"  # linear, sqrt: rates grow so with BATCH_SIZE / LR_BATCH_SIZE
+CFG.SOLVER.LR_BATCH_SIZE = 64  # the batch size that LR, WARMUP_LR and LR_MIN are meant for; LR_RULE none: any
 CFG.SOLVER.MOMENTUM = 0.9  # SGD, RMSProp
 CFG.SOLVER.NESTEROV = False  # SGD
 CFG.SOLVER.BETAS = (0.9, 0.999)  # AdamW
@@ -265,9 +272,13 @@ def check_config(cfg: CN) -> None:
     _one_of(cfg, "SOLVER.TRAINER", trainer_dict, "trainer")
     _one_of(cfg, "SOLVER.TYPE", OPTIMIZERS, "optimiser")
     _one_of(cfg, "SOLVER.LR_SCHEDULE", SCHEDULES, "schedule")
+    _one_of(cfg, "SOLVER.LR_RULE", LR_RULES, "rule")
     _one_of(cfg, "SOLVER.AMP", PRECISIONS, "precision")
     _one_of(cfg, "LOG.PROGRESS", ("auto", "on", "off"), "choice")
-    positive = ("SOLVER.BATCH_SIZE", "SOLVER.EPOCHS", "DATASET.TEST.BATCH_SIZE", "LOG.EVAL_FREQ", "LOG.MEAN_OF_LAST")
+    positive = (
+        "SOLVER.BATCH_SIZE", "SOLVER.LR_BATCH_SIZE", "SOLVER.EPOCHS", "DATASET.TEST.BATCH_SIZE",
+        "LOG.EVAL_FREQ", "LOG.MEAN_OF_LAST",
+    )  # fmt: skip
     _each(cfg, positive, lambda v: v >= 1, "at least 1")
     _each(
         cfg,
@@ -277,7 +288,7 @@ def check_config(cfg: CN) -> None:
     )
     not_negative = (
         "SOLVER.WEIGHT_DECAY", "SOLVER.LR_MIN", "SOLVER.WARMUP_EPOCHS", "SOLVER.WARMUP_LR",
-        "DATASET.NUM_WORKERS", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_PER_CLASS",
+        "DATASET.NUM_WORKERS", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_PER_CLASS", "DATASET.RANDAUGMENT_N",
         "LOG.SAVE_CHECKPOINT_FREQ", "LOG.SAVE_EVERY_STEPS", "LOG.SAVE_EVERY_MINUTES", "LOG.TENSORBOARD_FREQ",
         "DISTILLER.ADD_KD", "DATASET.RANDAUGMENT", "DATASET.MIXUP_ALPHA", "DATASET.CUTMIX_ALPHA",
     )  # fmt: skip
@@ -294,6 +305,7 @@ def check_config(cfg: CN) -> None:
     _each(cfg, below_one, lambda v: 0 <= v < 1, "0 or more and below 1")
     _each(cfg, ("EXPERIMENT.SEED",), lambda v: 0 <= v < 2**63, "from 0 to 2^63 - 1")
     _each(cfg, ("SOLVER.BETAS",), lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1")
+    chosen_recipes(cfg, dataset_dict[cfg.DATASET.TYPE])
     if not (cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG):
         raise InputError("EXPERIMENT.NAME and EXPERIMENT.TAG are both empty; one must name the run")
     if ".." in PurePath(experiment_name(cfg)).parts:

@@ -19,6 +19,7 @@ from mdistiller.plugins import load_methods, method_file
 from mdistiller.registry import InputError, suggestion
 
 from .config_node import ConfigNode as CN
+from .parallel import BATCH_NORMS
 from .trainer import trainer_dict
 from .utils import log_msg
 
@@ -81,12 +82,14 @@ CFG.DATASET.ROOT = "./data"
 CFG.DATASET.DOWNLOAD = True  # fetch what is missing, where the data set can be fetched
 CFG.DATASET.IMAGE_SIZE = 0  # pixels a side; 0: the data set's own
 CFG.DATASET.LOADER = "auto"  # where batches are made: device: where the networks run; workers: on the CPU
-CFG.DATASET.NUM_WORKERS = 2  # processes of LOADER workers; LOADER auto: device on a GPU or where this is 0
+CFG.DATASET.NUM_WORKERS = (
+    2  # processes of LOADER workers, for each process that trains; LOADER auto: device on a GPU or where this is 0
+)
 CFG.DATASET.TRAIN_FRACTION = 1.0  # share of the training images that is used, the same of each class
 CFG.DATASET.TRAIN_PER_CLASS = 0  # or: this many of each class; 0: all
 CFG.DATASET.VAL_FRACTION = 0.0  # share of the training images held out to pick the best epoch on
 CFG.DATASET.TEST = CN()
-CFG.DATASET.TEST.BATCH_SIZE = 64
+CFG.DATASET.TEST.BATCH_SIZE = 64  # of each process, where several train
 
 CFG.DISTILLER = CN()
 CFG.DISTILLER.TYPE = "NONE"  # plain training
@@ -97,7 +100,9 @@ CFG.DISTILLER.PLUGINS = []  # method files from elsewhere, as paths; see mdistil
 
 CFG.SOLVER = CN()
 CFG.SOLVER.TRAINER = "base"
-CFG.SOLVER.BATCH_SIZE = 64
+CFG.SOLVER.BATCH_SIZE = 64  # of all processes together, where several train; LR belongs to it
+CFG.SOLVER.GATHER = False  # several processes: the method sees the batch of all, not only its own images
+CFG.SOLVER.BATCH_NORM = "local"  # several processes: statistics of the own images (local) or of all (sync)
 CFG.SOLVER.DROP_LAST = False  # leave out the last batch of an epoch where it is smaller
 CFG.SOLVER.EPOCHS = 240
 CFG.SOLVER.TYPE = "SGD"  # SGD, AdamW, RMSProp
@@ -207,6 +212,7 @@ def check_config(cfg: CN) -> None:
     _one_of(cfg, "SOLVER.TYPE", OPTIMIZERS, "optimiser")
     _one_of(cfg, "SOLVER.LR_SCHEDULE", SCHEDULES, "schedule")
     _one_of(cfg, "SOLVER.AMP", PRECISIONS, "precision")
+    _one_of(cfg, "SOLVER.BATCH_NORM", BATCH_NORMS, "choice")
     _one_of(cfg, "LOG.PROGRESS", ("auto", "on", "off"), "choice")
     positive = ("SOLVER.BATCH_SIZE", "SOLVER.EPOCHS", "DATASET.TEST.BATCH_SIZE", "LOG.EVAL_FREQ", "LOG.MEAN_OF_LAST")
     _each(cfg, positive, lambda v: v >= 1, "at least 1")

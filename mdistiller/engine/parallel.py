@@ -1,0 +1,378 @@
+"""The distiller as several processes train it together.
+
+Each process computes the losses of its share of the batch, and DistributedDataParallel averages the gradients. Losses
+that are means over images then have the gradient of the global batch; where the last batch of an epoch does not divide
+evenly, each process's losses are weighted by its share.
+
+Losses that relate images to each other see the process's own images only, unless ``SOLVER.GATHER`` is on. Then every
+process's images are gathered, the method gets the global batch, and only the networks' work is shared: what a method
+gives to its student or teacher is cut down to the process's images before, and what comes out is made whole after. So
+the method computes what it would compute in one process, whatever it is, on equal numbers in all processes: losses,
+memories of earlier batches, BatchNorm in its adapters. What that costs: the images and the logits travel, of the
+features those that the method looks at, and what the method computes on top of the networks is computed by each
+process. It cannot take gradients with respect to images.
+
+``SOLVER.BATCH_NORM`` says whether BatchNorm takes its statistics from the process's own images (``local``) or from
+those of all processes (``sync``).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from mdistiller.functional import at_least_float32
+from mdistiller.functional.gather import batch_of_processes, gather_rows
+
+from . import distributed
+from .utils import log_msg
+
+BATCH_NORMS = ("local", "sync")  # what SOLVER.BATCH_NORM takes
+# What DistributedDataParallel's option of that meaning is called; newer versions of torch have renamed it.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+KEEP_BUFFERS = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+
+
+def shares(images: int, processes: int) -> list[int]:
+    """How many of a batch's images each process gets: equally many, the first ones one more where they don't divide."""
+    return [len(part) for part in torch.arange(images).tensor_split(processes)]
+
+
+class Parallel:
+    """Runs and reduces a distiller's training steps; in one process, nothing but the distiller.
+
+    Args:
+        distiller: on its device. All processes get the first one's weights.
+        gather: ``SOLVER.GATHER``.
+        batch_norm: ``SOLVER.BATCH_NORM``.
+    """
+
+    def __init__(self, distiller: nn.Module, gather: bool, batch_norm: str) -> None:
+        self.distiller = distiller
+        self.gather = gather
+        self.world = distributed.world_size()
+        self.wrapper: DistributedDataParallel | None = None
+        self.weight = 1.0
+        if self.world == 1:
+            return
+        if batch_norm == "sync":
+            # With SOLVER.GATHER, what stands behind the networks sees the global batch in every process.
+            synchronize_batch_norm(distiller.student if gather else distiller)
+        self.local_batch_norm = batch_norm == "local"
+        self.replica = Replica(distiller, gather)
+        self.leaves_unused = self.first_step = False
+        self._wrap()
+
+    def _wrap(self) -> None:
+        # One that searches for parameters without gradient walks through the graph of every step, and says so if it
+        # finds none.
+        self.wrapper = DistributedDataParallel(self.replica, find_unused_parameters=self.leaves_unused, **KEEP_BUFFERS)
+
+    def begin_epoch(self) -> None:
+        """The next step finds out which parameters the method uses now: terms may come and go with the epochs."""
+        self.first_step = self.world > 1
+
+    def __call__(self, given: dict[str, Any], images: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The method's ``forward_train``: logits of the process's own images, and the losses.
+
+        Args:
+            given: what of the batch the method takes, the process's share.
+            images: in the batch of all processes.
+        """
+        if self.wrapper is None:
+            return self.distiller(**given)
+        counts = shares(images, self.world)
+        self.weight = 1.0 if self.gather else self.world * counts[distributed.rank()] / images
+        with self.wrapper.no_sync() if self.first_step else nullcontext():
+            return self.wrapper(counts, given)
+
+    def weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses as this process is to minimise them, so that the mean over processes is that of the batch."""
+        return losses if self.weight == 1 else {name: self.weight * loss for name, loss in losses.items()}
+
+    def after_backward(self) -> None:
+        """Average what DistributedDataParallel has not averaged: the gradients of an epoch's first step."""
+        if not self.first_step:
+            return
+        self.first_step = False
+        if average_gradients(self.distiller) and not self.leaves_unused:
+            self.leaves_unused = True
+            self.wrapper = None  # takes its hooks off the parameters, before the next one puts its own on
+            self._wrap()
+
+    def average_statistics(self, *modules: nn.Module) -> None:
+        """Give all processes the mean of their BatchNorm statistics, in the distiller and in ``modules``.
+
+        The running statistics are linear in those of the batches, so it does not matter how often this is done.
+        """
+        if self.world == 1 or not self.local_batch_norm:
+            return
+        teacher = getattr(self.distiller, "teacher", None)
+        fixed = set() if teacher is None else set(teacher.modules())
+        for part in (self.distiller, *modules):
+            for module in part.modules():
+                if isinstance(module, _BatchNorm) and module not in fixed and module.running_mean is not None:
+                    for statistic in (module.running_mean, module.running_var):
+                        dist.all_reduce(statistic)
+                        statistic /= self.world
+
+    def warn_of_differing_buffers(self) -> None:
+        """Say so if a method keeps something, such as a memory of features, that each process fills differently."""
+        teacher = getattr(self.distiller, "teacher", None)
+        fixed = set() if teacher is None else {id(buffer) for buffer in teacher.buffers()}
+        buffers = {name: b for name, b in self.distiller.named_buffers() if b.numel() and id(b) not in fixed}
+        if self.world == 1 or not buffers:
+            return
+        sums = torch.stack([buffer.detach().double().sum().cpu() for buffer in buffers.values()])
+        low, high = -_highest(-sums), _highest(sums)
+        differing = [name for name, same in zip(buffers, (low == high).tolist(), strict=True) if not same]
+        if differing:
+            print(
+                log_msg(
+                    f"WARNING: processes do not agree on {', '.join(differing[:4])}, which the method fills from the "
+                    "images that it sees; what is saved is the first process's. With SOLVER.GATHER True every "
+                    "process sees all images of the batch",
+                    "INFO",
+                ),
+                flush=True,
+            )
+
+
+def _highest(values: Tensor) -> Tensor:
+    values = values.clone()
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
+@torch.no_grad()
+def average_gradients(module: nn.Module) -> bool:
+    """Replace every gradient by the mean over processes; one that a process lacks counts as zero there.
+
+    Returns:
+        Whether a process lacked any.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    found = distributed.total(torch.tensor([p.grad is not None for p in parameters]).long())
+    groups: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
+    for parameter, processes in zip(parameters, found.tolist(), strict=True):
+        if processes:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    for group in groups.values():
+        flat = torch.cat([p.grad.reshape(-1) for p in group])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for parameter, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
+    return bool((found < dist.get_world_size()).any())
+
+
+class Replica(nn.Module):
+    """The distiller's training pass in one process, with its share of the batch; see the top of the file.
+
+    Args:
+        distiller: the method.
+        gather: let it see the batch of all processes.
+    """
+
+    def __init__(self, distiller: nn.Module, gather: bool) -> None:
+        super().__init__()
+        self.distiller = distiller
+        self.gather = gather
+        self.counts: list[int] | None = None  # of the batch under way, where it is gathered
+        self.calls: list[_Rows | None] = []  # of networks, under way
+        if gather:
+            for network in (distiller.student, getattr(distiller, "teacher", None)):
+                if network is not None:
+                    network.register_forward_pre_hook(self._cut_down, with_kwargs=True)
+                    network.register_forward_hook(self._make_whole)
+
+    def forward(self, counts: list[int], given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        own = counts[distributed.rank()]
+        if self.gather:
+            given = {
+                name: gather_rows(value, counts) if _has_rows(value, own) else value for name, value in given.items()
+            }
+            self.counts = counts
+        try:
+            with batch_of_processes(counts, gathered=self.gather):
+                logits, losses = self.distiller(**given)
+        finally:
+            self.counts = None
+            self.calls.clear()
+        if self.gather:
+            logits = logits.split(counts)[distributed.rank()]
+        return logits.detach(), losses  # or the search for unused parameters would count what only logits use
+
+    def _cut_down(self, network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        """Before a network's pass: of its input the rows of this process's images."""
+        if self.counts is None:
+            return None
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+        count = len(tensors[0]) if tensors else 0
+        # Something else than views of the batch's images: each process computes all of it.
+        rows = None if not count or count % sum(self.counts) else _Rows(count, self.counts)
+        self.calls.append(rows)
+        if rows is None:
+            return None
+
+        def cut(value: Any) -> Any:
+            return rows.of_this_process(value) if _has_rows(value, count) else value
+
+        return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
+
+    def _make_whole(self, network: nn.Module, args: tuple, output: Any) -> Any:
+        """After it: the rows of all processes."""
+        if self.counts is None:
+            return None
+        rows = self.calls.pop()
+        return None if rows is None else _whole(output, rows)
+
+
+def _has_rows(value: Any, count: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
+
+
+class _Rows:
+    """Which rows of ``(count, ...)`` belong to which process: those of views of its images.
+
+    A method may put several views into one pass, one after the other: ``count`` is a multiple of the batch then.
+    """
+
+    def __init__(self, count: int, counts: Sequence[int]) -> None:
+        batch, self.views = sum(counts), count // sum(counts)
+        self.rank = distributed.rank()
+        parts = torch.arange(count).view(self.views, batch).split(list(counts), dim=1)
+        self.rows = [part.flatten() for part in parts]
+        self.counts = [len(part) for part in self.rows]
+
+    def of_this_process(self, tensor: Tensor) -> Tensor:
+        if self.views == 1:
+            return tensor.split(self.counts)[self.rank]
+        return tensor[self.rows[self.rank].to(tensor.device)]
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        if not _has_rows(tensor, self.counts[self.rank]):
+            return tensor
+        with torch.set_grad_enabled(tensor.requires_grad):  # features may be looked at later, within no_grad
+            gathered = gather_rows(tensor, self.counts, same_losses=True)
+            if self.views == 1:
+                return gathered
+            return gathered[torch.cat(self.rows).argsort().to(tensor.device)]
+
+
+def _whole(output: Any, rows: _Rows) -> Any:
+    """A network's output of all processes: logits at once, of features what is looked at."""
+    if isinstance(output, Tensor):
+        return rows.whole(output)
+    if isinstance(output, tuple):
+        return tuple(_whole(part, rows) for part in output)
+    if isinstance(output, Mapping):
+        return _Features(output, rows)
+    if isinstance(output, list):
+        return _Maps(output, rows)
+    return output
+
+
+class _Features(Mapping):
+    """A network's features, each gathered when it is asked for."""
+
+    def __init__(self, own: Mapping[str, Any], rows: _Rows) -> None:
+        self.own, self.rows = own, rows
+        self.gathered: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.gathered:
+            self.gathered[key] = _whole(self.own[key], self.rows)
+        return self.gathered[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.own)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+
+class _Maps(Sequence):
+    """A list of feature maps, each gathered when it is asked for. A slice of it is a plain list."""
+
+    def __init__(self, own: list[Any], rows: _Rows) -> None:
+        self.own, self.rows = own, rows
+        self.gathered: dict[int, Any] = {}
+
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        number = range(len(self))[place]
+        if number not in self.gathered:
+            self.gathered[number] = _whole(self.own[number], self.rows)
+        return self.gathered[number]
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+
+def synchronize_batch_norm(module: nn.Module) -> None:
+    """Let every BatchNorm outside the teacher take its statistics from all processes. Names and weights stay."""
+    teacher = getattr(module, "teacher", None)
+    fixed = set() if teacher is None else set(teacher.modules())
+    for module in module.modules():
+        if isinstance(module, _BatchNorm) and module not in fixed:
+            module.__class__ = SyncBatchNorm  # in place: a method may hold the module itself
+            module.process_group = None
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """Torch's, which is for GPUs, and the same on the CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.is_cuda:
+            return super().forward(input)
+        if not self.training or distributed.world_size() == 1:
+            return _BatchNorm.forward(self, input)
+        given, input = input, at_least_float32(input)
+        dims = [0, *range(2, input.ndim)]
+        count = torch.tensor([float(input.numel() // input.shape[1])], dtype=input.dtype)
+        sums = _sum_over_processes(torch.cat([input.sum(dims), count]))
+        mean = sums[:-1] / sums[-1]
+        centred = input - _as_channels(mean, input)
+        squares = _sum_over_processes(centred.square().sum(dims))
+        variance, n = squares / sums[-1], float(sums[-1])
+        if self.track_running_stats:
+            self.num_batches_tracked += 1
+            share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), share)
+            self.running_var.lerp_((squares.detach() / max(n - 1, 1)).to(self.running_var.dtype), share)
+        output = centred * _as_channels((variance + self.eps).rsqrt(), input)
+        if self.affine:
+            output = output * _as_channels(self.weight, input) + _as_channels(self.bias, input)
+        return output.to(given.dtype)
+
+
+def _as_channels(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(1, -1, *[1] * (like.ndim - 2))
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes; a process's gradient is the sum of all processes' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return distributed.total(tensor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return distributed.total(gradient.contiguous())
+
+
+_sum_over_processes = _Sum.apply

@@ -82,9 +82,7 @@ CFG.DATASET.ROOT = "./data"
 CFG.DATASET.DOWNLOAD = True  # fetch what is missing, where the data set can be fetched
 CFG.DATASET.IMAGE_SIZE = 0  # pixels a side; 0: the data set's own
 CFG.DATASET.LOADER = "auto"  # where batches are made: device: where the networks run; workers: on the CPU
-CFG.DATASET.NUM_WORKERS = (
-    2  # processes of LOADER workers, for each process that trains; LOADER auto: device on a GPU or where this is 0
-)
+CFG.DATASET.NUM_WORKERS = 2  # processes of LOADER workers; LOADER auto: device on a GPU or where this is 0
 CFG.DATASET.TRAIN_FRACTION = 1.0  # share of the training images that is used, the same of each class
 CFG.DATASET.TRAIN_PER_CLASS = 0  # or: this many of each class; 0: all
 CFG.DATASET.VAL_FRACTION = 0.0  # share of the training images held out to pick the best epoch on

@@ -16,7 +16,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -131,6 +131,11 @@ class Poll:
         (work, tensor), self._asked = self._asked, None
         work.wait()
         return int(tensor)
+
+    def close(self) -> None:
+        """Ask nothing more; other processes may be dead."""
+        with suppress(RuntimeError):
+            self.answer()
 
 
 def total(tensor: Tensor) -> Tensor:

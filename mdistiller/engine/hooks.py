@@ -514,6 +514,9 @@ class Checkpoints(Hook):
         distributed.first(save)
         self.save_latest()  # last: all that it says has happened is on the disk then
 
+    def close(self) -> None:
+        self.due.close()
+
 
 class StopSignals(Hook):
     """SIGTERM and SIGINT: finish the step, save, leave; within an evaluation, after the batch. The second one kills.
@@ -568,8 +571,7 @@ class StopSignals(Hook):
     def close(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        with contextlib.suppress(RuntimeError):  # others may be dead
-            self.anyone.answer()
+        self.anyone.close()
 
 
 class SameBuffers(Hook):

@@ -115,8 +115,7 @@ class Parallel:
         """
         if self.world == 1 or not self.local_batch_norm:
             return
-        teacher = getattr(self.distiller, "teacher", None)
-        fixed = set() if teacher is None else set(teacher.modules())
+        fixed = _modules_of_teacher(self.distiller)
         for part in (self.distiller, *modules):
             for module in part.modules():
                 if isinstance(module, _BatchNorm) and module not in fixed and module.running_mean is not None:
@@ -126,10 +125,12 @@ class Parallel:
 
     def warn_of_differing_buffers(self) -> None:
         """Say so if a method keeps something, such as a memory of features, that each process fills differently."""
+        if self.world == 1:
+            return
         teacher = getattr(self.distiller, "teacher", None)
         fixed = set() if teacher is None else {id(buffer) for buffer in teacher.buffers()}
         buffers = {name: b for name, b in self.distiller.named_buffers() if b.numel() and id(b) not in fixed}
-        if self.world == 1 or not buffers:
+        if not buffers:
             return
         sums = torch.stack([buffer.detach().double().sum().cpu() for buffer in buffers.values()])
         low, high = -_highest(-sums), _highest(sums)
@@ -188,35 +189,32 @@ class Replica(nn.Module):
         super().__init__()
         self.distiller = distiller
         self.gather = gather
-        self.counts: list[int] | None = None  # of the batch under way, where it is gathered
+        self.counts: list[int] = []  # of the batch under way
         self.calls: list[_Rows | None] = []  # of networks, under way
-        if gather:
-            for network in (distiller.student, getattr(distiller, "teacher", None)):
-                if network is not None:
-                    network.register_forward_pre_hook(self._cut_down, with_kwargs=True)
-                    network.register_forward_hook(self._make_whole)
 
     def forward(self, counts: list[int], given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        own = counts[distributed.rank()]
-        if self.gather:
-            given = {
-                name: gather_rows(value, counts) if _has_rows(value, own) else value for name, value in given.items()
-            }
-            self.counts = counts
-        try:
-            with batch_of_processes(counts, gathered=self.gather):
-                logits, losses = self.distiller(**given)
-        finally:
-            self.counts = None
-            self.calls.clear()
-        if self.gather:
-            logits = logits.split(counts)[distributed.rank()]
+        with batch_of_processes(counts, gathered=self.gather):
+            logits, losses = self._whole_batch(counts, given) if self.gather else self.distiller(**given)
         return logits.detach(), losses  # or the search for unused parameters would count what only logits use
+
+    def _whole_batch(self, counts: list[int], given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        own = counts[distributed.rank()]
+        whole = {name: gather_rows(value, counts) if _has_rows(value, own) else value for name, value in given.items()}
+        self.counts = counts
+        handles = []  # for the pass alone: a copy of a network, such as the moving average, must not inherit them
+        for network in filter(None, (self.distiller.student, getattr(self.distiller, "teacher", None))):
+            handles.append(network.register_forward_pre_hook(self._cut_down, with_kwargs=True))
+            handles.append(network.register_forward_hook(self._make_whole))
+        try:
+            logits, losses = self.distiller(**whole)
+        finally:
+            self.calls.clear()
+            for handle in handles:
+                handle.remove()
+        return logits.split(counts)[distributed.rank()], losses
 
     def _cut_down(self, network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Before a network's pass: of its input the rows of this process's images."""
-        if self.counts is None:
-            return None
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
         count = len(tensors[0]) if tensors else 0
         # Something else than views of the batch's images: each process computes all of it.
@@ -232,8 +230,6 @@ class Replica(nn.Module):
 
     def _make_whole(self, network: nn.Module, args: tuple, output: Any) -> Any:
         """After it: the rows of all processes."""
-        if self.counts is None:
-            return None
         rows = self.calls.pop()
         return None if rows is None else _whole(output, rows)
 
@@ -321,24 +317,30 @@ class _Maps(Sequence):
         return len(self.own)
 
 
-def synchronize_batch_norm(module: nn.Module) -> None:
-    """Let every BatchNorm outside the teacher take its statistics from all processes. Names and weights stay."""
-    teacher = getattr(module, "teacher", None)
-    fixed = set() if teacher is None else set(teacher.modules())
-    for module in module.modules():
+def synchronize_batch_norm(part: nn.Module) -> None:
+    """Let every BatchNorm outside a teacher take its statistics from all processes. Names and weights stay."""
+    fixed = _modules_of_teacher(part)
+    for module in part.modules():
         if isinstance(module, _BatchNorm) and module not in fixed:
-            module.__class__ = SyncBatchNorm  # in place: a method may hold the module itself
+            on_gpu = module.running_mean is not None and module.running_mean.is_cuda
+            module.__class__ = nn.SyncBatchNorm if on_gpu else SyncBatchNorm  # in place: a method may hold it
             module.process_group = None
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """Torch's, which is for GPUs, and the same on the CPU."""
+def _modules_of_teacher(part: nn.Module) -> set[nn.Module]:
+    teacher = getattr(part, "teacher", None)
+    return set() if teacher is None else set(teacher.modules())
+
+
+class SyncBatchNorm(_BatchNorm):
+    """``nn.SyncBatchNorm``, which is for GPUs, on the CPU."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any dimension: it stands in for all kinds of BatchNorm."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_cuda:
-            return super().forward(input)
         if not self.training or distributed.world_size() == 1:
-            return _BatchNorm.forward(self, input)
+            return super().forward(input)
         given, input = input, at_least_float32(input)
         dims = [0, *range(2, input.ndim)]
         count = torch.tensor([float(input.numel() // input.shape[1])], dtype=input.dtype)
@@ -346,12 +348,13 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         mean = sums[:-1] / sums[-1]
         centred = input - _as_channels(mean, input)
         squares = _sum_over_processes(centred.square().sum(dims))
-        variance, n = squares / sums[-1], float(sums[-1])
+        variance = squares / sums[-1]
         if self.track_running_stats:
             self.num_batches_tracked += 1
             share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), share)
-            self.running_var.lerp_((squares.detach() / max(n - 1, 1)).to(self.running_var.dtype), share)
+            unbiased = squares.detach() / (sums[-1].detach() - 1).clamp(min=1)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
         output = centred * _as_channels((variance + self.eps).rsqrt(), input)
         if self.affine:
             output = output * _as_channels(self.weight, input) + _as_channels(self.bias, input)

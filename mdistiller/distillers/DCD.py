@@ -39,6 +39,7 @@ from mdistiller.functional.gather import gather_with_gradient
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
+from ._common import pooled_width
 from .KD import kd_loss
 
 DEFAULTS = {
@@ -159,11 +160,3 @@ class DCD(Distiller):
         tau = bounded_scale(self.theta, self.max_tau)
         self.monitors = {"tau": tau.detach()}
         return tau
-
-
-def pooled_width(network: nn.Module, role: str) -> int:
-    """The width of ``pooled_feat``: what the network's last linear layer, its classifier, reads."""
-    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise InputError(f"DCD reads the width of the {role}'s pooled_feat off its last nn.Linear, and it has none")
-    return linear[-1].in_features

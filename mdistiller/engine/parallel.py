@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -189,8 +189,6 @@ class Replica(nn.Module):
         super().__init__()
         self.distiller = distiller
         self.gather = gather
-        self.counts: list[int] = []  # of the batch under way
-        self.calls: list[_Rows | None] = []  # of networks, under way
 
     def forward(self, counts: list[int], given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         with batch_of_processes(counts, gathered=self.gather):
@@ -198,40 +196,46 @@ class Replica(nn.Module):
         return logits.detach(), losses  # or the search for unused parameters would count what only logits use
 
     def _whole_batch(self, counts: list[int], given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        own = counts[distributed.rank()]
-        whole = {name: gather_rows(value, counts) if _has_rows(value, own) else value for name, value in given.items()}
-        self.counts = counts
-        handles = []  # for the pass alone: a copy of a network, such as the moving average, must not inherit them
-        for network in filter(None, (self.distiller.student, getattr(self.distiller, "teacher", None))):
-            handles.append(network.register_forward_pre_hook(self._cut_down, with_kwargs=True))
-            handles.append(network.register_forward_hook(self._make_whole))
-        try:
+        rank = distributed.rank()
+        whole = {
+            name: gather_rows(value, counts) if _has_rows(value, counts[rank]) else value
+            for name, value in given.items()
+        }
+        with ExitStack() as stack:
+            for network in filter(None, (self.distiller.student, getattr(self.distiller, "teacher", None))):
+                stack.enter_context(_work_shared(network, counts))
             logits, losses = self.distiller(**whole)
-        finally:
-            self.calls.clear()
-            for handle in handles:
-                handle.remove()
-        return logits.split(counts)[distributed.rank()], losses
+        return logits.split(counts)[rank], losses
 
-    def _cut_down(self, network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        """Before a network's pass: of its input the rows of this process's images."""
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
-        count = len(tensors[0]) if tensors else 0
-        # Something else than views of the batch's images: each process computes all of it.
-        rows = None if not count or count % sum(self.counts) else _Rows(count, self.counts)
-        self.calls.append(rows)
-        if rows is None:
-            return None
+
+@contextmanager
+def _work_shared(network: nn.Module, counts: Sequence[int]) -> Iterator[None]:
+    """Within it, a pass through the network is divided among the processes; hooks on the network see all of it.
+
+    What is no batch of views of the images is not divided: each process computes all of it.
+    """
+    own, forward = vars(network).get("forward"), network.forward
+
+    def shared(*args: Any, **kwargs: Any) -> Any:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+        count = len(given[0]) if given else 0
+        if not count or count % sum(counts):
+            return forward(*args, **kwargs)
+        rows = _Rows(count, counts)
 
         def cut(value: Any) -> Any:
             return rows.of_this_process(value) if _has_rows(value, count) else value
 
-        return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
+        return _whole(forward(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()}), rows)
 
-    def _make_whole(self, network: nn.Module, args: tuple, output: Any) -> Any:
-        """After it: the rows of all processes."""
-        rows = self.calls.pop()
-        return None if rows is None else _whole(output, rows)
+    network.forward = shared
+    try:
+        yield
+    finally:
+        if own is None:
+            del network.forward
+        else:
+            network.forward = own
 
 
 def _has_rows(value: Any, count: int) -> bool:

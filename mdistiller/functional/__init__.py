@@ -1,5 +1,8 @@
 """Maths shared by the methods: tensors in, tensors out."""
 
+from .logits import zs_norm
+from .maps import pool_to_common
 from .precision import at_least_float32
+from .relations import unit
 
-__all__ = ["at_least_float32"]
+__all__ = ["at_least_float32", "pool_to_common", "unit", "zs_norm"]

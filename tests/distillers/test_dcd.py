@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from golden_data import golden_dir
 from method_cases import build, config, make_batch, total
 
-from mdistiller.distillers.DCD import bounded_scale, dcd_loss, pooled_width
+from mdistiller.distillers._common import pooled_width
+from mdistiller.distillers.DCD import bounded_scale, dcd_loss
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.engine.build import build_distiller
 from mdistiller.engine.solver import build_optimizer

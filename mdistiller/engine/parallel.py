@@ -18,6 +18,7 @@ those of all processes (``sync``).
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -202,8 +203,9 @@ class Replica(nn.Module):
             for name, value in given.items()
         }
         with ExitStack() as stack:
-            for network in filter(None, (self.distiller.student, getattr(self.distiller, "teacher", None))):
-                stack.enter_context(_work_shared(network, counts))
+            for network in (self.distiller.student, getattr(self.distiller, "teacher", None)):
+                if network is not None:
+                    stack.enter_context(_work_shared(network, counts))
             logits, losses = self.distiller(**whole)
         return logits.split(counts)[rank], losses
 
@@ -249,25 +251,29 @@ class _Rows:
     """
 
     def __init__(self, count: int, counts: Sequence[int]) -> None:
-        batch, self.views = sum(counts), count // sum(counts)
-        self.rank = distributed.rank()
-        parts = torch.arange(count).view(self.views, batch).split(list(counts), dim=1)
-        self.rows = [part.flatten() for part in parts]
-        self.counts = [len(part) for part in self.rows]
+        self.count, self.images, self.rank = count, tuple(counts), distributed.rank()
+        self.views = count // sum(counts)
+        self.counts = [self.views * images for images in counts]
 
     def of_this_process(self, tensor: Tensor) -> Tensor:
         if self.views == 1:
             return tensor.split(self.counts)[self.rank]
-        return tensor[self.rows[self.rank].to(tensor.device)]
+        return tensor[_by_process(self.count, self.images, tensor.device)[0].split(self.counts)[self.rank]]
 
     def whole(self, tensor: Tensor) -> Tensor:
         if not _has_rows(tensor, self.counts[self.rank]):
             return tensor
         with torch.set_grad_enabled(tensor.requires_grad):  # features may be looked at later, within no_grad
             gathered = gather_rows(tensor, self.counts, same_losses=True)
-            if self.views == 1:
-                return gathered
-            return gathered[torch.cat(self.rows).argsort().to(tensor.device)]
+            return gathered if self.views == 1 else gathered[_by_process(self.count, self.images, tensor.device)[1]]
+
+
+@functools.lru_cache(maxsize=64)
+def _by_process(count: int, images: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rows in the order of the processes that have them, and how to undo that."""
+    parts = torch.arange(count).view(-1, sum(images)).split(images, dim=1)
+    order = torch.cat([part.flatten() for part in parts])
+    return order.to(device), order.argsort().to(device)
 
 
 def _whole(output: Any, rows: _Rows) -> Any:

@@ -18,10 +18,11 @@ from .prepare import PreparationError
 def command(main: Callable[[], int | None]) -> None:
     """Run ``main`` and leave the process: 0; 2 for bad input; 1 for a run that failed; 143 or 130 for one
     that a signal stopped. Of several processes, the one that the error comes from says so."""
+    ended_together = False
     try:
         code = main() or 0
         sys.stdout.flush()
-        distributed.stop()
+        ended_together = True
     except BrokenPipeError:  # whoever read our output has seen enough: tools/list.py | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
         code = 141  # as a shell reports SIGPIPE
@@ -35,8 +36,11 @@ def command(main: Callable[[], int | None]) -> None:
         if distributed.is_first():
             print(error, file=sys.stderr)
         code = 128 + error.number
+        ended_together = True
     except KeyboardInterrupt:  # before or after the training, which handles it itself
         code = 128 + signal.SIGINT
+    if ended_together:
+        distributed.stop()
     raise SystemExit(code)
 
 

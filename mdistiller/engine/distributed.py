@@ -12,6 +12,7 @@ never comes. A process that dies ends the job: the others see the connection bre
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import pickle
 import sys
@@ -53,8 +54,9 @@ def start() -> None:
 
 
 def stop() -> None:
-    """Part from the other processes, at the end of a run that went well."""
+    """Part from the other processes, at the end of a run; all must do so."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # a trainer that is left over keeps gloo's threads, which may crash the interpreter as it ends
         dist.destroy_process_group()
 
 

@@ -48,7 +48,7 @@ def shares(images: int, processes: int) -> list[int]:
 
 
 class Parallel:
-    """Runs and reduces a distiller's training steps; in one process, nothing but the distiller.
+    """Runs a distiller's training steps and averages their gradients; in one process it has nothing to do.
 
     Args:
         distiller: on its device. All processes get the first one's weights.
@@ -82,14 +82,12 @@ class Parallel:
         self.first_step = self.world > 1
 
     def __call__(self, given: dict[str, Any], images: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The method's ``forward_train``: logits of the process's own images, and the losses.
+        """The method's ``forward_train`` in one of several processes: logits of the process's own images, and the losses.
 
         Args:
             given: what of the batch the method takes, the process's share.
             images: in the batch of all processes.
         """
-        if self.wrapper is None:
-            return self.distiller(**given)
         counts = shares(images, self.world)
         self.weight = 1.0 if self.gather else self.world * counts[distributed.rank()] / images
         with self.wrapper.no_sync() if self.first_step else nullcontext():
@@ -216,7 +214,9 @@ def _work_shared(network: nn.Module, counts: Sequence[int]) -> Iterator[None]:
 
     What is no batch of views of the images is not divided: each process computes all of it.
     """
-    own, forward = vars(network).get("forward"), network.forward
+    # A network that was compiled in place is called by the compiled function, which must not see any of this.
+    name = "forward" if network._compiled_call_impl is None else "_compiled_call_impl"
+    own, forward = vars(network).get(name), getattr(network, name)
 
     def shared(*args: Any, **kwargs: Any) -> Any:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
@@ -230,14 +230,14 @@ def _work_shared(network: nn.Module, counts: Sequence[int]) -> Iterator[None]:
 
         return _whole(forward(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()}), rows)
 
-    network.forward = shared
+    setattr(network, name, shared)
     try:
         yield
     finally:
         if own is None:
-            del network.forward
+            delattr(network, name)
         else:
-            network.forward = own
+            setattr(network, name, own)
 
 
 def _has_rows(value: Any, count: int) -> bool:

@@ -152,7 +152,10 @@ class BaseTrainer:
         if self.accepted is not None:
             given = {name: value for name, value in given.items() if name in self.accepted}
         with self.precision.autocast(), hard_coded_cuda_explained(self.precision.device):
-            logits, losses = self.parallel(given, self.images_in_step(len(batch["target"])))
+            if distributed.world_size() == 1:
+                logits, losses = self.distiller(**given)
+            else:
+                logits, losses = self.parallel(given, self.train_loader.images_in(self.step_in_epoch))
         losses = {name: loss.mean() for name, loss in losses.items()}  # some methods return shape (1,)
         self.update(self.parallel.weighted(losses))
         detached = {name: loss.detach() for name, loss in losses.items()}
@@ -166,10 +169,6 @@ class BaseTrainer:
         self.parallel.after_backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-
-    def images_in_step(self, own: int) -> int:
-        """Images in the step's batch over all processes, of which this one has ``own``."""
-        return own if distributed.world_size() == 1 else self.train_loader.images_in(self.step_in_epoch)
 
     def agree(self) -> None:
         """Before a model is evaluated or saved: the same BatchNorm statistics in all processes."""

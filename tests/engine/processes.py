@@ -202,9 +202,11 @@ def train(distiller, method, gather=False, batch_norm="local", dtype=torch.float
         if step == 0 or epoch != EPOCHS[step - 1]:
             parallel.begin_epoch()
         batch = make_batch(method, images, seed=step, dtype=dtype)
-        if distributed.world_size() > 1:
+        if distributed.world_size() == 1:
+            logits, losses = distiller(**batch, epoch=epoch)
+        else:
             batch = {name: value.split(shares(images, WORLD))[rank] for name, value in batch.items()}
-        logits, losses = parallel({**batch, "epoch": epoch}, images)
+            logits, losses = parallel({**batch, "epoch": epoch}, images)
         assert len(logits) == len(batch["target"])
         losses = {name: loss.mean() for name, loss in losses.items()}
         optimizer.zero_grad()
@@ -302,7 +304,14 @@ def gathering(rank, folder):
     found = train_each(rank, METHODS, torch.float64, gather=True, batch_norm="sync")
     distiller = build_distiller(config("KD", {"DISTILLER.ADD_KD": 0.5}), *networks("KD")).double().train()
     losses = attempt(train, distiller, "KD", True, "sync", torch.float64, rank)
-    return {"methods": found, "added": {"losses": losses, "state": distiller.state_dict()}}
+    compiled = build("KD").double()
+    compiled.student._compiled_call_impl = compiled.student._call_impl  # as student.compile() does
+    of_compiled = attempt(train, compiled, "KD", True, "sync", torch.float64, rank)
+    return {
+        "methods": found,
+        "added": {"losses": losses, "state": distiller.state_dict()},
+        "compiled": {"losses": of_compiled, "state": compiled.state_dict()},
+    }
 
 
 def networks(method):

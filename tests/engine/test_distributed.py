@@ -143,6 +143,11 @@ def test_gathered_kd_beside_a_method(found):
             torch.testing.assert_close(losses, expected, **CLOSE)
 
 
+def test_gathered_with_a_compiled_student(found):
+    results = [result["compiled"] for result in of_task(found, "gathering")]
+    assert_as_one_process(results, "KD", lambda size: [1, 0])
+
+
 def test_terms_may_come_and_go(found):
     first, second = (result["fickle"] for result in of_task(found, "training"))
     assert not isinstance(first["losses"], str), first["losses"]

@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller.functional import at_least_float32
-from mdistiller.functional.gather import batch_of_processes, gather_rows
+from mdistiller.functional.gather import batch_of_processes, join_rows
 
 from . import distributed
 from .utils import log_msg
@@ -54,11 +54,13 @@ class Parallel:
         distiller: on its device. All processes get the first one's weights.
         gather: ``SOLVER.GATHER``.
         batch_norm: ``SOLVER.BATCH_NORM``.
+        overlap: gradients are averaged during the backward pass, of which a step has one. Otherwise, after each.
     """
 
-    def __init__(self, distiller: nn.Module, gather: bool, batch_norm: str) -> None:
+    def __init__(self, distiller: nn.Module, gather: bool, batch_norm: str, overlap: bool = True) -> None:
         self.distiller = distiller
         self.gather = gather
+        self.overlap = overlap
         self.world = distributed.world_size()
         self.wrapper: DistributedDataParallel | None = None
         self.weight = 1.0
@@ -70,6 +72,7 @@ class Parallel:
         self.local_batch_norm = batch_norm == "local"
         self.replica = Replica(distiller, gather)
         self.leaves_unused = self.first_step = False
+        self.in_backward = self.averaged = False  # gradients of the step under way
         self._wrap()
 
     def _wrap(self) -> None:
@@ -82,7 +85,7 @@ class Parallel:
         self.first_step = self.world > 1
 
     def __call__(self, given: dict[str, Any], images: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The method's ``forward_train`` in one of several processes: logits of the process's own images, and the losses.
+        """The method's ``forward_train`` in one of several processes: logits of its own images, and the losses.
 
         Args:
             given: what of the batch the method takes, the process's share.
@@ -90,7 +93,8 @@ class Parallel:
         """
         counts = shares(images, self.world)
         self.weight = 1.0 if self.gather else self.world * counts[distributed.rank()] / images
-        with self.wrapper.no_sync() if self.first_step else nullcontext():
+        self.in_backward = self.overlap and not self.first_step
+        with nullcontext() if self.in_backward else self.wrapper.no_sync():
             return self.wrapper(counts, given)
 
     def weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,14 +102,27 @@ class Parallel:
         return losses if self.weight == 1 else {name: self.weight * loss for name, loss in losses.items()}
 
     def after_backward(self) -> None:
-        """Average what DistributedDataParallel has not averaged: the gradients of an epoch's first step."""
-        if not self.first_step:
+        """To be called after each backward pass: averages what was not averaged in it."""
+        if self.world == 1:
             return
-        self.first_step = False
-        if average_gradients(self.distiller) and not self.leaves_unused:
-            self.leaves_unused = True
-            self.wrapper = None  # takes its hooks off the parameters, before the next one puts its own on
-            self._wrap()
+        if not self.in_backward:
+            lacking = average_gradients(self.distiller)
+            if self.overlap and lacking and not self.leaves_unused:
+                self.leaves_unused = True
+                self.wrapper = None  # takes its hooks off the parameters, before the next one puts its own on
+                self._wrap()
+            self.first_step = False
+        self.averaged = True
+
+    def end_step(self) -> None:
+        """Make sure that the step's gradients were averaged; a trainer may have an ``update`` of its own.
+
+        Raises:
+            RuntimeError: they were not.
+        """
+        if self.world > 1 and not self.averaged:
+            raise RuntimeError("a trainer's update() must call self.parallel.after_backward() after each backward()")
+        self.in_backward = self.averaged = False
 
     def average_statistics(self, *modules: nn.Module) -> None:
         """Give all processes the mean of their BatchNorm statistics, in the distiller and in ``modules``.
@@ -197,8 +214,7 @@ class Replica(nn.Module):
     def _whole_batch(self, counts: list[int], given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         rank = distributed.rank()
         whole = {
-            name: gather_rows(value, counts) if _has_rows(value, counts[rank]) else value
-            for name, value in given.items()
+            name: join_rows(value, counts) if _has_rows(value, counts[rank]) else value for name, value in given.items()
         }
         with ExitStack() as stack:
             for network in (self.distiller.student, getattr(self.distiller, "teacher", None)):
@@ -264,7 +280,7 @@ class _Rows:
         if not _has_rows(tensor, self.counts[self.rank]):
             return tensor
         with torch.set_grad_enabled(tensor.requires_grad):  # features may be looked at later, within no_grad
-            gathered = gather_rows(tensor, self.counts, same_losses=True)
+            gathered = join_rows(tensor, self.counts, same_losses=True)
             return gathered if self.views == 1 else gathered[_by_process(self.count, self.images, tensor.device)[1]]
 
 

@@ -64,6 +64,8 @@ class BaseTrainer:
             on once, at the end.
     """
 
+    backward_passes = 1  # of a step, see update
+
     def __init__(
         self,
         experiment_name: str,
@@ -77,7 +79,9 @@ class BaseTrainer:
         self.precision = Precision.from_cfg(cfg)
         self.distiller = self.precision.place(getattr(distiller, "module", distiller))
         self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
-        self.parallel = Parallel(self.distiller, cfg.SOLVER.GATHER, cfg.SOLVER.BATCH_NORM)
+        self.parallel = Parallel(
+            self.distiller, cfg.SOLVER.GATHER, cfg.SOLVER.BATCH_NORM, overlap=self.backward_passes == 1
+        )
         self.optimizer = self.init_optimizer(cfg)
         self.scaler = self.precision.scaler()
         self.folder = Path(cfg.LOG.PREFIX) / experiment_name
@@ -137,6 +141,7 @@ class BaseTrainer:
         for item in self._items():
             self._call("before_step")
             output = self.run_step(to_batch(item, self.precision))
+            self.parallel.end_step()
             self.step += 1
             self.step_in_epoch += 1
             self._call("after_step", output)
@@ -163,7 +168,11 @@ class BaseTrainer:
         return StepOutput(batch, logits.detach(), detached, sum(detached.values()), monitors)
 
     def update(self, losses: dict[str, Tensor]) -> None:
-        """One optimiser step down the sum of the losses."""
+        """One optimiser step down the sum of the losses.
+
+        A trainer that does otherwise calls ``self.parallel.after_backward()`` after each ``backward()``, and states the
+        number of these, for the case that several processes train.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(sum(losses.values())).backward()
         self.parallel.after_backward()

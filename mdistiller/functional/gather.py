@@ -1,4 +1,4 @@
-"""Rows of all processes as one batch, with gradient."""
+"""Rows of all processes as one batch."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
     _, world = this_process()
     if world == 1 or _Batch.gathered:
         return tensor
-    return gather_rows(tensor, _rows(tensor, _Batch.counts, world))
+    return join_rows(tensor, _rows(tensor, _Batch.counts, world))
 
 
 def _rows(tensor: Tensor, counts: Sequence[int] | None, world: int) -> list[int]:
@@ -80,7 +80,21 @@ def _rows(tensor: Tensor, counts: Sequence[int] | None, world: int) -> list[int]
     return [len(tensor) // own * count for count in counts]
 
 
-def gather_rows(tensor: Tensor, rows: Sequence[int], *, same_losses: bool = False) -> Tensor:
+def gather_rows(tensor: Tensor) -> Tensor:
+    """The rows of all processes without gradient, those of rank 0 first; what memory banks are written with.
+
+    Collective, as :func:`gather_with_gradient`.
+
+    Args:
+        tensor: ``(B, ...)``, of one type and width in all processes. B may differ, as there.
+
+    Returns:
+        ``(sum of all B, ...)``; with one process ``tensor`` itself, detached.
+    """
+    return gather_with_gradient(tensor.detach())
+
+
+def join_rows(tensor: Tensor, rows: Sequence[int], *, same_losses: bool = False) -> Tensor:
     """What :func:`gather_with_gradient` does, for ``rows[r]`` rows in process r.
 
     Args:

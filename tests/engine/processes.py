@@ -27,6 +27,7 @@ from mdistiller.engine.build import build_distiller
 from mdistiller.engine.evaluate import evaluate
 from mdistiller.engine.parallel import Parallel, SyncBatchNorm, average_gradients, shares
 from mdistiller.engine.run import run
+from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.functional.gather import batch_of_processes, gather_with_gradient
 from mdistiller.registry import InputError
 
@@ -48,7 +49,7 @@ def main(rank: int, folder: str) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     place, found = Path(folder), {}
     with processes(rank, place / "first"):
-        for task in (decisions, rows, training, gathering, runs, signals, stops):
+        for task in (decisions, rows, training, gathering, trainers, runs, signals, stops):
             try:
                 found[task.__name__] = task(rank, place)
             except Exception:
@@ -317,6 +318,49 @@ def gathering(rank, folder):
 def networks(method):
     distiller = build(method)
     return distiller.student, distiller.teacher
+
+
+class TwoPasses(BaseTrainer):
+    """A backward pass for each loss, as DOT has."""
+
+    backward_passes = 2
+
+    def update(self, losses):
+        found = []
+        for loss in losses.values():
+            self.optimizer.zero_grad()
+            loss.backward(retain_graph=True)
+            self.parallel.after_backward()
+            found.append([p.grad for p in self.distiller.parameters()])
+        for p, gradients in zip(self.distiller.parameters(), zip(*found, strict=True), strict=True):
+            given = [gradient for gradient in gradients if gradient is not None]
+            p.grad = sum(given) if given else None
+        self.optimizer.step()
+
+
+class Forgetful(BaseTrainer):
+    """Knows nothing of several processes."""
+
+    def update(self, losses):
+        self.optimizer.zero_grad()
+        sum(losses.values()).backward()
+        self.optimizer.step()
+
+
+def trainer_of(cls, folder):
+    """Of a run that takes seconds; its weights are those of one process."""
+    made = make_trainer(
+        folder, DISTILLER__TYPE="KD", DISTILLER__TEACHER_CKPT=teacher_file(folder.parent), SOLVER__EPOCHS=1,
+        SOLVER__LR_DECAY_STAGES=[], SOLVER__BATCH_NORM="sync",
+    )  # fmt: skip
+    return cls(f"{cls.__name__}", made.distiller, made.train_loader, made.val_loader, made.cfg)
+
+
+def trainers(rank, folder):
+    distributed.first(lambda: teacher_file(folder))
+    two = trainer_of(TwoPasses, folder / "two")
+    two.train()
+    return {"two": two.distiller.student.state_dict(), "forgetful": raised(trainer_of(Forgetful, folder / "two").train)}
 
 
 # Runs

@@ -345,10 +345,9 @@ class _Maps(Sequence):
 
 def synchronize_batch_norm(part: nn.Module) -> None:
     """Let every BatchNorm outside a teacher take its statistics from all processes. Names and weights stay."""
-    fixed = _modules_of_teacher(part)
+    fixed, on_gpu = _modules_of_teacher(part), next(part.parameters()).is_cuda
     for module in part.modules():
         if isinstance(module, _BatchNorm) and module not in fixed:
-            on_gpu = module.running_mean is not None and module.running_mean.is_cuda
             module.__class__ = nn.SyncBatchNorm if on_gpu else SyncBatchNorm  # in place: a method may hold it
             module.process_group = None
 

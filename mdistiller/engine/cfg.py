@@ -22,6 +22,7 @@ from mdistiller.registry import InputError, suggestion
 
 from .build import needs_teacher
 from .config_node import ConfigNode as CN
+from .parallel import BATCH_NORMS
 from .solver import LR_RULES
 from .trainer import trainer_dict
 from .utils import log_msg
@@ -99,7 +100,7 @@ CFG.DATASET.MIXUP_ALPHA = 0.0  # blend images and labels of a batch, shares from
 CFG.DATASET.CUTMIX_ALPHA = 0.0  # paste rectangles; with both, each image is treated by one of them
 CFG.DATASET.LABEL_SMOOTHING = 0.0  # share of each label that is spread over all classes
 CFG.DATASET.TEST = CN()
-CFG.DATASET.TEST.BATCH_SIZE = 64
+CFG.DATASET.TEST.BATCH_SIZE = 64  # of each process, where several train
 
 CFG.DISTILLER = CN()
 CFG.DISTILLER.TYPE = "NONE"  # plain training
@@ -114,7 +115,9 @@ CFG.SOLVER = CN()
 CFG.SOLVER.TRAINER = "base"  # base; dot: two momenta, see mdistiller/engine/dot.py
 CFG.SOLVER.DOT = CN()
 CFG.SOLVER.DOT.DELTA = 0.075  # dot: by how much the distillation's momentum is above MOMENTUM, and the task's below
-CFG.SOLVER.BATCH_SIZE = 64
+CFG.SOLVER.BATCH_SIZE = 64  # of all processes together, where several train; LR belongs to it
+CFG.SOLVER.GATHER = False  # several processes: the method sees the batch of all, not only its own images
+CFG.SOLVER.BATCH_NORM = "local"  # several processes: statistics of the own images (local) or of all (sync)
 CFG.SOLVER.DROP_LAST = False  # leave out the last batch of an epoch where it is smaller
 CFG.SOLVER.EPOCHS = 240
 CFG.SOLVER.TYPE = "SGD"  # SGD, AdamW, RMSProp
@@ -274,6 +277,7 @@ def check_config(cfg: CN) -> None:
     _one_of(cfg, "SOLVER.LR_SCHEDULE", SCHEDULES, "schedule")
     _one_of(cfg, "SOLVER.LR_RULE", LR_RULES, "rule")
     _one_of(cfg, "SOLVER.AMP", PRECISIONS, "precision")
+    _one_of(cfg, "SOLVER.BATCH_NORM", BATCH_NORMS, "choice")
     _one_of(cfg, "LOG.PROGRESS", ("auto", "on", "off"), "choice")
     positive = (
         "SOLVER.BATCH_SIZE", "SOLVER.LR_BATCH_SIZE", "SOLVER.EPOCHS", "DATASET.TEST.BATCH_SIZE",

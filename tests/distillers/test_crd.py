@@ -196,7 +196,7 @@ def test_rows_of_processes_with_unequal_batches(monkeypatch):
         parts[0].copy_(others[own.ndim])
         parts[1].copy_(own)
 
-    monkeypatch.setattr("mdistiller.functional.gather.num_processes", lambda: 2)
+    monkeypatch.setattr("mdistiller.functional.gather.this_process", lambda: (0, 2))
     monkeypatch.setattr(dist, "all_gather", all_gather)
     found = gather_rows(torch.tensor([[7.0, 8.0]]))
     assert found.tolist() == [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]

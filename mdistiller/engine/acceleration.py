@@ -60,8 +60,8 @@ def check_compiler(device: torch.device) -> None:
         names = [os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl"]
         if not any(shutil.which(name) for name in names if name):
             raise InputError(
-                "SOLVER.COMPILE needs a C++ compiler on the CPU, and none of g++, clang++ and c++ is found; install one "
-                "(Debian: apt install g++), name it in the environment variable CXX, or set SOLVER.COMPILE off"
+                "SOLVER.COMPILE needs a C++ compiler on the CPU, and neither g++ nor clang++ nor c++ is found; install "
+                "one (Debian: apt install g++), name it in the environment variable CXX, or set SOLVER.COMPILE off"
             )
     elif importlib.util.find_spec("triton") is None:
         raise InputError("SOLVER.COMPILE needs the package triton on a GPU; install it, or set SOLVER.COMPILE off")

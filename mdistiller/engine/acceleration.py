@@ -1,10 +1,12 @@
-"""What makes the same step faster: the teacher's folded graph, and compilation of the networks."""
+"""What makes the same step faster: the teacher's folded graph, compiled networks, memory that is kept."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shutil
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,11 +36,13 @@ def accelerate(distiller: nn.Module, cfg: Any) -> None:
         InputError: something is to be compiled and this machine has no compiler.
     """
     solver, teacher = cfg.SOLVER, getattr(distiller, "teacher", None)
+    device = next(distiller.student.parameters()).device
+    keep_freed_memory(device)
     if isinstance(teacher, nn.Module) and solver.FAST_TEACHER:
         speed_up_teacher(teacher)
     if solver.COMPILE == "off":
         return
-    check_compiler(next(distiller.student.parameters()).device)
+    check_compiler(device)
     options = {"mode": solver.COMPILE_MODE, "dynamic": False}
     if isinstance(teacher, nn.Module):
         forward = teacher.forward
@@ -48,6 +52,24 @@ def accelerate(distiller: nn.Module, cfg: Any) -> None:
             teacher.compile(**options)
     if solver.COMPILE == "all":
         distiller.student.compile(**options)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+NEVER = 2**31 - 1  # bytes; of what is free at the heap's end, only more than that is given back
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Have the C library keep freed memory for the next step instead of giving it back to the system.
+
+    Without it, each map of more than 32 MB is fetched from the system anew, page by page, and zeroed: a third of the
+    time of a step on the CPU at 256 images of 32x32. For the whole process; does nothing but on Linux with glibc.
+    """
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, NEVER)
 
 
 def check_compiler(device: torch.device) -> None:

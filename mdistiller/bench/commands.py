@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from mdistiller.dataset import dataset_dict
-from mdistiller.engine.acceleration import check_compiler
+from mdistiller.engine.acceleration import check_compiler, keep_freed_memory
 from mdistiller.engine.build import needs_teacher
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.precision import Precision
@@ -195,6 +195,7 @@ class OldRun:
 
     def epoch(self) -> None:
         self.number += 1
+        keep_freed_memory(self.device, keep=False)
         old_loop.train_epoch(self.distiller, self.train, self.optimizer, self.number, self.device)
         old_loop.validate(self.distiller, self.test, self.device)
         torch.save({"model": self.distiller.state_dict(), "optimizer": self.optimizer.state_dict()}, self.latest)
@@ -218,6 +219,7 @@ class OwnRun:
         return output
 
     def epoch(self) -> None:
+        keep_freed_memory(self.trainer.precision.device)
         start = time.perf_counter()
         self.trainer.run_epoch()
         self.total += time.perf_counter() - start

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import multiprocessing
 import shlex
 import sys
@@ -88,8 +90,8 @@ def loss(settings: Settings, folder: Path) -> list[Row]:
 
 def teacher(settings: Settings, folder: Path) -> list[Row]:
     """The teacher's forward pass, with one speed-up more in each row."""
-    cfg = settings.cfg
-    subject = build_subject(with_options(cfg, DISTILLER__TYPE="KD", SOLVER__AMP="off"), folder, num_batches=1)
+    cfg = with_options(settings.cfg, DISTILLER__TYPE="KD", SOLVER__AMP="off")
+    subject = build_subject(cfg, folder, num_batches=1)
     cases = {}
     for name, (network, precision, folded) in teacher_variants(cfg, settings.precision.device).items():
         batch = {key: precision.place_tensor(value) for key, value in subject.batches[0].items()}
@@ -221,7 +223,8 @@ class OwnRun:
     def epoch(self) -> None:
         keep_freed_memory(self.trainer.precision.device)
         start = time.perf_counter()
-        self.trainer.run_epoch()
+        with contextlib.redirect_stdout(io.StringIO()):  # each evaluation prints a line
+            self.trainer.run_epoch()
         self.total += time.perf_counter() - start
 
     @property

@@ -14,7 +14,7 @@ from mdistiller.engine.cfg import load_config
 
 TINY = ["DATASET.TYPE", "digits", "DATASET.TRAIN_PER_CLASS", 2, "DATASET.IMAGE_SIZE", 8, "SOLVER.BATCH_SIZE", 10,
         "DISTILLER.TEACHER", "resnet8", "DISTILLER.STUDENT", "resnet8", "SOLVER.DEVICE", "cpu",
-        "DATASET.NUM_WORKERS", 0, "DATASET.TEST.BATCH_SIZE", 300, "DISTILLER.TYPE", "KD"]  # fmt: skip
+        "DATASET.NUM_WORKERS", 0, "DATASET.TEST.BATCH_SIZE", 300]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_teacher_with_one_speed_up_more_each_time(tmp_path):
 
 
 def test_whole_epochs_against_the_old_loop(tmp_path):
-    _, rows = bench(tmp_path, "train", "--variants", "float32", "bf16")
+    _, rows = bench(tmp_path, "train", "--methods", "KD", "--variants", "float32", "bf16")
     assert list(rows) == ["KD: old loop", "KD: float32", "KD: bf16"]
     for name in ("KD: float32", "KD: bf16"):
         assert 0 < rows[name]["outside_steps"] < 1 and 0 <= rows[name]["waiting_for_data"] < 1

@@ -12,6 +12,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -56,3 +58,28 @@ def fill_state(module: nn.Module, scale: float = 1.0) -> nn.Module:
 def golden_images(batch: int, size: int) -> Tensor:
     """``(batch, 3, size, size)``: the input of the reference runs."""
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def loss_cases(*methods: str) -> list[Any]:
+    """The cases of ``losses/losses.json`` as pytest parameters, named by what they are."""
+    cases = golden_json("losses/losses.json")
+    return [
+        pytest.param(case, id=f"{case['method']}-{case['case']}")
+        for method in methods
+        for case in cases
+        if case["method"] == method
+    ]
+
+
+def case_tensors(case: dict[str, Any], kind: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """The arrays of a case by name: ``kind`` is ``in``, ``out``, ``grad`` or ``after``; floats in ``dtype``."""
+    prefix = f"{case['case']}/{kind}/"
+    with np.load(golden_dir() / "losses" / f"{case['method']}.npz") as arrays:
+        found = {key.removeprefix(prefix): torch.from_numpy(arrays[key]) for key in arrays if key.startswith(prefix)}
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in found.items()}
+
+
+def assert_golden_gradients(case: dict[str, Any], given: dict[str, Tensor], rel: float = 1e-6) -> None:
+    """Compare ``.grad`` of the given tensors with all gradients of the case, relative to the largest entry."""
+    for name, expected in case_tensors(case, "grad").items():
+        assert (given[name].grad - expected).abs().max() <= rel * expected.abs().max(), name

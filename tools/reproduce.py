@@ -1,27 +1,35 @@
-"""Run a plan (methods x pairs x seeds) and print its table. What is done is not run again.
+"""Run plans (methods x pairs x seeds) and print their tables. What is done is not run again.
 
 python tools/reproduce.py --plan configs/plans/demo.yaml
 """
 
 import argparse
+import shlex
+import sys
 
 from mdistiller.engine.cli import command
 from mdistiller.reports import load_plan, run_plan
-from mdistiller.reports.report import write_report
+from mdistiller.reports.report import write_page, write_report
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", required=True, metavar="FILE", help="see configs/plans/")
+    parser.add_argument("--plan", required=True, nargs="+", metavar="FILE", help="see configs/plans/")
     parser.add_argument(
         "--jobs", type=int, default=0, help="runs side by side; default: one a core on a CPU, one on a GPU"
     )
+    parser.add_argument("--report", metavar="FILE", help="write all tables to one Markdown page as well")
     args = parser.parse_args()
-    plan = load_plan(args.plan)
-    print(plan.title, flush=True)
-    report = write_report(plan, run_plan(plan, args.jobs))
-    print("\n" + report.text)
-    return 0 if report.claims_hold else 1
+    plans = [load_plan(path) for path in args.plan]  # all are checked before the first one runs
+    reports = []
+    for plan in plans:
+        print(plan.title, flush=True)
+        reports.append(write_report(plan, run_plan(plan, args.jobs)))
+        print("\n" + reports[-1].text + "\n", flush=True)
+    if args.report:
+        write_page(args.report, reports, shlex.join(["python", *sys.argv]))
+        print(f"All tables: {args.report}")
+    return 0 if all(report.claims_hold for report in reports) else 1
 
 
 if __name__ == "__main__":

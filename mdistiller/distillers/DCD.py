@@ -20,6 +20,8 @@ What text and code leave open or settle differently; these are our readings:
 - the target of the consistency term is not detached (``DETACH_TARGET``), as in the authors' code;
 - ``LAMBDA`` weights :func:`~mdistiller.distillers.KD.kd_loss`: 0 is the paper's DCD, 1 its DCD+KD. The supplement only
   says "typically set to 1.0";
+- negatives come from the batches of all processes (``GATHER``), with gradient: losses and gradients are those of one
+  process with the global batch;
 - both projections are trained, although the text counts no trainable parameters.
 """
 
@@ -33,9 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32
+from mdistiller.functional.gather import gather_with_gradient
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
+from ._common import pooled_width
 from .KD import kd_loss
 
 DEFAULTS = {
@@ -50,6 +54,7 @@ DEFAULTS = {
     "INIT_B": 0.0,
     "MAX_TAU": 10.0,
     "DETACH_TARGET": False,
+    "GATHER": True,  # compare with the images of all processes, not only the own ones
 }
 PAPER = "Giakoumoglou and Stathaki, arXiv:2407.11802"
 
@@ -67,7 +72,7 @@ def dcd_loss(
     """Contrastive plus ``alpha`` times consistency loss of paired embeddings.
 
     Computed in float32 or better, under autocast too. The batch is what the embeddings hold: what is to be compared
-    across devices must be gathered before.
+    across processes must be gathered before, see :func:`~mdistiller.functional.gather.gather_with_gradient`.
 
     Args:
         embed_s: ``(B, D)`` with rows of length 1; gradient flows.
@@ -104,6 +109,7 @@ class DCD(Distiller):
         self.ce_weight, self.beta, self.alpha, self.kd_weight = own.CE_WEIGHT, own.BETA, own.ALPHA, own.LAMBDA
         self.temperature, self.max_tau = own.TEMPERATURE, own.MAX_TAU
         self.learn_temperature, self.detach_target = own.LEARN_TEMPERATURE, own.DETACH_TARGET
+        self.gather = own.GATHER
         for key in ("FEAT_DIM", "MAX_TAU", "TEMPERATURE"):
             if not own[key] > 0:
                 raise InputError(f"DCD.{key} must be above 0, got {own[key]}")
@@ -134,6 +140,8 @@ class DCD(Distiller):
         with torch.autocast(image.device.type, enabled=False):
             embed_s = self.embed(self.embed_s, features_student)
             embed_t = self.embed(self.embed_t, features_teacher)
+            if self.gather:
+                embed_s, embed_t = gather_with_gradient(embed_s), gather_with_gradient(embed_t)
             losses["loss_dcd"] = self.beta * dcd_loss(
                 embed_s, embed_t, self.tau(), self.b, self.alpha, self.detach_target
             )
@@ -152,11 +160,3 @@ class DCD(Distiller):
         tau = bounded_scale(self.theta, self.max_tau)
         self.monitors = {"tau": tau.detach()}
         return tau
-
-
-def pooled_width(network: nn.Module, role: str) -> int:
-    """The width of ``pooled_feat``: what the network's last linear layer, its classifier, reads."""
-    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise InputError(f"DCD reads the width of the {role}'s pooled_feat off its last nn.Linear, and it has none")
-    return linear[-1].in_features

@@ -15,7 +15,8 @@ hence distance 1 and no gradient, which with ``EPS`` alone would be huge.
 
 What the paper leaves open; these are our readings:
 
-- columns are those of the device's own batch, as in the authors' code;
+- columns are those of the process's own batch, as in the authors' code; with ``GATHER`` those of all processes'
+  batches, with gradient;
 - ``RELATION`` kl (Tab. 9): with rows only it is KD; columns are taken as they stand, not normalised to sum 1;
 - ``L_ta`` has the student's ``TAU`` and ``EPS``, but not the factor ``TAU ** 2``; with mixed labels ``(B, C)`` the
   target is the likeliest class;
@@ -38,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32
+from mdistiller.functional.gather import gather_with_gradient
 from mdistiller.registry import InputError, suggestion
 
 from ._base import Distiller, register_distiller
@@ -51,6 +53,7 @@ DEFAULTS = {
     "LABEL_SMOOTHING": 0.0,  # of the cross-entropy
     "RELATION": "pearson",  # pearson, cosine, kl
     "EPS": 1e-8,
+    "GATHER": False,  # columns of the images of all processes, not only of the own ones
 }
 PLUS_DEFAULTS = {
     **DEFAULTS,
@@ -220,7 +223,7 @@ class DIST(Distiller):
         own = cfg[self.section]
         self.tau, self.eps = own.TAU, own.EPS
         self.relation = _known(f"{self.section}.RELATION", own.RELATION, RELATIONS)
-        self.label_smoothing = own.LABEL_SMOOTHING
+        self.label_smoothing, self.gather = own.LABEL_SMOOTHING, own.GATHER
         self.ce_weight, self.inter_weight, self.intra_weight = own.CE_WEIGHT, own.INTER_WEIGHT, own.INTRA_WEIGHT
         for key, holds, allowed in (
             ("TAU", own.TAU > 0, "above 0"),
@@ -239,8 +242,11 @@ class DIST(Distiller):
 
     def logit_losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The weighted terms on the logits."""
-        inter, intra = dist_loss(logits_student, logits_teacher, self.tau, self.relation, self.eps)
         ce = F.cross_entropy(logits_student, target, label_smoothing=self.label_smoothing)
+        logits = logits_student, logits_teacher.detach()
+        if self.gather:
+            logits = tuple(gather_with_gradient(z) for z in logits)
+        inter, intra = dist_loss(*logits, self.tau, self.relation, self.eps)
         return {
             "loss_ce": self.ce_weight * ce,
             "loss_inter": self.inter_weight * self.factor * inter,

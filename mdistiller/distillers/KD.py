@@ -2,6 +2,9 @@
 
 Hinton, Vinyals, Dean. Distilling the Knowledge in a Neural Network. arXiv:1503.02531.
 Departs from the paper: the weights of the two terms are free (mdistiller: 0.1 and 0.9).
+
+LSKD (Sun, Ren, Li, Wang, Cao. Logit Standardization in Knowledge Distillation. CVPR 2024. arXiv:2403.01427) is this
+with ``EXPERIMENT.LOGIT_STAND``, temperature 2 and weight 9, or ``tools/train.py --logit-stand``.
 """
 
 from __future__ import annotations
@@ -12,16 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32
+from mdistiller.functional import at_least_float32, zs_norm
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
+from ._common import wants_standardised_logits
 
 DEFAULTS = {"TEMPERATURE": 4.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
 PAPER = "Hinton et al., arXiv:1503.02531"
 
 
-def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
+def kd_loss(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    temperature: float | Tensor,
+    logit_stand: bool = False,
+    reduce: bool = True,
+) -> Tensor:
     """T^2 * KL(teacher || student) of the softened classes, mean over the batch.
 
     Half-precision logits are taken to float32 first.
@@ -29,14 +39,20 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
     Args:
         logits_student: ``(B, K)`` raw scores; gradient flows.
         logits_teacher: ``(B, K)`` raw scores; gradient flows where they carry one.
-        temperature: T > 0. The factor T^2 keeps the size of the gradient roughly independent of T (Sec. 2).
+        temperature: T > 0, gradient flows. The factor T^2 keeps the size of the gradient roughly independent of T
+            (Sec. 2).
+        logit_stand: standardise both before they are softened (:func:`~mdistiller.functional.zs_norm`).
+        reduce: take the mean over the batch; else each image's value is returned.
 
     Returns:
-        Scalar ``()``, zero for equal logits.
+        Scalar ``()``, or ``(B,)``; zero for equal logits.
     """
-    log_p_student = F.log_softmax(at_least_float32(logits_student) / temperature, dim=1)
-    log_p_teacher = F.log_softmax(at_least_float32(logits_teacher) / temperature, dim=1)
-    return F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True) * temperature**2
+    student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher)
+    if logit_stand:
+        student, teacher = zs_norm(student), zs_norm(teacher)
+    log_p_student, log_p_teacher = (F.log_softmax(z / temperature, dim=1) for z in (student, teacher))
+    each = F.kl_div(log_p_student, log_p_teacher, reduction="none", log_target=True).sum(1) * temperature**2
+    return each.mean() if reduce else each
 
 
 @register_distiller("KD", DEFAULTS, paper=PAPER, family="logit")
@@ -50,6 +66,11 @@ class KD(Distiller):
             raise InputError(f"KD.TEMPERATURE must be above 0, got {self.temperature}")
         self.ce_weight = cfg.KD.LOSS.CE_WEIGHT
         self.kd_weight = cfg.KD.LOSS.KD_WEIGHT
+        self.logit_stand = wants_standardised_logits(cfg, student)
+
+    @classmethod
+    def logit_stand_options(cls, cfg: Any, base_temp: float | None, kd_weight: float) -> list[Any]:
+        return ["KD.TEMPERATURE", 2.0 if base_temp is None else base_temp, "KD.LOSS.KD_WEIGHT", kd_weight]
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         logits_student, _ = self.student(image)
@@ -57,8 +78,11 @@ class KD(Distiller):
             logits_teacher, _ = self.teacher(image)
         return logits_student, {
             "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
-            "loss_kd": self.kd_weight * kd_loss(logits_student, logits_teacher, self.temperature),
+            "loss_kd": self.kd_weight * self.distance(logits_student, logits_teacher),
         }
+
+    def distance(self, logits_student: Tensor, logits_teacher: Tensor) -> Tensor:
+        return kd_loss(logits_student, logits_teacher, self.temperature, self.logit_stand)
 
 
 @register_distiller("KD_TWO_VIEWS", DEFAULTS, section="KD", paper=PAPER, family="logit")
@@ -77,5 +101,5 @@ class KDTwoViews(KD):
         with torch.no_grad():
             teacher_weak, teacher_strong = self.teacher(torch.cat([image_weak, image_strong]))[0].chunk(2)
         ce = F.cross_entropy(weak, target) + F.cross_entropy(strong, target)
-        kd = kd_loss(weak, teacher_weak, self.temperature) + kd_loss(strong, teacher_strong, self.temperature)
+        kd = self.distance(weak, teacher_weak) + self.distance(strong, teacher_strong)
         return weak, {"loss_ce": self.ce_weight * ce, "loss_kd": self.kd_weight * kd}

@@ -58,7 +58,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import draws, spatial_mean
+from mdistiller.functional import draws, spatial_mean, unit
 from mdistiller.registry import InputError, dataset_dict, suggestion
 
 from ._base import Distiller, register_distiller
@@ -127,7 +127,7 @@ def angle_matrix(z_pos: Tensor, z_anchor: Tensor) -> Tensor:
     Returns:
         ``(M, N)`` in [-1, 1].
     """
-    return _unit(z_pos) @ _unit(z_anchor).T
+    return unit(z_pos) @ unit(z_anchor).T
 
 
 def length_matrix(z_pos: Tensor, z_anchor: Tensor, *, mu_gradient: bool = True) -> Tensor:
@@ -621,12 +621,6 @@ def _generator_at(seed: int) -> Iterator[None]:
 
 def _anchors(image: Tensor) -> Tensor:
     return torch.arange(len(image), device=image.device).repeat(POSITIVES)
-
-
-def _unit(z: Tensor) -> Tensor:
-    """Rows at length 1; a zero row as it is."""
-    length = z.norm(dim=1, keepdim=True)
-    return z / length.masked_fill(length == 0, 1)
 
 
 def _over_its_mean(matrix: Tensor, mu_gradient: bool) -> Tensor:

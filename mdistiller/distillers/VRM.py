@@ -52,10 +52,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32
+from mdistiller.functional import at_least_float32, zs_norm
 from mdistiller.registry import InputError, suggestion
 
 from ._base import Distiller, register_distiller
+from ._common import count_classes, warmup
 
 DEFAULTS = {
     "ALPHA": 128.0,  # weight of the inter-sample relations
@@ -166,14 +167,6 @@ def _uncertainty(p: Tensor, q: Tensor, kind: str) -> Tensor:
     if kind == "sum":
         return torch.special.entr(p).sum(1)[:, None] + torch.special.entr(q).sum(1)
     return torch.cat([torch.special.entr((p[rows, None] + q) / 2).sum(2) for rows in _chunks(len(p), q.numel())])
-
-
-def zs_norm(logits: Tensor) -> Tensor:
-    """Each sample's logits with mean 0 and standard deviation 1 over the classes (ZSNorm, Sec. 3.7).
-
-    As in LSKD (Sun et al., arXiv:2403.01427), whose design it is: unbiased deviation, 1e-7 added to it.
-    """
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
 
 
 @dataclass(frozen=True)
@@ -496,7 +489,7 @@ class VRM(Distiller):
                 self.rules,
             )
         self.monitors = facts
-        rise = min(epoch / self.warmup, 1.0) if self.warmup else 1.0
+        rise = warmup(epoch, self.warmup)
         return real, {
             "loss_ce": self.ce_weight * F.cross_entropy(real, target),
             "loss_ce_virtual": self.ce_virtual_weight * F.cross_entropy(virtual, target),
@@ -507,15 +500,6 @@ class VRM(Distiller):
     def predict(self, logits: Tensor) -> Tensor:
         """The vertices ``(B, C)``: probabilities at the temperature."""
         return F.softmax((zs_norm(logits) if self.zsnorm else logits) / self.temperature, dim=1)
-
-
-def count_classes(network: nn.Module) -> int | None:
-    """The classes of a network: the width of its last linear layer, ``None`` where it has none.
-
-    A forward pass would tell too, but takes an input of the right size and disturbs BatchNorm and random states.
-    """
-    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    return linear[-1].out_features if linear else None
 
 
 def make_adaptor(kind: str, num_classes: int | None) -> nn.Module:

@@ -3,20 +3,42 @@
 from mdistiller.registry import distiller_dict
 
 from ._base import Distiller, Vanilla, register_distiller
+from .AT import AT
+from .CTKD import CTKD
 from .DCD import DCD
 from .DIST import DIST, DISTPlus
+from .DKD import DKD
+from .FitNet import FitNet
 from .KD import KD, KDTwoViews
+from .KDSVD import KDSVD
 from .MDR import MDR
+from .MLKD import MLKD
+from .NST import NST
+from .PKT import PKT
+from .RKD import RKD
+from .SP import SP
+from .VID import VID
 from .VRM import VRM
 
 __all__ = [
+    "AT",
+    "CTKD",
     "DCD",
     "DIST",
+    "DKD",
     "KD",
+    "KDSVD",
     "MDR",
+    "MLKD",
+    "NST",
+    "PKT",
+    "RKD",
+    "SP",
+    "VID",
     "VRM",
     "DISTPlus",
     "Distiller",
+    "FitNet",
     "KDTwoViews",
     "Vanilla",
     "distiller_dict",

@@ -16,7 +16,9 @@ Optional: ``parameter_groups(cfg)`` (groups with their own ``lr``), ``teacher_pa
 teacher a method trains), ``on_epoch_start(epoch)``, and a stage of its own before training: ``prepare(batches,
 autocast)``, with ``preparation()`` if the result is to be kept for other runs; ``mdistiller/engine/prepare.py`` says
 what they are given and give back. ``forward_train`` may fill ``self.monitors`` with scalars to watch
-that are no losses, detached; the log has their means over an epoch's images as ``monitor/<name>``.
+that are no losses, detached; the log has their means over an epoch's images as ``monitor/<name>``. A class method
+``logit_stand_options(cfg, base_temp, kd_weight)`` says that the method heeds ``EXPERIMENT.LOGIT_STAND``, and which
+``[KEY, VALUE, ...]`` LSKD's flags stand for; ``base_temp`` is ``None`` where it was not given.
 """
 
 from __future__ import annotations

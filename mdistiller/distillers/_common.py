@@ -1,15 +1,21 @@
-"""Modules that several methods share: what fits a student's feature map to its teacher's."""
+"""What several methods share: modules that fit a student's features to its teacher's, facts about networks."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.registry import InputError
+from mdistiller.registry import InputError, dataset_dict, suggestion
+
+logger = logging.getLogger(__name__)
+
+STAGE_RULES = ("matched", "skip_first")
 
 
 class ConvReg(nn.Module):
@@ -63,6 +69,70 @@ def get_feat_shapes(
     return _shapes(student, input_size), _shapes(teacher, input_size)
 
 
+def stage_offset(student: nn.Module, teacher: nn.Module, num_s: int, num_t: int, rule: str) -> int:
+    """By how much the number of a student's map in ``"feats"`` exceeds that of the teacher's map it belongs to.
+
+    Args:
+        student: may say by ``get_stage_indices()`` which maps are stages; else all but the first are.
+        teacher: the same.
+        num_s: how many maps the student has.
+        num_t: how many the teacher has.
+        rule: ``"matched"``: the i-th map belongs to the i-th where both networks have equally many; else their first
+            stages belong together, also where only one of them has a map of its stem before. ``"skip_first"``: the
+            i-th belongs to the i-th, mdistiller's rule.
+
+    Raises:
+        InputError: an unknown rule.
+    """
+    if rule not in STAGE_RULES:
+        raise InputError(f"STAGES: no rule {rule!r}; {suggestion(str(rule), STAGE_RULES)}")
+    if rule == "skip_first" or num_s == num_t:
+        return 0
+    return _first_stage(student) - _first_stage(teacher)
+
+
+def stage_pairs(student: nn.Module, teacher: nn.Module, num_s: int, num_t: int, rule: str) -> list[tuple[int, int]]:
+    """Numbers in ``"feats"`` of student and teacher of the maps that are compared, shallow to deep.
+
+    The first map of networks that have equally many is left out, as in mdistiller: the stem, or a first block in both.
+    Where one network has more stages, its deepest are left over, which is logged as a warning.
+
+    Args:
+        student, teacher, num_s, num_t, rule: see :func:`stage_offset`.
+
+    Raises:
+        InputError: an unknown rule.
+    """
+    offset = stage_offset(student, teacher, num_s, num_t, rule)
+    first = 1 - max(offset, 0)
+    pairs = list(zip(range(first + offset, num_s), range(first, num_t), strict=False))
+    for role, last, number in (("student", pairs[-1][0], num_s), ("teacher", pairs[-1][1], num_t)):
+        if last != number - 1:
+            logger.warning(
+                "student %s has %s feature maps, teacher %s %s: the %s's from %s to %s are compared with none",
+                *(type(student).__name__, num_s, type(teacher).__name__, num_t, role, last + 1, number - 1),
+            )
+    return pairs
+
+
+def configured_stage_pairs(student: nn.Module, teacher: nn.Module, cfg: Any, rule: str) -> list[tuple[int, int]]:
+    """:func:`stage_pairs` of two networks, which are asked by one black image of the data set's size."""
+    side = cfg.DATASET.IMAGE_SIZE or dataset_dict[cfg.DATASET.TYPE].image_size
+    maps_s, maps_t = get_feat_shapes(student, teacher, (side, side))
+    return stage_pairs(student, teacher, len(maps_s), len(maps_t), rule)
+
+
+def pick_pairs(
+    features_s: dict[str, Any], features_t: dict[str, Any], pairs: Sequence[tuple[int, int]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The maps of both networks that ``pairs`` numbers."""
+    return [features_s["feats"][i] for i, _ in pairs], [features_t["feats"][j] for _, j in pairs]
+
+
+def _first_stage(net: nn.Module) -> int:
+    return net.get_stage_indices()[0] if hasattr(net, "get_stage_indices") else 1
+
+
 def _shapes(net: nn.Module, input_size: Sequence[int]) -> list[torch.Size]:
     like = next(net.parameters())
     with _in_eval_mode(net), torch.no_grad():
@@ -79,3 +149,56 @@ def _in_eval_mode(net: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def warmup(epoch: int, epochs: int) -> float:
+    """The share of a term's weight that counts in ``epoch`` (from 1): it rises linearly over ``epochs``, then is 1."""
+    return min(epoch / epochs, 1.0) if epochs else 1.0
+
+
+def count_classes(network: nn.Module) -> int | None:
+    """The classes of a network: the width of its last linear layer, ``None`` where it has none.
+
+    A forward pass would tell too, but takes an input of the right size and disturbs BatchNorm and random states.
+    """
+    classifier = _last_linear(network)
+    return None if classifier is None else classifier.out_features
+
+
+def pooled_width(network: nn.Module, role: str, otherwise: int | None = None) -> int:
+    """The width of ``pooled_feat``: what the network's last linear layer, its classifier, reads.
+
+    Args:
+        network: whose.
+        role: what it is, for the message.
+        otherwise: the answer for a network without a linear layer.
+
+    Raises:
+        InputError: it has none, and ``otherwise`` is not given.
+    """
+    classifier = _last_linear(network)
+    if classifier is not None:
+        return classifier.in_features
+    if otherwise is None:
+        raise InputError(f"the width of the {role}'s pooled_feat is read off its last nn.Linear, and it has none")
+    return otherwise
+
+
+def _last_linear(network: nn.Module) -> nn.Linear | None:
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear else None
+
+
+def wants_standardised_logits(cfg: Any, student: nn.Module) -> bool:
+    """``EXPERIMENT.LOGIT_STAND``, LSKD's switch.
+
+    Raises:
+        InputError: it is on, and there are so few classes that nothing would be left of the logits.
+    """
+    wanted, classes = cfg.EXPERIMENT.LOGIT_STAND, count_classes(student)
+    if wanted and classes is not None and classes <= 2:
+        raise InputError(
+            f"EXPERIMENT.LOGIT_STAND: with {classes} classes, standardised logits only say which class is ahead; "
+            "set EXPERIMENT.LOGIT_STAND False"
+        )
+    return wanted

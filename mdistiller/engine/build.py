@@ -14,6 +14,7 @@ import mdistiller.models  # noqa: F401  fills the model tables
 from mdistiller.distillers import distiller_dict
 from mdistiller.registry import MODEL_FAMILIES, Registry, dataset_dict
 
+from .added_kd import add_kd
 from .checkpoint import CheckpointError, check_fit, load_weights
 from .precision import hard_coded_cuda_explained, resolve_device
 
@@ -151,7 +152,9 @@ def constructor_arguments(method: type) -> dict[str, str]:
 
 
 def build_distiller(cfg: Any, student: nn.Module, teacher: nn.Module | None = None, num_data: int = 0) -> nn.Module:
-    """The method that ``DISTILLER.TYPE`` names; its constructor's parameters say what it is given.
+    """The method that ``DISTILLER.TYPE`` names, with KD beside it where ``DISTILLER.ADD_KD`` says so.
+
+    The constructor's parameters say what it is given.
 
     Args:
         cfg: the configuration.
@@ -164,5 +167,9 @@ def build_distiller(cfg: Any, student: nn.Module, teacher: nn.Module | None = No
     arguments = constructor_arguments(method)
     with hard_coded_cuda_explained(resolve_device(cfg.SOLVER.DEVICE)):
         if arguments.keys() <= inspect.signature(method).parameters.keys():
-            return method(**{name: available[source] for name, source in arguments.items()})
-        return method(*(available[source] for source in arguments.values()))
+            distiller = method(**{name: available[source] for name, source in arguments.items()})
+        else:
+            distiller = method(*(available[source] for source in arguments.values()))
+    if cfg.DISTILLER.ADD_KD:
+        add_kd(distiller, cfg.DISTILLER.ADD_KD, cfg.DISTILLER.ADD_KD_TEMPERATURE)
+    return distiller

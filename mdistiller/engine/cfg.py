@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -19,6 +20,7 @@ from mdistiller.plugins import load_methods, method_file
 from mdistiller.registry import InputError, suggestion
 
 from .acceleration import COMPILE_MODES, COMPILED
+from .build import needs_teacher
 from .config_node import ConfigNode as CN
 from .trainer import trainer_dict
 from .utils import log_msg
@@ -58,8 +60,7 @@ class ConfigTree(CN):
         method = distiller_dict.get(name)
         if method is None:
             return
-        if method.defaults is not None and method.section not in self:
-            self[method.section] = CN(copy.deepcopy(method.defaults))
+        _add_section(self, method)
         if file is not None:
             for key in file.reads or [method.section]:
                 section, _, rest = key.partition(".")
@@ -75,6 +76,7 @@ CFG.EXPERIMENT.PROJECT = "distill"  # a run's folder is LOG.PREFIX/PROJECT/(NAME
 CFG.EXPERIMENT.NAME = ""
 CFG.EXPERIMENT.TAG = "default"  # comma-separated words
 CFG.EXPERIMENT.SEED = 0  # weights, order of images, augmentation, splits
+CFG.EXPERIMENT.LOGIT_STAND = False  # LSKD: standardise each image's logits before they are compared
 
 CFG.DATASET = CN()
 CFG.DATASET.TYPE = "cifar100"
@@ -95,6 +97,8 @@ CFG.DISTILLER.TEACHER = "ResNet50"
 CFG.DISTILLER.TEACHER_CKPT = ""  # the teacher's weights; empty: where its public weights are unpacked
 CFG.DISTILLER.STUDENT = "resnet32"
 CFG.DISTILLER.PLUGINS = []  # method files from elsewhere, as paths; see mdistiller/plugins.py
+CFG.DISTILLER.ADD_KD = 0.0  # weight of a KD term beside any method's own; see mdistiller/engine/added_kd.py
+CFG.DISTILLER.ADD_KD_TEMPERATURE = 4.0
 
 CFG.SOLVER = CN()
 CFG.SOLVER.TRAINER = "base"
@@ -142,18 +146,56 @@ def _collect_sections() -> None:
         if dataset.defaults and section not in CFG.DATASET:
             CFG.DATASET[section] = CN(copy.deepcopy(dataset.defaults))
     for method in distiller_dict.values():
-        if method.defaults is not None and method.section not in CFG:
-            CFG[method.section] = CN(copy.deepcopy(method.defaults))
+        _add_section(CFG, method)
+
+
+def _add_section(cfg: CN, method: type) -> None:
+    """Make room for a method's defaults. Methods may share a section; each adds the keys that it alone has."""
+    if method.defaults is None:
+        return
+    section = cfg.setdefault(method.section, CN())
+    for key, value in CN(copy.deepcopy(method.defaults)).items():
+        section.setdefault(key, value)
 
 
 _collect_sections()
 
 
+@dataclass(frozen=True)
+class LogitStand:
+    """LSKD's flags: ``--logit-stand``, which this stands for, ``--base-temp`` and ``--kd-weight``.
+
+    Args:
+        base_temp: the temperature; ``None``: 2, where the method has one to set.
+        kd_weight: what weighs the terms on the logits, or multiplies their weights (DKD).
+    """
+
+    base_temp: float | None = None
+    kd_weight: float = 9.0
+
+    def options(self, cfg: CN) -> list[Any]:
+        """``[KEY, VALUE, ...]`` for the method of ``cfg``.
+
+        Raises:
+            InputError: the method does not know them.
+        """
+        method = distiller_dict[cfg.DISTILLER.TYPE]
+        if not hasattr(method, "logit_stand_options"):
+            raise InputError(
+                f"--logit-stand: {cfg.DISTILLER.TYPE} does not standardise logits; {_standardising_methods()} do"
+            )
+        return ["EXPERIMENT.LOGIT_STAND", True, *method.logit_stand_options(cfg, self.base_temp, self.kd_weight)]
+
+
+def _standardising_methods() -> str:
+    return ", ".join(sorted(name for name, method in distiller_dict.items() if hasattr(method, "logit_stand_options")))
+
+
 METHOD_KEYS = ("DISTILLER.TYPE", "DISTILLER.PLUGINS")
 
 
-def load_config(path: str = "", options: Sequence[str] = ()) -> CN:
-    """A checked, frozen configuration: defaults, then the file, then ``KEY VALUE`` options.
+def load_config(path: str = "", options: Sequence[str] = (), logit_stand: LogitStand | None = None) -> CN:
+    """A checked, frozen configuration: defaults, then the file, then ``KEY VALUE`` options, then LSKD's flags.
 
     Raises:
         InputError: see :meth:`ConfigNode.merge_from_file` and :func:`check_config`.
@@ -167,6 +209,8 @@ def load_config(path: str = "", options: Sequence[str] = ()) -> CN:
     if path:
         cfg.merge_from_file(path)
     cfg.merge_from_list(list(options))
+    if logit_stand is not None:
+        cfg.merge_from_list(logit_stand.options(cfg))
     check_config(cfg)
     cfg.freeze()
     return cfg
@@ -205,6 +249,11 @@ def check_config(cfg: CN) -> None:
     load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)
     _one_of(cfg, "DISTILLER.TYPE", distiller_dict, "method")
     _check_method_settings(cfg)
+    if cfg.DISTILLER.ADD_KD and not needs_teacher(cfg):
+        raise InputError(
+            f"DISTILLER.ADD_KD {cfg.DISTILLER.ADD_KD} needs a teacher, which {cfg.DISTILLER.TYPE} has not; use KD or "
+            "KD_TWO_VIEWS"
+        )
     _one_of(cfg, "DATASET.TYPE", dataset_dict, "data set")
     _one_of(cfg, "DATASET.LOADER", LOADERS, "loader")
     _one_of(cfg, "SOLVER.TRAINER", trainer_dict, "trainer")
@@ -216,11 +265,17 @@ def check_config(cfg: CN) -> None:
     _one_of(cfg, "LOG.PROGRESS", ("auto", "on", "off"), "choice")
     positive = ("SOLVER.BATCH_SIZE", "SOLVER.EPOCHS", "DATASET.TEST.BATCH_SIZE", "LOG.EVAL_FREQ", "LOG.MEAN_OF_LAST")
     _each(cfg, positive, lambda v: v >= 1, "at least 1")
-    _each(cfg, ("SOLVER.LR", "SOLVER.LR_DECAY_RATE", "SOLVER.EPS"), lambda v: v > 0, "above 0")
+    _each(
+        cfg,
+        ("SOLVER.LR", "SOLVER.LR_DECAY_RATE", "SOLVER.EPS", "DISTILLER.ADD_KD_TEMPERATURE"),
+        lambda v: v > 0,
+        "above 0",
+    )
     not_negative = (
         "SOLVER.WEIGHT_DECAY", "SOLVER.LR_MIN", "SOLVER.WARMUP_EPOCHS", "SOLVER.WARMUP_LR",
         "DATASET.NUM_WORKERS", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_PER_CLASS",
         "LOG.SAVE_CHECKPOINT_FREQ", "LOG.SAVE_EVERY_STEPS", "LOG.SAVE_EVERY_MINUTES", "LOG.TENSORBOARD_FREQ",
+        "DISTILLER.ADD_KD",
     )  # fmt: skip
     _each(cfg, not_negative, lambda v: v >= 0, "0 or more")
     _each(cfg, ("DATASET.TRAIN_FRACTION",), lambda v: 0 < v <= 1, "above 0 and at most 1")
@@ -240,9 +295,14 @@ def check_config(cfg: CN) -> None:
 
 
 def _check_method_settings(cfg: CN) -> None:
-    """Refuse to start a method file whose constructor reads keys that nobody gives."""
+    """Refuse to start a method file whose constructor reads keys that nobody gives, and a switch without a reader."""
     method = distiller_dict[cfg.DISTILLER.TYPE]
     file = method_file(method)
+    reads_switch = hasattr(method, "logit_stand_options") or (file and "EXPERIMENT.LOGIT_STAND" in file.reads)
+    if cfg.EXPERIMENT.LOGIT_STAND and not reads_switch:
+        raise InputError(
+            f"EXPERIMENT.LOGIT_STAND: {cfg.DISTILLER.TYPE} does not standardise logits; {_standardising_methods()} do"
+        )
     if file is None:
         return
     builder = next((cls.__name__ for cls in method.__mro__ if "__init__" in vars(cls)), "")

@@ -33,7 +33,7 @@ from .experiment import changed_keys
 from .precision import Precision
 from .random_state import seed_everything
 from .trainer import BaseTrainer, trainer_dict
-from .utils import log_msg
+from .utils import log_msg, processor_name
 
 
 def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -272,6 +272,7 @@ def _environment(cfg: Any, trainer: BaseTrainer) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "host": platform.node(),
         "machine": platform.platform(),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ __all__ = [
     "adjust_learning_rate",
     "load_checkpoint",
     "log_msg",
+    "processor_name",
     "save_checkpoint",
     "validate",
 ]
@@ -76,3 +80,12 @@ def adjust_learning_rate(epoch: int, cfg: Any, optimizer: torch.optim.Optimizer)
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     return rate
+
+
+def processor_name() -> str:
+    """The product name of the CPU, as far as the system tells it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()

@@ -1,6 +1,8 @@
 """Maths shared by the methods: tensors in, tensors out."""
 
-from .pooling import spatial_mean
+from .logits import zs_norm
+from .maps import pool_to_common, spatial_mean
 from .precision import at_least_float32
+from .relations import unit
 
-__all__ = ["at_least_float32", "spatial_mean"]
+__all__ = ["at_least_float32", "pool_to_common", "spatial_mean", "unit", "zs_norm"]

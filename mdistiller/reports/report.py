@@ -1,8 +1,11 @@
-"""The files that a plan leaves: table, curves, verdicts."""
+"""The files that a plan leaves: table, curves, verdicts; and several plans as one page to keep."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mdistiller.engine.checkpoint import write_atomically
 from mdistiller.registry import InputError
@@ -14,10 +17,26 @@ from .table import Results, check_claims, render, summarize, to_csv
 
 @dataclass(frozen=True)
 class Report:
-    """The text as printed, and whether every claim of the plan holds."""
+    """What a plan came to.
 
-    text: str
+    Args:
+        title: the plan's.
+        body: table, verdicts and how to read them, in Markdown.
+        provenance: where, when and with what the runs were made.
+        files: where the plan's files and runs are, and what is missing.
+        claims_hold: whether every claim of the plan holds.
+    """
+
+    title: str
+    body: str
+    provenance: str
+    files: str
     claims_hold: bool
+
+    @property
+    def text(self) -> str:
+        """What is printed."""
+        return f"{self.body}\n\n{self.provenance}\n\n{self.files}"
 
 
 def write_report(plan: Plan, results: Results) -> Report:
@@ -30,13 +49,47 @@ def write_report(plan: Plan, results: Results) -> Report:
     parts = [render(rows), *(sentence for _, sentence in verdicts)]
     if plan.how_to_read:
         parts.append(plan.how_to_read.format(images=images, image_points=100 / images).rstrip())
-    files = "table.md, table.csv"
+    names, missing = "table.md, table.csv", ""
     try:
         learning_curves(plan, plan.output / "curves.png")
-        files += ", curves.png"
+        names += ", curves.png"
     except InputError as error:
-        parts.append(f"No curves.png: {error}")
-    parts.append(f"Tables, curves and every run: {plan.output}/ ({files})")
-    text = "\n\n".join(parts)
-    write_atomically(plan.output / "table.md", f"# {plan.title}\n\n{text}\n")
-    return Report(text, all(holds for holds, _ in verdicts))
+        missing = f"No curves.png: {error}\n\n"
+    files = f"{missing}Tables, curves and every run: {plan.output}/ ({names})"
+    holds = all(verdict for verdict, _ in verdicts)
+    report = Report(plan.title, "\n\n".join(parts), provenance(plan), files, holds)
+    write_atomically(plan.output / "table.md", f"# {plan.title}\n\n{report.text}\n")
+    return report
+
+
+def provenance(plan: Plan) -> str:
+    """One line on when, on what machine and with what software the plan's runs were made.
+
+    Read from the ``environment.json`` of each run; where runs differ, every value is given.
+    """
+    found: dict[str, set[str]] = {}
+    for cell in plan.cells():
+        facts = json.loads((cell.folder / "environment.json").read_text())
+        for key, value in _facts(facts).items():
+            found.setdefault(key, set()).add(value)
+    return "Measured " + ", ".join(" / ".join(sorted(values)) for values in found.values()) + "."
+
+
+def _facts(environment: dict) -> dict[str, str]:
+    threads, device, git = environment["threads"], environment["device"], environment["git"]
+    return {
+        "day": f"on {environment['started'][:10]}",
+        "device": f"on {environment['processor'] if device == 'cpu' else device}",
+        "threads": f"{threads} thread{'' if threads == 1 else 's'} a run",
+        "torch": f"torch {environment['torch']}",
+        "code": f"mdistiller {environment['mdistiller']}" + (f" at {git[:7]}{git[40:]}" if git else ""),
+    }
+
+
+def write_page(path: str | Path, reports: Sequence[Report], command: str) -> None:
+    """The reports of several plans as one Markdown page, with the command that makes it."""
+    parts = ["# Measured results", f"Made by `{command}`; headlines are last-epoch accuracies."]
+    for report in reports:
+        parts += [f"## {report.title}", report.body, report.provenance]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(path), "\n\n".join(parts) + "\n")

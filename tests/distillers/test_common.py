@@ -1,12 +1,21 @@
-"""What method files import from ``_common``: the regressor's shapes, and that asking for shapes changes nothing."""
+"""What method files import from ``_common``: the regressor's shapes, asking for shapes, and which maps are compared."""
 
 import copy
+import logging
 
 import pytest
 import torch
+from method_cases import config
 
-from mdistiller.distillers._common import ConvReg, get_feat_shapes
-from mdistiller.models import cifar_model_dict
+from mdistiller.distillers._common import (
+    ConvReg,
+    configured_stage_pairs,
+    get_feat_shapes,
+    pick_pairs,
+    stage_offset,
+    stage_pairs,
+)
+from mdistiller.models import cifar_model_dict, imagenet_model_dict
 from mdistiller.registry import InputError
 
 
@@ -44,3 +53,82 @@ def test_asking_for_shapes_moves_no_statistics_no_generator_and_no_mode():
         assert [m.training for m in net.modules()] == modes
     assert shapes[0] == [(1, 16, 32, 32), (1, 16, 32, 32), (1, 32, 16, 16), (1, 64, 8, 8)]
     assert [shape[1] for shape in shapes[1]] == teacher.get_stage_channels()
+
+
+# Which maps are compared
+
+
+def network(name, family=cifar_model_dict):
+    """A network without weights, which costs nothing to build."""
+    with torch.device("meta"):
+        entry = family[name]
+        return (entry[0] if isinstance(entry, tuple) else entry)()
+
+
+def pairs_of(student, teacher, rule="matched"):
+    return stage_pairs(student, teacher, *(len(net.get_stage_channels()) for net in (student, teacher)), rule)
+
+
+@pytest.mark.parametrize("rule", ["matched", "skip_first"])
+@pytest.mark.parametrize(
+    ("student", "teacher", "last"),
+    [("resnet8x4", "resnet32x4", 3), ("ShuffleV1", "wrn_40_2", 3), ("vgg8", "vgg13", 4), ("MobileNetV2", "vgg13", 4),
+     ("vgg8", "ResNet50", 4)],
+)  # fmt: skip
+def test_of_equally_many_maps_all_but_the_first_are_compared_in_order(student, teacher, last, rule):
+    assert pairs_of(network(student), network(teacher), rule) == [(i, i) for i in range(1, last + 1)]
+
+
+def test_a_network_without_a_map_of_its_stem_is_not_compared_one_stage_off():
+    """mdistiller drops the first map of both: MobileNetV1's first stage meets none, ResNet50's last none."""
+    student, teacher = (network(name, imagenet_model_dict) for name in ("MobileNetV1", "ResNet50"))
+    sides_s, sides_t = [16, 8, 4, 2], [32, 16, 8, 4, 2]  # at 64 pixels; see the test below
+    matched, published = pairs_of(student, teacher), pairs_of(student, teacher, "skip_first")
+    assert matched == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert all(sides_s[i] == sides_t[j] for i, j in matched)
+    assert published == [(1, 1), (2, 2), (3, 3)]
+    assert all(2 * sides_s[i] == sides_t[j] for i, j in published)
+
+
+def test_sides_of_mobilenetv1_and_of_an_imagenet_resnet():
+    nets = [network(name, imagenet_model_dict).to_empty(device="cpu") for name in ("MobileNetV1", "ResNet18")]
+    sides = [[shape[-1] for shape in shapes] for shapes in get_feat_shapes(*nets, (64, 64))]
+    assert sides == [[16, 8, 4, 2], [32, 16, 8, 4, 2]]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        ("vgg8", "resnet20", [(0, 1), (1, 2), (2, 3)]),
+        ("resnet20", "vgg8", [(1, 0), (2, 1), (3, 2)]),
+        ("MobileNetV2", "resnet20", [(1, 1), (2, 2), (3, 3)]),
+    ],
+)
+def test_what_is_left_over_is_said(student, teacher, expected, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert pairs_of(network(student), network(teacher)) == expected
+    role, other = ("teacher", "VGG") if teacher == "vgg8" else ("student", {"vgg8": "VGG"}.get(student, "MobileNetV2"))
+    assert f"the {role}'s from" in caplog.text and other in caplog.text
+
+
+def test_equal_networks_warn_of_nothing(caplog):
+    pairs_of(network("resnet8"), network("resnet20"))
+    assert not caplog.text
+
+
+def test_a_network_that_does_not_declare_its_stages_has_a_stem():
+    plain = torch.nn.Identity()
+    assert stage_offset(plain, network("resnet8"), 5, 4, "matched") == 0
+    assert stage_offset(plain, network("vgg8"), 4, 5, "matched") == 1
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(InputError, match="no rule 'match'; closest: matched"):
+        pairs_of(network("resnet8"), network("resnet8"), "match")
+
+
+def test_pairs_for_a_data_set_pick_maps():
+    student, teacher = (cifar_model_dict[name][0](num_classes=7) for name in ("vgg8", "resnet20"))
+    pairs = configured_stage_pairs(student, teacher, config("AT"), "matched")
+    features = [{"feats": [f"{name}{i}" for i in range(number)]} for name, number in (("s", 5), ("t", 4))]
+    assert pick_pairs(*features, pairs) == (["s0", "s1", "s2"], ["t1", "t2", "t3"])

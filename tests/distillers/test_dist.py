@@ -71,10 +71,12 @@ def golden_cases():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "of_value", "of_gradient"), [(torch.float64, 1e-7, 1e-6), (torch.float32, 1e-4, 1e-4)]
+    ("dtype", "of_value", "of_gradient", "rounding"),  # the last of 1 - 1, where a correlation is perfect
+    [(torch.float64, 1e-7, 1e-6, 1e-13), (torch.float32, 1e-4, 1e-4, 1e-5)],
+    ids=["float64", "float32"],
 )
 @pytest.mark.parametrize("case", golden_cases())
-def test_golden_values_and_gradients(case, dtype, of_value, of_gradient):
+def test_golden_values_and_gradients(case, dtype, of_value, of_gradient, rounding):
     arrays = np.load(golden_dir() / "losses" / "dist.npz")
     student, teacher = (
         torch.from_numpy(arrays[f"{case['case']}/in/logits_{name}"]).to(dtype) for name in ("student", "teacher")
@@ -84,9 +86,9 @@ def test_golden_values_and_gradients(case, dtype, of_value, of_gradient):
     inter, intra = dist_loss(student.requires_grad_(), teacher, tau)
     loss = tau**2 * (given["beta"] * inter + given["gamma"] * intra)
     loss.backward()
-    assert loss.item() == pytest.approx(case["outputs"]["loss"], rel=of_value)
+    assert loss.item() == pytest.approx(case["outputs"]["loss"], rel=of_value, abs=rounding)
     expected = torch.from_numpy(arrays[f"{case['case']}/grad/logits_student"]).double()
-    assert (student.grad - expected).abs().max() <= of_gradient * expected.abs().max()
+    assert (student.grad - expected).abs().max() <= of_gradient * expected.abs().max() + rounding
 
 
 @pytest.mark.parametrize("tau", [1.0, 4.0])

@@ -4,7 +4,18 @@ import copy
 
 import pytest
 import torch
-from method_cases import CLASSES, IMAGES, METHODS, TEACHER_METHODS, build, config, make_batch, total, weights
+from method_cases import (
+    CLASSES,
+    FALLING,
+    IMAGES,
+    METHODS,
+    TEACHER_METHODS,
+    build,
+    config,
+    make_batch,
+    total,
+    weights,
+)
 
 from mdistiller.dataset import batch_fields
 from mdistiller.registry import distiller_dict
@@ -84,7 +95,8 @@ def test_own_weight_matters(method):
 
 @each_teacher_method
 def test_own_terms_alone_fall_on_a_fixed_batch(method):
-    history = train(build(method, weights(method, ce=0.0, own=1.0)), method, steps=40, lr=0.01)
+    values = weights(method, ce=0.0, own=1.0) | FALLING.get(method, {})
+    history = train(build(method, values), method, steps=40, lr=0.01)
     assert min(history[-5:]) < 0.8 * history[0]
 
 

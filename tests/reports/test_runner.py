@@ -249,3 +249,24 @@ def test_without_matplotlib_there_are_still_tables(printed, monkeypatch):
     assert outcome.code == 0
     assert "No curves.png: the learning curves need matplotlib: pip install matplotlib" in outcome.out
     assert {path.name for path in OUTPUT.iterdir() if path.is_file()} == {"table.md", "table.csv"}
+
+
+def test_several_plans_make_one_page_that_says_where_it_was_measured(printed):
+    Path("again.yaml").write_text(yaml.safe_dump(PLAN | {"TITLE": "Again", "METHODS": {"KD": KD}, "CLAIMS": []}))
+    outcome = run_tool("reproduce", ["--plan", write_plan(CLAIMS=[]), "again.yaml", "--report", "docs/page.md"])
+    assert (outcome.code, outcome.err) == (0, "")
+    page = Path("docs/page.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("#")] == [
+        "# Measured results", f"## {PLAN['TITLE']}", "## Again"
+    ]  # fmt: skip
+    assert "reproduce.py --plan plan.yaml again.yaml --report docs/page.md" in page
+    assert page.count("| KD     | res20_res8 |") == 2
+    environment = json.loads((folder_of("KD") / "environment.json").read_text())
+    assert page.count(f"Measured on {environment['started'][:10]}, on {environment['processor']}, ") == 2
+    assert str(OUTPUT) not in page.replace("--report docs/page.md", "")  # nothing of the reader's machine
+
+
+def test_no_plan_runs_when_one_is_wrong(printed):
+    outcome = run_tool("reproduce", ["--plan", write_plan(), "missing.yaml"])
+    assert outcome.code == 2 and "no plan missing.yaml" in outcome.err
+    assert outcome.out == ""

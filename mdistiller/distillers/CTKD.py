@@ -1,0 +1,113 @@
+"""CTKD: KD at a temperature that is learned against the student, and harder from epoch to epoch.
+
+Li, Li, Yang, Zhao, Song, Luo, Li, Yang. Curriculum Temperature for Knowledge Distillation. AAAI 2023. arXiv:2211.16231.
+
+The temperature ``T = T_START + T_END * sigmoid(g)`` has one parameter ``g``, "Global-T". The student lowers KD's loss,
+``g`` raises it: its gradient is multiplied by lambda, which falls from ``DECAY_MAX`` 0 to ``DECAY_MIN`` -1 along half a
+cosine within ``DECAY_LOOPS`` epochs. The paper names the range of T by its ends; in the authors' code, which this
+follows, ``T_END`` is its width, so that T lies in (1, 21) and starts at 15.6.
+
+Not here: the temperature of each image ("Instance-T"). Standardised logits (``EXPERIMENT.LOGIT_STAND``) are LSKD's,
+arXiv:2403.01427.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.registry import InputError
+
+from ._base import Distiller, register_distiller
+from ._common import wants_standardised_logits
+from .KD import kd_loss
+
+DEFAULTS = {
+    "T_START": 1.0,
+    "T_END": 20.0,
+    "DECAY_MAX": 0.0,  # lambda before the first epoch
+    "DECAY_MIN": -1.0,  # and from epoch DECAY_LOOPS on
+    "DECAY_LOOPS": 10,
+    "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9},
+}
+PAPER = "Li et al., arXiv:2211.16231"
+
+
+def learned_temperature(g: Tensor, t_start: float, t_end: float, lambda_: float) -> Tensor:
+    """``t_start + t_end * sigmoid(g)``, with the gradient of ``g`` multiplied by ``lambda_``: reversed if negative.
+
+    Args:
+        g: ``(1,)``.
+        t_start: lowest temperature.
+        t_end: width of the range.
+        lambda_: :func:`reversal` of the epoch.
+
+    Returns:
+        ``(1,)``.
+    """
+    return t_start + t_end * torch.sigmoid(_ScaledGradient.apply(g, lambda_))
+
+
+def reversal(epoch: int, decay_max: float, decay_min: float, loops: int) -> float:
+    """Lambda in ``epoch`` (from 1): from ``decay_max`` to ``decay_min`` along half a cosine, then constant."""
+    share = min(epoch / loops, 1.0) if loops else 1.0
+    return decay_min + (decay_max - decay_min) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.factor * gradient, None
+
+
+@register_distiller("CTKD", DEFAULTS, paper=PAPER, family="logit")
+class CTKD(Distiller):
+    """Cross-entropy on the labels plus :func:`~mdistiller.distillers.KD.kd_loss` at a learned temperature."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        own = cfg.CTKD
+        self.t_start, self.t_end = own.T_START, own.T_END
+        self.decay_max, self.decay_min, self.decay_loops = own.DECAY_MAX, own.DECAY_MIN, own.DECAY_LOOPS
+        self.ce_weight, self.kd_weight = own.LOSS.CE_WEIGHT, own.LOSS.KD_WEIGHT
+        for key, low in (("T_START", self.t_start), ("T_START plus CTKD.T_END", self.t_start + self.t_end)):
+            if not low > 0:
+                raise InputError(f"CTKD.{key} must be above 0, as every temperature in between, got {low}")
+        if self.decay_loops < 0:
+            raise InputError(f"CTKD.DECAY_LOOPS must be 0 or more epochs, got {self.decay_loops}")
+        self.logit_stand = wants_standardised_logits(cfg, student)
+        self.global_T = nn.Parameter(torch.ones(1))
+
+    @classmethod
+    def logit_stand_options(cls, cfg: Any, base_temp: float | None, kd_weight: float) -> list[Any]:
+        if base_temp is not None:
+            raise InputError(
+                "--base-temp: CTKD learns its temperature; leave the flag out, or set its range by CTKD.T_START, T_END"
+            )
+        return ["CTKD.LOSS.KD_WEIGHT", kd_weight]
+
+    def forward_train(
+        self, image: Tensor, target: Tensor, epoch: int = 1, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, _ = self.student(image)
+        with torch.no_grad():
+            logits_teacher, _ = self.teacher(image)
+        lambda_ = reversal(epoch, self.decay_max, self.decay_min, self.decay_loops)
+        temperature = learned_temperature(self.global_T, self.t_start, self.t_end, lambda_)
+        self.monitors = {"temperature": temperature.detach().squeeze()}
+        loss = kd_loss(logits_student, logits_teacher, temperature, self.logit_stand)
+        return logits_student, {
+            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.kd_weight * loss,
+        }

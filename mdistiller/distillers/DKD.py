@@ -1,0 +1,144 @@
+"""DKD: the teacher's confidence in the target class and its distribution over the others, weighted apart.
+
+Zhao, Cui, Song, Qiu, Liang. Decoupled Knowledge Distillation. CVPR 2022. arXiv:2203.08679. Equations are the paper's.
+Shapes: B images, K classes.
+
+``KD = TCKD + (1 - p_t) NCKD`` (Eq. 6), with ``p_t`` the teacher's probability of the target class: where the teacher is
+sure, KD hardly conveys what it knows of the other classes. DKD is ``ALPHA * TCKD + BETA * NCKD`` (Eq. 7).
+
+Departs from the paper: none in the values. Both distributions are computed from log-probabilities, see
+:func:`tckd_loss`; the authors' code takes the logarithm of a probability, which is infinite in float32 from a
+difference of about 104 between logits. Standardised logits (``EXPERIMENT.LOGIT_STAND``) are LSKD's, arXiv:2403.01427.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.functional import at_least_float32, zs_norm
+from mdistiller.registry import InputError
+
+from ._base import Distiller, register_distiller
+from ._common import wants_standardised_logits, warmup
+
+DEFAULTS = {
+    "CE_WEIGHT": 1.0,
+    "ALPHA": 1.0,  # weight of the target class's term
+    "BETA": 8.0,  # weight of the other classes' term
+    "T": 4.0,
+    "WARMUP": 20,  # epochs in which both rise linearly
+}
+PAPER = "Zhao et al., arXiv:2203.08679"
+
+
+def dkd_loss(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: float | Tensor,
+    logit_stand: bool = False,
+) -> Tensor:
+    """``alpha * TCKD + beta * NCKD`` (Eq. 7), times T^2, mean over the batch.
+
+    Args:
+        logits_student: ``(B, K)`` raw scores, K at least 2; gradient flows.
+        logits_teacher: ``(B, K)`` raw scores; gradient flows where they carry one.
+        target: ``(B,)`` class numbers.
+        alpha: weight of :func:`tckd_loss`.
+        beta: weight of :func:`nckd_loss`, which is 0 for two classes.
+        temperature: T > 0.
+        logit_stand: standardise both before they are softened (:func:`~mdistiller.functional.zs_norm`).
+
+    Returns:
+        Scalar ``()``, zero for equal logits.
+    """
+    student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher)
+    if logit_stand:
+        student, teacher = zs_norm(student), zs_norm(teacher)
+    student, teacher = student / temperature, teacher / temperature
+    return (alpha * tckd_loss(student, teacher, target) + beta * nckd_loss(student, teacher, target)) * temperature**2
+
+
+def tckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
+    """KL divergence of the two-way distributions "target class or another" (Eq. 5), mean over the batch.
+
+    With the margin ``m = z_target - logsumexp(z_others)``, these are ``sigmoid(m)`` and ``sigmoid(-m)``, whose
+    logarithms are exact at any size of the logits.
+
+    Args:
+        logits_student: ``(B, K)``, divided by the temperature already.
+        logits_teacher: ``(B, K)``, likewise.
+        target: ``(B,)``.
+
+    Returns:
+        Scalar ``()``.
+    """
+    two_way = []
+    for logits in (logits_student, logits_teacher):
+        margin = logits.gather(1, target[:, None]).squeeze(1) - _others(logits, target).logsumexp(1)
+        two_way.append(F.logsigmoid(torch.stack([margin, -margin], dim=1)))
+    return F.kl_div(*two_way, reduction="batchmean", log_target=True)
+
+
+def nckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
+    """KL divergence of the distributions over all classes but the target (Eq. 5), mean over the batch.
+
+    With two classes there is one other class, all distributions over it are equal, and this is 0.
+
+    Args:
+        logits_student: ``(B, K)``, divided by the temperature already.
+        logits_teacher: ``(B, K)``, likewise.
+        target: ``(B,)``.
+
+    Returns:
+        Scalar ``()``.
+    """
+    others = (_others(logits, target).log_softmax(1) for logits in (logits_student, logits_teacher))
+    return F.kl_div(*others, reduction="batchmean", log_target=True)
+
+
+def _others(logits: Tensor, target: Tensor) -> Tensor:
+    """``(B, K - 1)``: the logits without the target's."""
+    place = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, place + (place >= target[:, None]))
+
+
+@register_distiller("DKD", DEFAULTS, paper=PAPER, family="logit", weights=("ALPHA", "BETA"))
+class DKD(Distiller):
+    """Cross-entropy on the labels plus :func:`dkd_loss` on the logits."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        own = cfg.DKD
+        self.ce_weight, self.alpha, self.beta = own.CE_WEIGHT, own.ALPHA, own.BETA
+        self.temperature, self.warmup = own.T, own.WARMUP
+        if not self.temperature > 0:
+            raise InputError(f"DKD.T must be above 0, got {self.temperature}")
+        if self.warmup < 0:
+            raise InputError(f"DKD.WARMUP must be 0 or more epochs, got {self.warmup}")
+        self.logit_stand = wants_standardised_logits(cfg, student)
+
+    @classmethod
+    def logit_stand_options(cls, cfg: Any, base_temp: float | None, kd_weight: float) -> list[Any]:
+        weights = [part for key in ("ALPHA", "BETA") for part in (f"DKD.{key}", cfg.DKD[key] * kd_weight)]
+        return ["DKD.T", 2.0 if base_temp is None else base_temp, *weights]
+
+    def forward_train(
+        self, image: Tensor, target: Tensor, epoch: int = 1, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, _ = self.student(image)
+        with torch.no_grad():
+            logits_teacher, _ = self.teacher(image)
+        loss = dkd_loss(
+            logits_student, logits_teacher, target, self.alpha, self.beta, self.temperature, self.logit_stand
+        )
+        return logits_student, {
+            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": warmup(epoch, self.warmup) * loss,
+        }

@@ -1,0 +1,104 @@
+"""FitNet: regress the teacher's feature map from the student's.
+
+Romero, Ballas, Kahou, Chassang, Gatta, Bengio. FitNets: Hints for Thin Deep Nets. ICLR 2015. arXiv:1412.6550.
+Shapes: B images, C channels, H, W positions.
+
+A regressor (:class:`~mdistiller.distillers._common.ConvReg`: convolution, batch norm, ReLU) takes a map of the student
+to the shape of the teacher's, the hint; their squared difference is the loss (Eq. 3).
+
+Departs from the paper, as mdistiller does: hint and labels are learned together, not in two stages; the loss is a mean
+over all elements; the regressor ends in batch norm and ReLU. Departs from mdistiller (docs/differences.md):
+``MULTI_STAGE`` gives every stage a hint and a regressor, whose losses are summed; building the regressors leaves the
+networks as they are; and where the networks have different numbers of maps, ``HINT_LAYER`` is a number of the
+teacher's (``STAGES``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.functional import at_least_float32
+from mdistiller.registry import InputError
+
+from ._base import Distiller, register_distiller
+from ._common import ConvReg, get_feat_shapes, pick_pairs, stage_offset, stage_pairs
+
+DEFAULTS = {
+    "HINT_LAYER": 2,  # of "feats", 0 is the first; without MULTI_STAGE
+    "MULTI_STAGE": False,  # a hint in every stage
+    "STAGES": "matched",  # matched, skip_first (mdistiller's): see stage_offset in _common.py
+    "INPUT_SIZE": (32, 32),  # of the images, which the regressors' shapes follow from
+    "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 100.0},
+}
+PAPER = "Romero et al., arXiv:1412.6550"
+
+
+def hint_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
+    """Squared difference, mean over all elements (Eq. 3 without its factor 1/2).
+
+    Args:
+        f_s: ``(B, C, H, W)``, regressed from the student's map; gradient flows.
+        f_t: of the same shape; gradient flows where it carries one.
+
+    Returns:
+        Scalar ``()``.
+
+    Raises:
+        InputError: different shapes, as images of another size than the regressor was built for give them.
+    """
+    if f_s.shape != f_t.shape:
+        raise InputError(
+            f"the regressed map is {'x'.join(map(str, f_s.shape[1:]))}, the teacher's "
+            f"{'x'.join(map(str, f_t.shape[1:]))}; FITNET.INPUT_SIZE must be the height and width of the images"
+        )
+    return F.mse_loss(at_least_float32(f_s), at_least_float32(f_t))
+
+
+@register_distiller("FITNET", DEFAULTS, paper=PAPER, family="feature")
+class FitNet(Distiller):
+    """Cross-entropy on the labels plus :func:`hint_loss`, summed over the hints."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        own = cfg.FITNET
+        self.ce_weight, self.feat_weight = own.LOSS.CE_WEIGHT, own.LOSS.FEAT_WEIGHT
+        shapes_s, shapes_t = get_feat_shapes(student, teacher, own.INPUT_SIZE)
+        counts = len(shapes_s), len(shapes_t)
+        if own.MULTI_STAGE:
+            self.pairs = stage_pairs(student, teacher, *counts, own.STAGES)
+        else:
+            self.pairs = [single_pair(own.HINT_LAYER, *counts, stage_offset(student, teacher, *counts, own.STAGES))]
+        with torch.random.fork_rng(devices=[]):
+            regressors = [ConvReg(shapes_s[i], shapes_t[j]) for i, j in self.pairs]
+        self.conv_reg = nn.ModuleList(regressors) if own.MULTI_STAGE else regressors[0]  # mdistiller's key for one
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, features_student = self.student(image)
+        with torch.no_grad():
+            _, features_teacher = self.teacher(image)
+        regressors = self.conv_reg if isinstance(self.conv_reg, nn.ModuleList) else [self.conv_reg]
+        maps = zip(regressors, *pick_pairs(features_student, features_teacher, self.pairs), strict=True)
+        loss = sum(hint_loss(regressor(f_s), f_t) for regressor, f_s, f_t in maps)
+        return logits_student, {
+            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.feat_weight * loss,
+        }
+
+
+def single_pair(layer: int, num_s: int, num_t: int, offset: int) -> tuple[int, int]:
+    """Numbers of the student's map and of the teacher's, which ``HINT_LAYER`` names.
+
+    Raises:
+        InputError: there is no such pair.
+    """
+    allowed = [j for j in range(num_t) if 0 <= j + offset < num_s]
+    if layer not in allowed:
+        raise InputError(
+            f"FITNET.HINT_LAYER must be from {allowed[0]} to {allowed[-1]}, got {layer}: the student has {num_s} maps "
+            f"and the teacher {num_t}"
+        )
+    return layer + offset, layer

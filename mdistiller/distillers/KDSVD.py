@@ -1,0 +1,165 @@
+"""KDSVD: match how the main directions of one stage relate to those of the next.
+
+Lee, Kim, Song. Self-supervised Knowledge Distillation Using Singular Value Decomposition. ECCV 2018.
+arXiv:1807.06819. Shapes: B images, C channels, H, W positions, k directions.
+
+A map is read as a matrix of C * H rows and W columns, whose first right singular vectors ``v`` are its directions. The
+student's are put in the teacher's order and sign by their cosines, and both are weighted by the teacher's singular
+values. Between consecutive stages, ``exp(-(v_i - v'_j)^2 / 8)`` of all entries is compared by its squared difference.
+
+Departs from the paper, as mdistiller does: the paper's matrix has a row for each position and a column for each
+channel. Departs from mdistiller (docs/differences.md):
+
+- the singular vectors' sign, which a decomposition leaves open and the loss depends on, is fixed (:func:`directions`);
+- directions come from the eigenvectors of the W x W matrix ``X^T X`` in float64, which is faster, and their gradient
+  leaves out pairs of equal singular values, between which it is infinite;
+- of maps of different size the larger is pooled to the smaller, where mdistiller fails;
+- which maps are compared where the networks have different numbers of them (``STAGES``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.functional import at_least_float32, pool_to_common, unit
+from mdistiller.registry import InputError
+
+from ._base import Distiller, register_distiller
+from ._common import configured_stage_pairs, pick_pairs
+
+DEFAULTS = {
+    "K": 1,  # directions
+    "STAGES": "matched",  # matched, skip_first (mdistiller's): see stage_offset in _common.py
+    "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
+}
+PAPER = "Lee et al., arXiv:1807.06819"
+
+SPARE = 3  # directions of the student beyond k, among which the teacher's look for their likes
+
+
+class EigenVectors(torch.autograd.Function):
+    """Eigenvectors of symmetric matrices ``(B, W, W)``, in columns, and eigenvalues, ascending.
+
+    The gradient of ``torch.linalg.eigh`` divides by the differences of eigenvalues. Those that float32 cannot tell from
+    0, relative to the largest eigenvalue, are left out here: the two vectors may be any that span the same plane.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(matrix)
+        ctx.save_for_backward(values, vectors)
+        ctx.mark_non_differentiable(values)
+        return vectors, values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
+        values, vectors = ctx.saved_tensors
+        gap = values[:, None, :] - values[:, :, None]
+        equal = gap.abs() <= torch.finfo(torch.float32).eps * values[:, -1:, None].abs()
+        inner = (vectors.mT @ grad) / gap.masked_fill(equal, torch.inf)
+        outer = vectors @ inner @ vectors.mT
+        return (outer + outer.mT) / 2
+
+
+def directions(feat: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first right singular vectors of maps, read as matrices ``(C * H, W)``, and the singular values' shares.
+
+    Args:
+        feat: ``(B, C, H, W)``; gradient flows through the vectors.
+        k: how many; at most W are there.
+
+    Returns:
+        ``(B, W, k)`` vectors in columns, each with the sign that makes its sum positive, and ``(B, k)``, the singular
+        values at length 1; both in float32 or better. Maps of zeros have singular values 0.
+    """
+    rows = at_least_float32(feat).flatten(1, 2)
+    exact = rows.double()
+    vectors, squares = EigenVectors.apply(exact.mT @ exact)
+    vectors, squares = vectors.flip(2)[:, :, :k], squares.flip(1)[:, :k]
+    sign = torch.where(vectors.detach().sum(1, keepdim=True) < 0, -1.0, 1.0)
+    return (vectors * sign).to(rows.dtype), unit(squares.clamp(min=0).sqrt()).to(rows.dtype)
+
+
+def aligned(v_s: Tensor, v_t: Tensor) -> Tensor:
+    """For each direction of the teacher the student's most like it, up to sign, with the sign that makes it alike.
+
+    Args:
+        v_s: ``(B, W, n)``; gradient flows.
+        v_t: ``(B, W, k)``.
+
+    Returns:
+        ``(B, W, k)``.
+    """
+    cosine = v_s.detach().mT @ v_t
+    best = cosine.abs().argmax(1, keepdim=True)
+    sign = cosine.gather(1, best).sign()
+    return v_s.gather(2, best.expand(-1, v_s.shape[1], -1)) * sign
+
+
+def kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int) -> Tensor:
+    """Squared difference of the relations of consecutive stages, summed over stages and entries, mean over images.
+
+    Args:
+        g_s: of each stage ``(B, C, H, W)``; gradient flows.
+        g_t: of each stage ``(B, C, H, W)``; constant.
+        k: directions of each stage.
+
+    Returns:
+        Scalar ``()``, 0 for equal maps.
+
+    Raises:
+        InputError: a map that has fewer than ``k`` columns.
+        ValueError: lists of different length.
+    """
+    stages = []
+    with torch.autocast(g_s[0].device.type, enabled=False):
+        for map_s, map_t in zip(g_s, g_t, strict=True):
+            f_s, f_t = pool_to_common(map_s, map_t.detach())
+            if k > f_s.shape[3]:
+                raise InputError(f"KDSVD.K must be at most {f_s.shape[3]}, the width of the smallest map, got {k}")
+            v_t, share = directions(f_t, k)
+            v_s = aligned(directions(f_s, k + SPARE)[0], v_t)
+            stages.append((v_s * share[:, None], v_t * share[:, None]))
+        loss = g_s[0].new_zeros((), dtype=stages[0][0].dtype)
+        for (s_before, t_before), (v_s, v_t) in pairwise(stages):
+            loss = loss + (relation(v_s, s_before) - relation(v_t, t_before)).square().sum()
+        return loss / len(g_s[0])
+
+
+def relation(v: Tensor, before: Tensor) -> Tensor:
+    """``exp(-(v_i - before_j)^2 / 8)`` of all pairs of entries: ``(B, W, W', k)`` of ``(B, W, k)``, ``(B, W', k)``."""
+    return torch.exp(-(v[:, :, None] - before[:, None]).square() / 8)
+
+
+@register_distiller("KDSVD", DEFAULTS, paper=PAPER, family="feature")
+class KDSVD(Distiller):
+    """Cross-entropy on the labels plus :func:`kdsvd_loss` on the stages' maps."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        self.k = cfg.KDSVD.K
+        if self.k < 1:
+            raise InputError(f"KDSVD.K must be at least 1, got {self.k}")
+        self.ce_weight, self.feat_weight = cfg.KDSVD.LOSS.CE_WEIGHT, cfg.KDSVD.LOSS.FEAT_WEIGHT
+        self.pairs = configured_stage_pairs(student, teacher, cfg, cfg.KDSVD.STAGES)
+        if len(self.pairs) < 2:
+            raise InputError(
+                f"KDSVD relates consecutive stages, but {type(student).__name__} and {type(teacher).__name__} have "
+                f"{len(self.pairs)} in common; choose other networks"
+            )
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, features_student = self.student(image)
+        with torch.no_grad():
+            _, features_teacher = self.teacher(image)
+        maps_s, maps_t = pick_pairs(features_student, features_teacher, self.pairs)
+        return logits_student, {
+            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.feat_weight * kdsvd_loss(maps_s, maps_t, self.k),
+        }

@@ -1,0 +1,153 @@
+"""MLKD (MLLD): match predictions at several temperatures, image by image, over the batch and over the classes.
+
+Jin, Wang, Lin. Multi-Level Logit Distillation. CVPR 2023. The name is that of the fork LSKD; the authors' code calls it
+``KD_ours``, which is known here too. Shapes: B images, K classes.
+
+The networks see a weak and a strong view. With p the predictions at a temperature, the terms are KL divergence for each
+image (``kd``), and squared distances of the Gram matrices ``p^T p`` ``(K, K)`` over classes (``cc``) and ``p p^T``
+``(B, B)`` over the batch (``bc``); each is summed over the temperatures ``KD.TEMPERATURE``, 3, 5, 2 and 6. Weights and
+temperature are KD's (section ``KD``), as in the authors' code. With ``EXPERIMENT.LOGIT_STAND`` (LSKD, arXiv:2403.01427)
+``kd`` sees standardised logits, ``cc`` and ``bc`` do not.
+
+The authors' code means to leave out of the weak view's terms the images (in ``cc``, the classes) of which the teacher
+is surer than of the median one. It averages before it masks, so that each term is multiplied by the share of what is
+kept, about a half; and of the strong view's ``kd``, the last two temperatures see the weak view's logits.
+
+- ``KD.MLKD.AS_PUBLISHED`` True (default) computes that: the published numbers of MLLD, and of LSKD on it, came from it;
+- False masks image by image and class by class, and the strong view's terms see the strong view. That is our reading of
+  what the code means: the mask of ``kd`` is on images, of ``cc`` and ``bc`` on columns of the Gram matrix.
+
+The strong view's ``cc`` and ``bc``, which the authors' code computes and drops, are not computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.functional import at_least_float32
+from mdistiller.registry import InputError, distiller_dict
+
+from ._base import Distiller, register_distiller
+from ._common import wants_standardised_logits
+from .KD import DEFAULTS as KD_DEFAULTS
+from .KD import KD, kd_loss
+
+DEFAULTS = {**KD_DEFAULTS, "MLKD": {"AS_PUBLISHED": True}}
+PAPER = "Jin et al., Multi-Level Logit Distillation, CVPR 2023"
+
+TEMPERATURES = (3.0, 5.0, 2.0, 6.0)  # beside KD.TEMPERATURE
+STRONG = 3  # in the authors' code, the strong view's terms see it at the first three temperatures only
+
+
+def cc_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, reduce: bool = True) -> Tensor:
+    """Squared distance of the classes' Gram matrices ``p^T p``, over K.
+
+    Args:
+        logits_student: ``(B, K)`` raw scores; gradient flows.
+        logits_teacher: ``(B, K)`` raw scores.
+        temperature: T > 0; there is no factor T^2.
+        reduce: whether to sum over the entries.
+
+    Returns:
+        ``()`` or ``(K, K)``.
+    """
+    return _gram_distance(*_predictions(logits_student, logits_teacher, temperature, transposed=True), reduce)
+
+
+def bc_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, reduce: bool = True) -> Tensor:
+    """Squared distance of the batch's Gram matrices ``p p^T``, over B. As :func:`cc_loss`, ``()`` or ``(B, B)``."""
+    return _gram_distance(*_predictions(logits_student, logits_teacher, temperature, transposed=False), reduce)
+
+
+def _predictions(student: Tensor, teacher: Tensor, temperature: float, transposed: bool) -> list[Tensor]:
+    found = [F.softmax(at_least_float32(z) / temperature, dim=1) for z in (student, teacher)]
+    return [p.T for p in found] if transposed else found
+
+
+def _gram_distance(p_student: Tensor, p_teacher: Tensor, reduce: bool) -> Tensor:
+    with torch.autocast(p_student.device.type, enabled=False):
+        entries = (p_teacher @ p_teacher.T - p_student @ p_student.T).square() / len(p_student)
+    return entries.sum() if reduce else entries
+
+
+def below_median(confidence: Tensor) -> Tensor:
+    """Which entries of ``(N,)`` are at most the median: the mean of the middle two where N is even."""
+    middle = confidence.kthvalue((len(confidence) + 1) // 2).values  # nothing lies between the middle two
+    return confidence <= middle
+
+
+def mlkd_losses(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    temperature: float,
+    logit_stand: bool = False,
+    as_published: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The terms ``kd`` (both views), ``cc`` and ``bc`` (weak view), summed over the temperatures.
+
+    Args:
+        student: logits ``(B, K)`` of the weak and of the strong view; gradient flows.
+        teacher: likewise; constant.
+        temperature: the first of the five temperatures.
+        logit_stand: standardise the logits for ``kd``.
+        as_published: masks and strong view as in the authors' code, see the top of the file.
+
+    Returns:
+        Three scalars ``()``, unweighted, in float32 or better.
+    """
+    student, teacher = ([at_least_float32(z) for z in views] for views in (student, teacher))
+    certainty = teacher[0].softmax(1)
+    images, classes = below_median(certainty.amax(1)), below_median(certainty.sum(0))
+    weak, strong = zip(student, teacher, strict=True)
+    kd = cc = bc = 0.0
+    for number, t in enumerate((temperature, *TEMPERATURES)):
+        if as_published:
+            instead = strong if number < STRONG else weak
+            share_of_images, share_of_classes = (mask.float().mean() for mask in (images, classes))
+            kd = kd + kd_loss(*weak, t, logit_stand) * share_of_images + kd_loss(*instead, t, logit_stand)
+            cc = cc + cc_loss(*weak, t) * share_of_classes
+            bc = bc + bc_loss(*weak, t) * share_of_images
+        else:
+            of_weak = (kd_loss(*weak, t, logit_stand, reduce=False) * images).mean()
+            kd = kd + of_weak + kd_loss(*strong, t, logit_stand)
+            cc = cc + (cc_loss(*weak, t, reduce=False) * classes).sum()
+            bc = bc + (bc_loss(*weak, t, reduce=False) * images).sum()
+    return kd, cc, bc
+
+
+@register_distiller("MLKD", DEFAULTS, section="KD", paper=PAPER, family="logit")
+class MLKD(Distiller):
+    """Cross-entropy on both views plus :func:`mlkd_losses` on their logits."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        own = cfg.KD
+        self.temperature, self.as_published = own.TEMPERATURE, own.MLKD.AS_PUBLISHED
+        if not self.temperature > 0:
+            raise InputError(f"KD.TEMPERATURE must be above 0, got {self.temperature}")
+        self.ce_weight, self.kd_weight = own.LOSS.CE_WEIGHT, own.LOSS.KD_WEIGHT
+        self.logit_stand = wants_standardised_logits(cfg, student)
+
+    logit_stand_options = KD.logit_stand_options
+
+    def forward_train(
+        self, image_weak: Tensor, image_strong: Tensor, target: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        student = self.student(image_weak)[0], self.student(image_strong)[0]
+        with torch.no_grad():
+            teacher = self.teacher(torch.cat([image_weak, image_strong]))[0].chunk(2)
+        ce = F.cross_entropy(student[0], target) + F.cross_entropy(student[1], target)
+        kd, cc, bc = mlkd_losses(student, teacher, self.temperature, self.logit_stand, self.as_published)
+        return student[0], {
+            "loss_ce": self.ce_weight * ce,
+            "loss_kd": self.kd_weight * kd,
+            "loss_cc": self.kd_weight * cc,
+            "loss_bc": self.kd_weight * bc,
+        }
+
+
+distiller_dict.add("KD_ours", MLKD)  # the authors' own name

@@ -1,0 +1,95 @@
+"""NST: give the student's channels the distribution over positions that the teacher's have.
+
+Huang, Wang. Like What You Like: Knowledge Distill via Neuron Selectivity Transfer. 2017. arXiv:1707.01219.
+
+Each channel of a stage, over its positions, is a unit vector: a sample of where a neuron fires. The two sets of
+samples are compared by squared maximum mean discrepancy with the polynomial kernel ``(x . y)^2``, summed over the
+stages. Shapes: B images, C channels, H, W positions.
+
+Departs from the paper, as mdistiller does: the larger of two maps is pooled to the smaller. Departs from mdistiller
+(docs/differences.md): which maps are compared where the networks have different numbers of them (``STAGES``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.functional import pool_to_common, unit
+
+from ._base import Distiller, register_distiller
+from ._common import configured_stage_pairs, pick_pairs
+
+DEFAULTS = {
+    "STAGES": "matched",  # matched, skip_first (mdistiller's): see stage_offset in _common.py
+    "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 50.0},
+}
+PAPER = "Huang and Wang, arXiv:1707.01219"
+
+
+def kernel_mean(a: Tensor, b: Tensor) -> Tensor:
+    """Mean of the polynomial kernel ``(a_i . b_j)^2`` over images and pairs of channels.
+
+    ``sum_ij (a_i . b_j)^2 = <A^T A, B^T B>``: of the C_a x C_b products and the P x P second moments, the smaller is
+    computed. mdistiller's form holds C_a x C_b x P numbers for each image.
+
+    Args:
+        a: ``(B, C_a, P)``; gradient flows.
+        b: ``(B, C_b, P)``; gradient flows.
+
+    Returns:
+        Scalar ``()``.
+    """
+    images, c_a, positions = a.shape
+    c_b = b.shape[1]
+    if c_a * c_b <= positions**2:
+        return (a @ b.mT).square().mean()
+    return ((a.mT @ a) * (b.mT @ b)).sum() / (images * c_a * c_b)
+
+
+def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
+    """Squared maximum mean discrepancy of the channels of two maps.
+
+    Args:
+        f_s: ``(B, C_s, H_s, W_s)``; gradient flows.
+        f_t: ``(B, C_t, H_t, W_t)``; constant.
+
+    Returns:
+        Scalar ``()``, 0 where both sets of channels have equal second moments, equal sets above all.
+    """
+    with torch.autocast(f_s.device.type, enabled=False):
+        f_s, f_t = (unit(x.flatten(2)) for x in pool_to_common(f_s, f_t.detach()))
+        return kernel_mean(f_t, f_t) + kernel_mean(f_s, f_s) - 2 * kernel_mean(f_s, f_t)
+
+
+def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
+    """:func:`single_stage_nst_loss`, summed over pairs of maps.
+
+    Raises:
+        ValueError: lists of different length.
+    """
+    return sum(single_stage_nst_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t, strict=True))
+
+
+@register_distiller("NST", DEFAULTS, paper=PAPER, family="feature")
+class NST(Distiller):
+    """Cross-entropy on the labels plus :func:`nst_loss` on the stages' maps."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        self.ce_weight, self.feat_weight = cfg.NST.LOSS.CE_WEIGHT, cfg.NST.LOSS.FEAT_WEIGHT
+        self.pairs = configured_stage_pairs(student, teacher, cfg, cfg.NST.STAGES)
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, features_student = self.student(image)
+        with torch.no_grad():
+            _, features_teacher = self.teacher(image)
+        maps_s, maps_t = pick_pairs(features_student, features_teacher, self.pairs)
+        return logits_student, {
+            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.feat_weight * nst_loss(maps_s, maps_t),
+        }

@@ -1,0 +1,78 @@
+"""PKT: the batch, seen from each image, is as near or far for the student as for the teacher.
+
+Passalis, Tefas. Learning Deep Representations with Probabilistic Knowledge Transfer. ECCV 2018. arXiv:1803.10837.
+Shapes: B images, D entries of an embedding.
+
+Cosines of the pooled features, brought to [0, 1], are the probability that an image has another as its neighbour; the
+student's are drawn to the teacher's by KL divergence.
+
+Departs from the paper, as the authors' code and mdistiller do: an image is a neighbour of itself, and the divergence
+is a mean over the B x B pairs, not a sum over the others: hence the weight of 30000. Departs from mdistiller
+(docs/differences.md): the gradient is finite at an embedding of zeros.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.functional import at_least_float32
+
+from ._base import Distiller, register_distiller
+
+DEFAULTS = {"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 30000.0}}
+PAPER = "Passalis and Tefas, arXiv:1803.10837"
+
+
+def neighbour_probabilities(embed: Tensor, eps: float = 1e-7) -> Tensor:
+    """Row i: the probabilities of the batch's images as neighbours of image i, by the cosine kernel ``(cos + 1) / 2``.
+
+    Args:
+        embed: ``(B, D)``; gradient flows, but not to rows of zeros, whose direction is undefined.
+        eps: added to lengths.
+
+    Returns:
+        ``(B, B)`` in float32 or better, rows of sum 1.
+    """
+    with torch.autocast(embed.device.type, enabled=False):
+        embed = at_least_float32(embed)
+        length = torch.linalg.vector_norm(embed, dim=1, keepdim=True)
+        direction = embed.masked_fill(length == 0, 0) / (length + eps)
+        kernel = (direction @ direction.T + 1) / 2
+        return kernel / kernel.sum(1, keepdim=True)
+
+
+def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
+    """KL(teacher || student) of the neighbours' probabilities, mean over the B x B pairs.
+
+    Args:
+        f_s: ``(B, D_s)``; gradient flows.
+        f_t: ``(B, D_t)``; gradient flows where it carries one.
+        eps: added to lengths and to the probabilities in the logarithm.
+
+    Returns:
+        Scalar ``()``, 0 for equal cosines.
+    """
+    p_s, p_t = neighbour_probabilities(f_s, eps), neighbour_probabilities(f_t, eps)
+    return (p_t * torch.log((p_t + eps) / (p_s + eps))).mean()
+
+
+@register_distiller("PKT", DEFAULTS, paper=PAPER, family="relation")
+class PKT(Distiller):
+    """Cross-entropy on the labels plus :func:`pkt_loss` on the pooled features."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        self.ce_weight, self.feat_weight = cfg.PKT.LOSS.CE_WEIGHT, cfg.PKT.LOSS.FEAT_WEIGHT
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, features_student = self.student(image)
+        with torch.no_grad():
+            _, features_teacher = self.teacher(image)
+        return logits_student, {
+            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.feat_weight * pkt_loss(features_student["pooled_feat"], features_teacher["pooled_feat"]),
+        }

@@ -1,0 +1,132 @@
+"""RKD: keep the distances between images, and the angles in the triangles that they form.
+
+Park, Kim, Lu, Cho. Relational Knowledge Distillation. CVPR 2019. arXiv:1904.05068. Shapes: B images, D entries of an
+embedding, the pooled features.
+
+- RKD-D: distances of all pairs, divided by their mean;
+- RKD-A: cosines of the angles of all triples;
+
+each is compared with the teacher's by the Huber loss.
+
+Departs from the paper, as mdistiller does: pairs of an image with itself and triples with repeated images count in the
+means, although they are equal in both networks. Departs from mdistiller (docs/differences.md): distances are those of
+the differences, not by ``|a|^2 + |b|^2 - 2 a.b``, which in float32 cannot tell near images apart; images that coincide
+have a finite gradient, and a batch of one image a loss of 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.functional import at_least_float32, unit
+from mdistiller.registry import InputError
+
+from ._base import Distiller, register_distiller
+
+DEFAULTS = {
+    "DISTANCE_WEIGHT": 25.0,
+    "ANGLE_WEIGHT": 50.0,
+    "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},  # FEAT_WEIGHT: of both
+    "PDIST": {"EPSILON": 1e-12, "SQUARED": False},  # least squared distance; compare squared distances
+}
+PAPER = "Park et al., arXiv:1904.05068"
+
+
+def differences(embed: Tensor) -> Tensor:
+    """``embed[j] - embed[i]`` at ``[i, j]``: ``(B, B, D)`` for ``(B, D)``."""
+    return embed[None] - embed[:, None]
+
+
+def relative_distances(difference: Tensor, squared: bool = False, eps: float = 1e-12) -> Tensor:
+    """Distances of all pairs, divided by the mean of those of different images.
+
+    Args:
+        difference: ``(B, B, D)``; gradient flows, through the mean too.
+        squared: squared distances instead.
+        eps: the least squared distance of different images; no gradient below.
+
+    Returns:
+        ``(B, B)`` with zeros on the diagonal.
+    """
+    distance = difference.square().sum(2).clamp(min=eps)
+    if not squared:
+        distance = distance.sqrt()
+    images = len(distance)
+    distance = distance * (1 - torch.eye(images, dtype=distance.dtype, device=distance.device))
+    return distance / (distance.sum() / max(images * (images - 1), 1)).clamp(min=torch.finfo(distance.dtype).tiny)
+
+
+def angles(difference: Tensor) -> Tensor:
+    """Cosines at the first image of all triples, ``(B, B, B)``; 0 where two images coincide.
+
+    Args:
+        difference: ``(B, B, D)``; gradient flows.
+    """
+    direction = unit(difference)
+    return direction @ direction.mT
+
+
+def rkd_loss(
+    f_s: Tensor,
+    f_t: Tensor,
+    squared: bool = False,
+    eps: float = 1e-12,
+    distance_weight: float = 25.0,
+    angle_weight: float = 50.0,
+) -> Tensor:
+    """Weighted sum of the Huber losses of distances (mean over pairs) and angles (mean over triples).
+
+    Args:
+        f_s: ``(B, ...)``; gradient flows.
+        f_t: ``(B, ...)``; constant.
+        squared: compare squared distances.
+        eps: the least squared distance, in the units of the embeddings.
+        distance_weight: of RKD-D.
+        angle_weight: of RKD-A.
+
+    Returns:
+        Scalar ``()``; does not change where the student's embeddings are moved, turned or scaled.
+    """
+    with torch.autocast(f_s.device.type, enabled=False):
+        student = differences(at_least_float32(f_s).flatten(1))
+        teacher = differences(at_least_float32(f_t).detach().flatten(1))
+        distance = F.smooth_l1_loss(
+            relative_distances(student, squared, eps), relative_distances(teacher, squared, eps)
+        )
+        angle = F.smooth_l1_loss(angles(student), angles(teacher))
+        return distance_weight * distance + angle_weight * angle
+
+
+@register_distiller("RKD", DEFAULTS, paper=PAPER, family="relation")
+class RKD(Distiller):
+    """Cross-entropy on the labels plus :func:`rkd_loss` on the pooled features."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        own = cfg.RKD
+        self.distance_weight, self.angle_weight = own.DISTANCE_WEIGHT, own.ANGLE_WEIGHT
+        self.ce_weight, self.feat_weight = own.LOSS.CE_WEIGHT, own.LOSS.FEAT_WEIGHT
+        self.eps, self.squared = own.PDIST.EPSILON, own.PDIST.SQUARED
+        if not self.eps > 0:
+            raise InputError(f"RKD.PDIST.EPSILON must be above 0, got {self.eps}")
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, features_student = self.student(image)
+        with torch.no_grad():
+            _, features_teacher = self.teacher(image)
+        loss = rkd_loss(
+            features_student["pooled_feat"],
+            features_teacher["pooled_feat"],
+            self.squared,
+            self.eps,
+            self.distance_weight,
+            self.angle_weight,
+        )
+        return logits_student, {
+            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.feat_weight * loss,
+        }

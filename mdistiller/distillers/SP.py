@@ -1,0 +1,80 @@
+"""SP: images that are alike for the teacher are alike for the student.
+
+Tung, Mori. Similarity-Preserving Knowledge Distillation. ICCV 2019. arXiv:1907.09682. Shapes: B images.
+
+``G`` holds the scalar products of all pairs of the batch's last maps, each row at length 1 (Eq. 1, 2); the squared
+difference of the two networks' is the loss (Eq. 3). The maps need not have the same shape.
+
+Departs from the paper: only the last map is used (mdistiller; so do the paper's experiments with one pair of layers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.functional import at_least_float32, unit
+
+from ._base import Distiller, register_distiller
+
+DEFAULTS = {"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 3000.0}}
+PAPER = "Tung and Mori, arXiv:1907.09682"
+
+
+def similarity_matrix(feat: Tensor) -> Tensor:
+    """Scalar products of all pairs of images, each row at length 1 (Eq. 1).
+
+    Args:
+        feat: ``(B, ...)``.
+
+    Returns:
+        ``(B, B)`` in float32 or better; the row of an image whose features are all zero is zero.
+    """
+    with torch.autocast(feat.device.type, enabled=False):
+        rows = at_least_float32(feat).flatten(1)
+        return unit(rows @ rows.T)
+
+
+def similarity_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
+    """Squared difference of the similarities, mean over the B x B pairs (Eq. 3 for one pair of layers).
+
+    Args:
+        f_s: ``(B, ...)``; gradient flows.
+        f_t: ``(B, ...)``, of any shape; gradient flows where it carries one.
+
+    Returns:
+        Scalar ``()``, from 0 to 4 / B.
+    """
+    return (similarity_matrix(f_s) - similarity_matrix(f_t)).square().mean()
+
+
+def sp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
+    """:func:`similarity_loss`, summed over pairs of layers (Eq. 3).
+
+    Raises:
+        ValueError: lists of different length.
+    """
+    return sum(similarity_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t, strict=True))
+
+
+@register_distiller("SP", DEFAULTS, paper=PAPER, family="relation")
+class SP(Distiller):
+    """Cross-entropy on the labels plus :func:`sp_loss` on the last maps (Eq. 4)."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        self.ce_weight, self.feat_weight = cfg.SP.LOSS.CE_WEIGHT, cfg.SP.LOSS.FEAT_WEIGHT
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, features_student = self.student(image)
+        with torch.no_grad():
+            _, features_teacher = self.teacher(image)
+        loss = sp_loss([features_student["feats"][-1]], [features_teacher["feats"][-1]])
+        return logits_student, {
+            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.feat_weight * loss,
+        }

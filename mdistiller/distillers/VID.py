@@ -1,0 +1,118 @@
+"""VID: maximise the information that the student's features hold about the teacher's.
+
+Ahn, Hu, Damianou, Lawrence, Dai. Variational Information Distillation for Knowledge Transfer. CVPR 2019.
+arXiv:1904.05835. Shapes: B images, C channels, H, W positions.
+
+The mutual information of a pair of maps is bounded from below by how likely the teacher's is under a Gaussian whose
+mean is regressed from the student's, and whose variance, one for each channel of the teacher, is learned:
+``softplus(log_scale) + EPS``. The negative logarithm of that, summed over the stages, is the loss.
+
+Departs from the paper, as mdistiller does: of two maps the larger is pooled to the smaller; the logits' term is left
+out. Departs from mdistiller (docs/differences.md), whose variances stay at ``INIT_PRED_VAR``: they are learned, saved
+and resumed (``LEARN_VARIANCE``); building the regressors leaves the networks as they are; networks with different
+numbers of maps work (``STAGES``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.functional import at_least_float32, pool_to_common
+from mdistiller.registry import InputError
+
+from ._base import Distiller, register_distiller
+from ._common import get_feat_shapes, pick_pairs, stage_pairs
+
+DEFAULTS = {
+    "EPS": 1e-5,  # least variance
+    "INIT_PRED_VAR": 5.0,
+    "LEARN_VARIANCE": True,  # False: mdistiller's
+    "STAGES": "matched",  # matched, skip_first (mdistiller's): see stage_offset in _common.py
+    "INPUT_SIZE": (32, 32),  # of the image that asks the networks for their maps
+    "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
+}
+PAPER = "Ahn et al., arXiv:1904.05835"
+
+
+def predicted_variance(log_scale: Tensor, eps: float) -> Tensor:
+    """``softplus(log_scale) + eps``, finite and above 0 for every finite ``log_scale``."""
+    return F.softplus(at_least_float32(log_scale)) + eps
+
+
+def vid_loss(regressor: nn.Module, log_scale: Tensor, f_s: Tensor, f_t: Tensor, eps: float = 1e-5) -> Tensor:
+    """Negative log-likelihood of the teacher's map without its constant, mean over all elements.
+
+    Args:
+        regressor: from ``(B, C_s, H, W)`` to ``(B, C_t, H, W)``; gradient flows.
+        log_scale: ``(C_t,)``, see :func:`predicted_variance`; gradient flows.
+        f_s: ``(B, C_s, H_s, W_s)``; gradient flows.
+        f_t: ``(B, C_t, H_t, W_t)``; gradient flows where it carries one.
+        eps: least variance.
+
+    Returns:
+        Scalar ``()``, at least log(eps) / 2.
+    """
+    f_s, f_t = pool_to_common(f_s, f_t)
+    mean = at_least_float32(regressor(f_s))
+    variance = predicted_variance(log_scale, eps).view(1, -1, 1, 1)
+    return 0.5 * ((mean - f_t).square() / variance + variance.log()).mean()
+
+
+@register_distiller("VID", DEFAULTS, paper=PAPER, family="feature")
+class VID(Distiller):
+    """Cross-entropy on the labels plus :func:`vid_loss`, summed over the stages."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        own = cfg.VID
+        self.ce_weight, self.feat_weight, self.eps = own.LOSS.CE_WEIGHT, own.LOSS.FEAT_WEIGHT, own.EPS
+        if not own.EPS > 0:
+            raise InputError(f"VID.EPS must be above 0, got {own.EPS}")
+        if not own.INIT_PRED_VAR > own.EPS:
+            raise InputError(f"VID.INIT_PRED_VAR must be above VID.EPS {own.EPS}, got {own.INIT_PRED_VAR}")
+        shapes_s, shapes_t = get_feat_shapes(student, teacher, own.INPUT_SIZE)
+        self.pairs = stage_pairs(student, teacher, len(shapes_s), len(shapes_t), own.STAGES)
+        widths = [(shapes_s[i][1], shapes_t[j][1]) for i, j in self.pairs]
+        with torch.random.fork_rng(devices=[]):
+            self.regressors = nn.ModuleList(_regressor(s, t) for s, t in widths)
+        start = inverse_softplus(own.INIT_PRED_VAR - own.EPS)
+        self.log_scales = nn.ParameterList(
+            nn.Parameter(torch.full((t,), start), requires_grad=own.LEARN_VARIANCE) for _, t in widths
+        )
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, features_student = self.student(image)
+        with torch.no_grad():
+            _, features_teacher = self.teacher(image)
+        maps = pick_pairs(features_student, features_teacher, self.pairs)
+        stages = zip(self.regressors, self.log_scales, *maps, strict=True)
+        loss = sum(vid_loss(regressor, scale, f_s, f_t, self.eps) for regressor, scale, f_s, f_t in stages)
+        self.monitors = {
+            f"variance_{stage}": predicted_variance(scale.detach(), self.eps).mean()
+            for stage, scale in enumerate(self.log_scales, 1)
+        }
+        return logits_student, {
+            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.feat_weight * loss,
+        }
+
+
+def inverse_softplus(x: float) -> float:
+    """``log(exp(x) - 1)`` for x > 0, without overflow."""
+    return x + math.log(-math.expm1(-x))
+
+
+def _regressor(s_channels: int, t_channels: int) -> nn.Sequential:
+    """The mean: three convolutions of one position, as wide as the teacher's map."""
+    return nn.Sequential(
+        nn.Conv2d(s_channels, t_channels, kernel_size=1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(t_channels, t_channels, kernel_size=1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(t_channels, t_channels, kernel_size=1, bias=False),
+    )

@@ -1,0 +1,132 @@
+"""X+KD for every method X: ``DISTILLER.ADD_KD`` weights a KD term that is put beside the method's own.
+
+The method's file knows nothing of it. While the distiller runs, the calls of ``student`` and ``teacher`` are listened
+to, and the logits of the batch's views are taken from them:
+
+- the term is the sum over the batch's views (``image``, or ``image_weak`` and ``image_strong``) of
+  :func:`~mdistiller.distillers.KD.kd_loss`; a view that the student is never shown has none;
+- images that the method adds of its own (rotated or mixed copies) are left out, also where one call holds both;
+- of several calls with one view the first that has a gradient counts for the student, and the first for the teacher;
+- the teacher is asked again only for views that the method did not show it; its logits are constant.
+
+Where in the calls a view lies is found by comparing images, once for each set of batch sizes: a method must call its
+networks alike in all steps with equal batches.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.distillers.KD import kd_loss
+from mdistiller.registry import InputError
+
+from .batch import images_of
+
+TERM = "loss_added_kd"
+
+Call = tuple[Tensor, Tensor]  # what a network was shown, (M, 3, H, W), and its logits (M, K)
+Place = tuple[int, slice]  # number of the call, and the view's rows in it
+
+
+def add_kd(distiller: nn.Module, weight: float, temperature: float) -> None:
+    """Let a method's losses have the term ``loss_added_kd`` in training.
+
+    Args:
+        distiller: a method with a student and a teacher.
+        weight: of the term.
+        temperature: T > 0, of both views.
+    """
+    added = AddedKD(weight, temperature)
+    distiller.register_forward_pre_hook(added.listen)
+    distiller.register_forward_hook(added.add, with_kwargs=True)
+
+
+class AddedKD:
+    """The term's hooks on a distiller."""
+
+    def __init__(self, weight: float, temperature: float) -> None:
+        self.weight, self.temperature = weight, temperature
+        self.calls: dict[str, list[Call]] = {}
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.places: dict[Any, tuple[list[Place | None], list[Place | None]]] = {}
+
+    def listen(self, distiller: nn.Module, args: Any) -> None:
+        """Before the distiller runs."""
+        self._stop()  # after a step that failed
+        if distiller.training:
+            for role in ("student", "teacher"):
+                keep = partial(_keep, self.calls.setdefault(role, []))
+                self.handles.append(getattr(distiller, role).register_forward_hook(keep, with_kwargs=True))
+
+    def add(self, distiller: nn.Module, args: Any, kwargs: dict[str, Tensor], output: Any) -> Any:
+        """After it ran: its logits, and its losses with one more."""
+        if not distiller.training:
+            return output
+        student, teacher = self._stop()
+        logits, losses = output
+        views = images_of(kwargs)
+        if not student and len(views) == 1:  # its student runs in pieces
+            student = [(views[0], logits)]
+        key = tuple(tuple(len(images) for images, *_ in part) for part in (zip(views), student, teacher))
+        if key not in self.places:
+            self.places[key] = [_find(view, student) for view in views], [_find(view, teacher) for view in views]
+        of_student, of_teacher = self.places[key]
+        pairs = [
+            (_logits_at(place, student), self._teacher_logits(distiller, view, other, teacher))
+            for view, place, other in zip(views, of_student, of_teacher, strict=True)
+            if place is not None
+        ]
+        if not pairs:
+            raise InputError(
+                f"DISTILLER.ADD_KD: {type(distiller).__name__} never shows its student the images of the batch as they "
+                "are, so that there is nothing to distil beside it; leave DISTILLER.ADD_KD at 0"
+            )
+        term = sum(kd_loss(of_s, of_t, self.temperature) for of_s, of_t in pairs)
+        return logits, {**losses, TERM: self.weight * term}
+
+    def _stop(self) -> tuple[list[Call], list[Call]]:
+        """Listen no more; what was heard."""
+        while self.handles:
+            self.handles.pop().remove()
+        calls, self.calls = self.calls, {}
+        return calls.get("student", []), calls.get("teacher", [])
+
+    @staticmethod
+    def _teacher_logits(distiller: nn.Module, view: Tensor, place: Place | None, calls: list[Call]) -> Tensor:
+        if place is not None:
+            return _logits_at(place, calls).detach()
+        with torch.no_grad():
+            return _logits_of(distiller.teacher(view))
+
+
+def _keep(calls: list[Call], network: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    calls.append((given, _logits_of(output)))
+
+
+def _logits_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _logits_at(place: Place, calls: list[Call]) -> Tensor:
+    number, rows = place
+    return calls[number][1][rows]
+
+
+def _find(view: Tensor, calls: list[Call]) -> Place | None:
+    """Where in the calls a view's images lie, one behind the other or at even distances; gradients preferred."""
+    found = []
+    for number, (images, logits) in enumerate(calls):
+        copies, rest = divmod(len(images), len(view))
+        if rest or images.shape[1:] != view.shape[1:] or images.dtype != view.dtype:
+            continue
+        blocks = [slice(copy * len(view), (copy + 1) * len(view)) for copy in range(copies)]
+        for rows in blocks + [slice(copy, None, copies) for copy in range(copies)]:
+            if images is view or torch.equal(images[rows], view):
+                found.append((not logits.requires_grad, number, rows))
+                break
+    return min(found, key=lambda place: place[:2])[1:] if found else None

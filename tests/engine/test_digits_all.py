@@ -1,0 +1,77 @@
+"""Every method from the command line on real images: it trains, is stopped, goes on, and ends as if never stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+from cli_runner import ROOT, run_tool
+from method_cases import TEACHER_METHODS
+from runs import same_state, teacher_file
+
+from mdistiller.engine import trainer
+from mdistiller.engine.checkpoint import load_checkpoint
+
+CONFIGS = {
+    path: yaml.safe_load(path.read_text()).get("DISTILLER", {}).get("TYPE")
+    for path in sorted((ROOT / "configs" / "digits").glob("*/res20_res8.yaml"))
+}
+TINY = {
+    "DISTILLER.TEACHER": "resnet8",
+    "DATASET.IMAGE_SIZE": 8,
+    "DATASET.TRAIN_PER_CLASS": 3,
+    "SOLVER.BATCH_SIZE": 15,  # two steps an epoch
+    "SOLVER.EPOCHS": 2,
+    "SOLVER.LR_DECAY_STAGES": [1],
+    "SOLVER.DEVICE": "cpu",
+    "LOG.EVAL_FREQ": 2,
+}
+
+
+@pytest.mark.parametrize("method", TEACHER_METHODS)
+def test_every_method_has_a_config_for_digits(method):
+    assert method in CONFIGS.values()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[path.parent.name for path in CONFIGS])
+def test_a_stopped_run_goes_on_to_the_same_bits(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = TINY | {"DISTILLER.TEACHER_CKPT": teacher_file(tmp_path)}
+
+    def train(name, *flags):
+        settings = options | {"LOG.PREFIX": "output", "EXPERIMENT.NAME": name}
+        return run_tool("train", ["--cfg", config, *flags, *(part for item in settings.items() for part in item)])
+
+    outcome = train("whole")
+    assert (outcome.code, outcome.err) == (0, "")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "to_batch", terminated_at(3, trainer.to_batch))
+        assert train("parts").code == 128 + signal.SIGTERM
+    outcome = train("parts", "--resume")
+    assert (outcome.code, outcome.err) == (0, "")
+
+    whole, parts = (Path("output/digits") / name for name in ("whole", "parts"))
+    assert same_state(*(load_checkpoint(folder / "latest")["model"] for folder in (whole, parts)))
+    assert (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
+    results = [json.loads((folder / "results.json").read_text()) for folder in (whole, parts)]
+    assert results[0]["last"] == results[1]["last"]
+    rows = list(csv.DictReader((whole / "metrics.csv").open()))
+    assert len(rows) == 2 and all(float(row["train_loss"]) > 0 for row in rows)
+
+
+def terminated_at(step, original):
+    """``original``, which sends the process SIGTERM when it is called for the given time."""
+    calls = 0
+
+    def to_batch(*args):
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    return to_batch

@@ -1,0 +1,112 @@
+"""Values and exact derivatives of losses that are written as loops over numbers.
+
+A loss takes nested lists of numbers and works with ``+ - * /``, :func:`exp`, :func:`log`, :func:`sqrt` and
+:func:`absolute`. Fed with floats it computes its value. :func:`differentiate` feeds it complex vectors instead: entry k
+is moved by i * 1e-40 in component k, and the imaginary part of the result, over 1e-40, is the gradient. Nothing is
+subtracted, so the derivative is exact to float64's rounding, and no automatic differentiation is involved.
+
+What a loss branches on must be a plain number, :func:`value`; a :func:`constant` passes no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+STEP = 1e-40
+
+exp, log, sqrt = np.exp, np.log, np.sqrt
+
+
+def value(x: Any) -> float:
+    """The number itself, without its derivative."""
+    return float(np.real(x).flat[0]) if isinstance(x, np.ndarray) else float(x)
+
+
+def constant(x: Any) -> Any:
+    """Numbers, nested in lists or not, without their derivatives."""
+    return [constant(entry) for entry in x] if isinstance(x, list) else value(x)
+
+
+def absolute(x: Any) -> Any:
+    """``|x|``; at 0 the derivative is 0."""
+    if value(x) == 0:
+        return 0.0
+    return x if value(x) > 0 else -x
+
+
+def numbers(array: Any) -> Any:
+    """An array or tensor as nested lists of floats."""
+    return np.asarray(array, dtype=np.float64).tolist()
+
+
+def differentiate(loss: Callable[..., Any], *arrays: Any, wrt: Sequence[int] = (0,)) -> tuple[float, list[np.ndarray]]:
+    """``loss(*arrays)`` and its gradients with respect to the arrays at the positions ``wrt``.
+
+    Arrays (or tensors) reach ``loss`` as nested lists of their own shapes; gradients are float64 of those shapes.
+    """
+    given = [np.asarray(array, dtype=np.float64) for array in arrays]
+    total = sum(given[i].size for i in wrt)
+    nested, start = [], 0
+    for i, array in enumerate(given):
+        if i not in wrt:
+            nested.append(array.tolist())
+            continue
+        entries = np.empty(array.size, dtype=object)
+        for k, entry in enumerate(array.flat):
+            moved = np.full(total, entry, dtype=np.complex128)
+            moved[start + k] += 1j * STEP
+            entries[k] = moved
+        nested.append(entries.reshape(array.shape).tolist())
+        start += array.size
+    result = loss(*nested)
+    gradient = np.imag(result) / STEP if isinstance(result, np.ndarray) else np.zeros(total)
+    parts = np.split(gradient, np.cumsum([given[i].size for i in wrt])[:-1])
+    return value(result), [part.reshape(given[i].shape) for part, i in zip(parts, wrt, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------ shared by the oracles
+
+
+def mean(terms: Sequence[Any]) -> Any:
+    return sum(terms) / len(terms)
+
+
+def log_softmax(scores: Sequence[Any]) -> list[Any]:
+    """Logarithms of the softmax of one vector."""
+    highest = max(value(x) for x in scores)
+    total = sum(exp(x - highest) for x in scores)
+    return [x - highest - log(total) for x in scores]
+
+
+def softmax(scores: Sequence[Any]) -> list[Any]:
+    return [exp(x) for x in log_softmax(scores)]
+
+
+def kl_divergence(log_p: Sequence[Any], log_q: Sequence[Any]) -> Any:
+    """KL(p || q) of two vectors of log-probabilities, in nats; 0 log 0 is 0."""
+    return sum(exp(a) * (a - b) for a, b in zip(log_p, log_q, strict=True) if exp(value(a)) > 0)
+
+
+def norm(vector: Sequence[Any]) -> Any:
+    """Euclidean length; at the zero vector the derivative is 0."""
+    squared = sum(x * x for x in vector)
+    return sqrt(squared) if value(squared) > 0 else 0.0
+
+
+def cross_entropy(logits: Sequence[Sequence[Any]], target: Sequence[int], smoothing: float = 0.0) -> Any:
+    """Mean over the rows of -log p of the label; ``smoothing`` of the label's weight is spread over all classes."""
+    losses = []
+    for row, label in zip(logits, target, strict=True):
+        log_p = log_softmax(row)
+        losses.append(-(1 - smoothing) * log_p[int(label)] - smoothing * mean(log_p))
+    return mean(losses)
+
+
+def kd_loss(logits_s: Sequence[Sequence[Any]], logits_t: Sequence[Sequence[Any]], temperature: float) -> Any:
+    """T^2 KL(teacher || student) of the softened classes, mean over the rows."""
+    rows = zip(logits_s, logits_t, strict=True)
+    divergences = [kl_divergence(*(log_softmax([z / temperature for z in row]) for row in (t, s))) for s, t in rows]
+    return temperature**2 * mean(divergences)

@@ -20,6 +20,7 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.plugins import load_methods, method_file
 from mdistiller.registry import InputError, suggestion
 
+from .acceleration import COMPILE_MODES, COMPILED
 from .build import needs_teacher
 from .config_node import ConfigNode as CN
 from .parallel import BATCH_NORMS
@@ -140,6 +141,9 @@ CFG.SOLVER.WARMUP_LR = 0.0
 CFG.SOLVER.DEVICE = "auto"  # auto: the GPU where there is one; else as torch names it: cpu, cuda, cuda:1
 CFG.SOLVER.AMP = "off"  # off: float32; bf16; fp16 (GPU only)
 CFG.SOLVER.CHANNELS_LAST = False  # memory layout NHWC: faster convolutions, above all with AMP
+CFG.SOLVER.FAST_TEACHER = True  # BatchNorms of the frozen teacher folded into its convolutions; equal but for rounding
+CFG.SOLVER.COMPILE = "off"  # torch.compile: off; teacher; all: student and teacher
+CFG.SOLVER.COMPILE_MODE = "default"  # default; reduce-overhead: CUDA graphs; max-autotune
 CFG.SOLVER.EMA_DECAY = 0.0  # exponential moving average of the student's weights, per step; 0: none
 
 CFG.LOG = CN()
@@ -278,6 +282,8 @@ def check_config(cfg: CN) -> None:
     _one_of(cfg, "SOLVER.LR_RULE", LR_RULES, "rule")
     _one_of(cfg, "SOLVER.AMP", PRECISIONS, "precision")
     _one_of(cfg, "SOLVER.BATCH_NORM", BATCH_NORMS, "choice")
+    _one_of(cfg, "SOLVER.COMPILE", COMPILED, "choice")
+    _one_of(cfg, "SOLVER.COMPILE_MODE", COMPILE_MODES, "mode of torch.compile")
     _one_of(cfg, "LOG.PROGRESS", ("auto", "on", "off"), "choice")
     positive = (
         "SOLVER.BATCH_SIZE", "SOLVER.LR_BATCH_SIZE", "SOLVER.EPOCHS", "DATASET.TEST.BATCH_SIZE",

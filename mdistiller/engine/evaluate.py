@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mdistiller.registry import InputError
 
 from . import distributed
+from .acceleration import uncompiled
 from .batch import to_batch
 from .precision import Precision
 
@@ -64,7 +65,7 @@ def evaluate(
     partial, count = [], 0
     for item in loader:
         batch = to_batch(item, precision)
-        with precision.autocast():
+        with precision.autocast(), uncompiled():
             logits = _logits(model, batch["image"]).float()
         top1, top5 = hits_at(logits, batch["target"], (1, 5))
         loss = F.cross_entropy(logits, batch["target"], reduction="sum")

@@ -18,6 +18,7 @@ import mdistiller
 from mdistiller.registry import InputError, Registry
 
 from . import distributed
+from .acceleration import accelerate, begin_step
 from .batch import to_batch
 from .checkpoint import CheckpointError, check_fit, load_checkpoint, previous
 from .experiment import changed_keys
@@ -78,6 +79,7 @@ class BaseTrainer:
         self.cfg = cfg
         self.precision = Precision.from_cfg(cfg)
         self.distiller = self.precision.place(getattr(distiller, "module", distiller))
+        accelerate(self.distiller, cfg)
         self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
         self.parallel = Parallel(
             self.distiller, cfg.SOLVER.GATHER, cfg.SOLVER.BATCH_NORM, overlap=self.backward_passes == 1
@@ -156,6 +158,7 @@ class BaseTrainer:
         given = {**batch, "epoch": self.epoch}
         if self.accepted is not None:
             given = {name: value for name, value in given.items() if name in self.accepted}
+        begin_step(self.cfg)
         with self.precision.autocast(), hard_coded_cuda_explained(self.precision.device):
             if distributed.world_size() == 1:
                 logits, losses = self.distiller(**given)
@@ -260,9 +263,9 @@ class BaseTrainer:
         model = self._check_state(state, source)
         self.distiller.load_state_dict(model, strict=False)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)  # weight decay and the like are the configuration's, as the learning rate is
+        saved = zip(state["optimizer"]["param_groups"], settings, strict=True)
+        # Weight decay and the like are the configuration's, as the learning rate is.
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": [group | own for group, own in saved]})
         self.epoch = state["epoch"] + 1
         self.step_in_epoch = state.get("step_in_epoch", 0)
         self.step = state.get("step", state["epoch"] * self.steps_per_epoch)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mdistiller.functional import draws
 
 from .base import Split
+from .mixing import LabelMixing
 from .negatives import Negatives
 from .views import Draws, View, apply_view, name_key, normalize
 
@@ -36,6 +37,7 @@ class BatchedImages(Dataset):
         seed: of the augmentation.
         with_index: also deliver ``index``.
         negatives: also deliver ``contrastive_index``; made of labels on the device.
+        mixing: mix images and labels; ``target`` are shares of classes then.
         device: where images and labels are kept and batches are made; their indices must lie there.
         channels_last: NHWC layout of the images delivered.
     """
@@ -49,6 +51,7 @@ class BatchedImages(Dataset):
         seed: int = 0,
         with_index: bool = False,
         negatives: Negatives | None = None,
+        mixing: LabelMixing | None = None,
         device: torch.device | str = "cpu",
         channels_last: bool = False,
     ) -> None:
@@ -61,12 +64,13 @@ class BatchedImages(Dataset):
         self.seed = seed
         self.with_index = with_index
         self.negatives = negatives
+        self.mixing = mixing
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, request: Request) -> Batch:
-        """``{field: (B, 3, H, W) float32, "target": (B,) int64}``.
+        """``{field: (B, 3, H, W) float32, "target": (B,) int64}``, or with mixing ``(B, K)`` float32.
 
         If wanted, also ``"index"``, ``(B,)`` int64, and ``"contrastive_index"``, ``(B, K + 1)`` int64.
         """
@@ -81,7 +85,7 @@ class BatchedImages(Dataset):
             batch["index"] = index
         if self.negatives is not None:
             batch["contrastive_index"] = self.negatives.draw(epoch, index)
-        return batch
+        return batch if self.mixing is None else self.mixing(batch, epoch, index)
 
 
 class EpochSampler(Sampler[Request]):

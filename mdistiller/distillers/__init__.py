@@ -21,7 +21,7 @@ from .ReviewKD import ReviewKD
 from .RKD import RKD
 from .SP import SP
 from .VID import VID
-from .VRM import VRM
+from .VRM import VRM, VRMOneView
 
 __all__ = [
     "AT",
@@ -46,6 +46,7 @@ __all__ = [
     "FitNet",
     "KDTwoViews",
     "ReviewKD",
+    "VRMOneView",
     "Vanilla",
     "distiller_dict",
     "register_distiller",

@@ -161,7 +161,7 @@ def count_classes(network: nn.Module) -> int | None:
 
     A forward pass would tell too, but takes an input of the right size and disturbs BatchNorm and random states.
     """
-    classifier = _last_linear(network)
+    classifier = last_linear(network)
     return None if classifier is None else classifier.out_features
 
 
@@ -176,7 +176,7 @@ def pooled_width(network: nn.Module, role: str, otherwise: int | None = None) ->
     Raises:
         InputError: it has none, and ``otherwise`` is not given.
     """
-    classifier = _last_linear(network)
+    classifier = last_linear(network)
     if classifier is not None:
         return classifier.in_features
     if otherwise is None:
@@ -184,7 +184,8 @@ def pooled_width(network: nn.Module, role: str, otherwise: int | None = None) ->
     return otherwise
 
 
-def _last_linear(network: nn.Module) -> nn.Linear | None:
+def last_linear(network: nn.Module) -> nn.Linear | None:
+    """The classifier, as far as its place tells; ``None`` for a network without a linear layer."""
     linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
     return linear[-1] if linear else None
 

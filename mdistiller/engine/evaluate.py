@@ -75,6 +75,30 @@ def evaluate(
     return Evaluation(100 * sums[0].item(), 100 * sums[1].item(), sums[2].item(), count)
 
 
+@torch.no_grad()
+def collect_logits(
+    model: nn.Module, loader: Iterable[Any], precision: Precision | None = None
+) -> tuple[Tensor, Tensor]:
+    """What ``model`` says of all images: logits ``(N, K)`` in float32 and targets ``(N,)``, on the CPU.
+
+    Arguments are those of :func:`evaluate`.
+    """
+    precision = precision or Precision(device=next(model.parameters()).device)
+    was_training = model.training
+    model.eval()
+    found = []
+    for item in loader:
+        batch = to_batch(item, precision)
+        with precision.autocast():
+            logits = _logits(model, batch["image"])
+        found.append((logits.float().cpu(), batch["target"].cpu()))
+    model.train(was_training)
+    if not found:
+        raise InputError("nothing to evaluate on: the split is empty")
+    logits, targets = (torch.cat(part) for part in zip(*found, strict=True))
+    return logits, targets
+
+
 def _logits(model: nn.Module, image: Tensor) -> Tensor:
     inner = getattr(model, "module", model)
     output = model(image=image) if hasattr(inner, "forward_test") else model(image)

@@ -158,6 +158,7 @@ class Meters(Hook):
 
     def after_step(self, output: StepOutput) -> None:
         target = output.batch["target"]
+        target = target.argmax(1) if target.ndim == 2 else target  # of mixed labels the largest share
         top1, top5 = hits_at(output.logits, target, (1, 5))
         per_image = [
             output.total,
@@ -170,7 +171,8 @@ class Meters(Hook):
         self.names = [f"loss/{name}" for name in output.losses] + [f"monitor/{name}" for name in output.monitors]
         self.sums = values if self.sums is None else self.sums.to(values.device) + values
         self.count += len(target)
-        self.images_seen += sum(len(image) for image in images_of(output.batch))
+        of_one = getattr(self.trainer.distiller, "images_of_one", 1)
+        self.images_seen += of_one * sum(len(image) for image in images_of(output.batch))
 
     def averages(self) -> dict[str, float]:
         """The epoch so far; waits for the device."""

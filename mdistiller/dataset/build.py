@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mdistiller.functional.gather import this_process
 from mdistiller.registry import InputError, dataset_dict, distiller_dict
 
 from .augment import ColorJitter, RandomErasing
@@ -73,6 +74,9 @@ def load_splits(cfg: Any) -> Splits:
 def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
     """The loaders of a run of method ``DISTILLER.TYPE`` on data set ``DATASET.TYPE``.
 
+    Where several processes train (``torch.distributed`` is initialised), ``SOLVER.BATCH_SIZE`` is the batch of all of
+    them: each is given its share of every training batch. Test batches they take in turn.
+
     Args:
         cfg: the configuration.
         device: where the networks run. With ``DATASET.LOADER`` ``device`` images are kept and batches made there;
@@ -80,8 +84,15 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
 
     Raises:
         InputError: see :func:`load_splits`, :func:`batch_fields`, :func:`chosen_recipes` and :func:`views_of`; or no
-            batch is left; or the images do not fit into the device's memory.
+            batch is left; or the images do not fit into the device's memory; or the batch does not divide among the
+            processes.
     """
+    share = this_process()
+    if cfg.SOLVER.BATCH_SIZE % share[1]:
+        raise InputError(
+            f"SOLVER.BATCH_SIZE, the batch of all processes, is {cfg.SOLVER.BATCH_SIZE} and must be a multiple of "
+            f"their number, {share[1]}"
+        )
     dataset = dataset_dict[cfg.DATASET.TYPE]
     method, seed = distiller_dict[cfg.DISTILLER.TYPE], cfg.EXPERIMENT.SEED
     views = training_views(cfg, method)
@@ -94,7 +105,8 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
     def test_loader(split: Split) -> Loader:
         """Workers only where there is something to decode: passing a batch on takes longer than normalising it."""
         views = {"image": ("test", dataset.views.get("test", ()))}
-        return Loader(BatchedImages(split, views, dataset.mean, dataset.std, **place), batch_size, num_workers=decoders)
+        images = BatchedImages(split, views, dataset.mean, dataset.std, **place)
+        return Loader(images, batch_size, num_workers=decoders, share=share, in_turn=True)
 
     try:
         labels = splits.train.labels.to(place["device"])
@@ -116,6 +128,7 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
             seed=seed,
             drop_last=cfg.SOLVER.DROP_LAST,
             num_workers=workers or 0,
+            share=share,
         )
         val = None if splits.val is None else test_loader(splits.val)
         test = test_loader(splits.test)
@@ -132,8 +145,8 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
 def training_views(cfg: Any, method: type) -> dict[str, tuple[str, View]]:
     """For each image field that a method asks for, name and recipe of its view.
 
-    The weak view's recipe (:func:`chosen_recipes`) is followed by what ``DATASET.COLOR_JITTER``, ``RANDAUGMENT`` and ``RANDOM_ERASING`` ask
-    for, in this order; other views are the methods' own and stay as they are.
+    The weak view's recipe (see :func:`chosen_recipes`) is followed by what ``DATASET.COLOR_JITTER``, ``RANDAUGMENT``
+    and ``RANDOM_ERASING`` ask for, in this order; other views are the methods' own and stay as they are.
 
     Raises:
         InputError: see :func:`views_of`.

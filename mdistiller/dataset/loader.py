@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -92,7 +93,15 @@ class EpochSampler(Sampler[Request]):
     """The requests of one epoch, from its step ``start_step`` on; see :class:`Loader`."""
 
     def __init__(
-        self, num_data: int, batch_size: int, shuffle: bool, seed: int, drop_last: bool, device: torch.device
+        self,
+        num_data: int,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        drop_last: bool,
+        device: torch.device,
+        share: tuple[int, int] = (0, 1),
+        in_turn: bool = False,
     ) -> None:
         self.num_data = num_data
         self.batch_size = batch_size
@@ -100,6 +109,8 @@ class EpochSampler(Sampler[Request]):
         self.seed = seed
         self.drop_last = drop_last
         self.device = device
+        self.share = share
+        self.in_turn = in_turn
         self.epoch = 1
         self.start_step = 0
 
@@ -116,6 +127,11 @@ class EpochSampler(Sampler[Request]):
     def __iter__(self) -> Iterator[Request]:
         # Not a generator: one would read the epoch only when the first batch is asked for.
         batches = self.order(self.epoch).to(self.device).split(self.batch_size)[self.start_step : len(self)]
+        rank, processes = self.share
+        if self.in_turn:
+            batches = batches[rank::processes]
+        elif processes > 1:
+            batches = [indices.tensor_split(processes)[rank] for indices in batches]
         return iter([(self.epoch, indices) for indices in batches])
 
 
@@ -135,6 +151,9 @@ class Loader:
         num_workers: processes that prepare batches on the CPU. They are started once and kept. 0: this process
             makes a batch when it is asked for, on the data set's device. On a GPU the order of images is all that is
             then copied, once an epoch, and no batch waits for the GPU.
+        share: rank and number of the processes that train together. A batch is divided among them, the first ones
+            getting an image more where it does not divide; together they see what one process would see.
+        in_turn: the processes take whole batches in turn instead.
 
     Raises:
         ValueError: workers for a data set that does not lie on the CPU.
@@ -149,21 +168,41 @@ class Loader:
         seed: int = 0,
         drop_last: bool = False,
         num_workers: int = 0,
+        share: tuple[int, int] = (0, 1),
+        in_turn: bool = False,
     ) -> None:
         if num_workers and dataset.device.type != "cpu":
             raise ValueError(f"num_workers={num_workers}, but the images lie on {dataset.device}, which takes 0")
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_data = len(dataset)
-        self.sampler = EpochSampler(self.num_data, batch_size, shuffle, seed, drop_last, dataset.device)
+        self.sampler = EpochSampler(self.num_data, batch_size, shuffle, seed, drop_last, dataset.device, share, in_turn)
         self._batches = _start_workers(dataset, self.sampler, num_workers) if num_workers else None
         if num_workers:
             # Python ends what is left of them by SIGTERM, to which they are deaf: end them before, in torch's way.
             weakref.finalize(self, _end_workers, self._batches)
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """Batches in a whole epoch, those of all processes."""
         return len(self.sampler)
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Rank and number of the processes among which the batches are divided."""
+        return self.sampler.share
+
+    @contextmanager
+    def undivided(self) -> Iterator[None]:
+        """Within it, iterating gives this process the whole batches."""
+        share, self.sampler.share = self.sampler.share, (0, 1)
+        try:
+            yield
+        finally:
+            self.sampler.share = share
+
+    def images_in(self, step: int) -> int:
+        """Images in the batch of a step (from 0), over all processes."""
+        return self.last_batch_size if step == len(self) - 1 else self.batch_size
 
     @property
     def last_batch_size(self) -> int:

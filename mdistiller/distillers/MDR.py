@@ -58,7 +58,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32, draws, unit
+from mdistiller.functional import draws, spatial_mean, unit
 from mdistiller.functional.mixing import share_quantiles, smaller_shares
 from mdistiller.registry import InputError, dataset_dict, suggestion
 
@@ -532,7 +532,7 @@ def embed(modules: nn.ModuleList, pooled: list[Tensor]) -> list[Tensor]:
 
 def pooled_stages(features: dict[str, Any], stages: tuple[int, ...]) -> list[Tensor]:
     """The maps of the stages, averaged over their positions: ``(B, C)`` each, in float32 or better."""
-    return [at_least_float32(features["feats"][stage]).mean((2, 3)) for stage in stages]
+    return [spatial_mean(features["feats"][stage]) for stage in stages]
 
 
 class Shape(NamedTuple):

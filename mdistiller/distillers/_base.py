@@ -23,6 +23,9 @@ batch, where the method makes rotated or mixed copies, so that ``images_seen`` i
 ``monitor/<name>``. A class method ``logit_stand_options(cfg, base_temp, kd_weight)`` says that the method heeds
 ``EXPERIMENT.LOGIT_STAND``, and which ``[KEY, VALUE, ...]`` LSKD's flags stand for; ``base_temp`` is ``None`` where it
 was not given.
+
+Where several processes train, ``forward_train`` gets the process's own images, or those of all with ``SOLVER.GATHER``.
+What a method always wants of all images it gathers by ``mdistiller/functional/gather.py``.
 """
 
 from __future__ import annotations

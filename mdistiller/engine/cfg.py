@@ -20,8 +20,10 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.plugins import load_methods, method_file
 from mdistiller.registry import InputError, suggestion
 
+from .acceleration import COMPILE_MODES, COMPILED
 from .build import needs_teacher
 from .config_node import ConfigNode as CN
+from .parallel import BATCH_NORMS
 from .solver import LR_RULES
 from .trainer import trainer_dict
 from .utils import log_msg
@@ -99,7 +101,7 @@ CFG.DATASET.MIXUP_ALPHA = 0.0  # blend images and labels of a batch, shares from
 CFG.DATASET.CUTMIX_ALPHA = 0.0  # paste rectangles; with both, each image is treated by one of them
 CFG.DATASET.LABEL_SMOOTHING = 0.0  # share of each label that is spread over all classes
 CFG.DATASET.TEST = CN()
-CFG.DATASET.TEST.BATCH_SIZE = 64
+CFG.DATASET.TEST.BATCH_SIZE = 64  # of each process, where several train
 
 CFG.DISTILLER = CN()
 CFG.DISTILLER.TYPE = "NONE"  # plain training
@@ -114,7 +116,9 @@ CFG.SOLVER = CN()
 CFG.SOLVER.TRAINER = "base"  # base; dot: two momenta, see mdistiller/engine/dot.py
 CFG.SOLVER.DOT = CN()
 CFG.SOLVER.DOT.DELTA = 0.075  # dot: by how much the distillation's momentum is above MOMENTUM, and the task's below
-CFG.SOLVER.BATCH_SIZE = 64
+CFG.SOLVER.BATCH_SIZE = 64  # of all processes together, where several train; LR belongs to it
+CFG.SOLVER.GATHER = False  # several processes: the method sees the batch of all, not only its own images
+CFG.SOLVER.BATCH_NORM = "local"  # several processes: statistics of the own images (local) or of all (sync)
 CFG.SOLVER.DROP_LAST = False  # leave out the last batch of an epoch where it is smaller
 CFG.SOLVER.EPOCHS = 240
 CFG.SOLVER.TYPE = "SGD"  # SGD, AdamW, RMSProp
@@ -137,6 +141,9 @@ CFG.SOLVER.WARMUP_LR = 0.0
 CFG.SOLVER.DEVICE = "auto"  # auto: the GPU where there is one; else as torch names it: cpu, cuda, cuda:1
 CFG.SOLVER.AMP = "off"  # off: float32; bf16; fp16 (GPU only)
 CFG.SOLVER.CHANNELS_LAST = False  # memory layout NHWC: faster convolutions, above all with AMP
+CFG.SOLVER.FAST_TEACHER = True  # BatchNorms of the frozen teacher folded into its convolutions; equal but for rounding
+CFG.SOLVER.COMPILE = "off"  # torch.compile: off; teacher; all: student and teacher
+CFG.SOLVER.COMPILE_MODE = "default"  # default; reduce-overhead: CUDA graphs; max-autotune
 CFG.SOLVER.EMA_DECAY = 0.0  # exponential moving average of the student's weights, per step; 0: none
 
 CFG.LOG = CN()
@@ -274,6 +281,9 @@ def check_config(cfg: CN) -> None:
     _one_of(cfg, "SOLVER.LR_SCHEDULE", SCHEDULES, "schedule")
     _one_of(cfg, "SOLVER.LR_RULE", LR_RULES, "rule")
     _one_of(cfg, "SOLVER.AMP", PRECISIONS, "precision")
+    _one_of(cfg, "SOLVER.BATCH_NORM", BATCH_NORMS, "choice")
+    _one_of(cfg, "SOLVER.COMPILE", COMPILED, "choice")
+    _one_of(cfg, "SOLVER.COMPILE_MODE", COMPILE_MODES, "mode of torch.compile")
     _one_of(cfg, "LOG.PROGRESS", ("auto", "on", "off"), "choice")
     positive = (
         "SOLVER.BATCH_SIZE", "SOLVER.LR_BATCH_SIZE", "SOLVER.EPOCHS", "DATASET.TEST.BATCH_SIZE",

@@ -188,20 +188,6 @@ def test_banks_of_two_processes_are_equal_and_have_everyones_entries(tmp_path):
     torch.testing.assert_close(one["memory_v1"].norm(dim=1), torch.ones(IMAGES))
 
 
-def test_rows_of_processes_with_unequal_batches(monkeypatch):
-    """What the second of two processes sees, with the exchange itself played by the test."""
-    others = {1: torch.tensor([3]), 2: torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}
-
-    def all_gather(parts, own):
-        parts[0].copy_(others[own.ndim])
-        parts[1].copy_(own)
-
-    monkeypatch.setattr("mdistiller.functional.gather.num_processes", lambda: 2)
-    monkeypatch.setattr(dist, "all_gather", all_gather)
-    found = gather_rows(torch.tensor([[7.0, 8.0]]))
-    assert found.tolist() == [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]
-
-
 def test_rows_of_one_process_are_its_own():
     x = torch.ones(2, 3, requires_grad=True)
     assert torch.equal(gather_rows(x), x.detach()) and not gather_rows(x).requires_grad

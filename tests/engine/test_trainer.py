@@ -63,7 +63,7 @@ def outcome(trainer):
             "DATASET__LABEL_SMOOTHING": 0.1,
         },
     ],
-    ids=["float32", "bf16", "ema-adamw", "memory banks and two momenta", "strong recipe"],
+    ids=["float32", "bf16", "ema-adamw", "strong recipe"],
 )
 @pytest.mark.parametrize("step", [4, 6], ids=["between epochs", "inside an epoch"])
 def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, values, step):

@@ -23,8 +23,9 @@ MAY_IMPORT = {
     "engine": BELOW_ENGINE | {"plugins"},
     "analysis": BELOW_ENGINE,
     "reports": BELOW_ENGINE | {"engine", "analysis"},
+    "bench": BELOW_ENGINE | {"engine"},
     "hub": BELOW_ENGINE | {"engine"},
-    "tools": BELOW_ENGINE | {"engine", "analysis", "reports"},
+    "tools": BELOW_ENGINE | {"engine", "analysis", "reports", "bench"},
 }
 FILES = [
     path

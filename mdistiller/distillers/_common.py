@@ -203,3 +203,22 @@ def wants_standardised_logits(cfg: Any, student: nn.Module) -> bool:
             "set EXPERIMENT.LOGIT_STAND False"
         )
     return wanted
+
+
+def preact_maps(features: dict[str, Any]) -> list[Tensor]:
+    """A network's maps before their activation; where it gives none, its maps end without one (MobileNetV2)."""
+    return features["preact_feats" if "preact_feats" in features else "feats"]
+
+
+@contextmanager
+def batch_statistics(network: nn.Module) -> Iterator[None]:
+    """Let a network's batch norms use each batch's statistics, and keep their running ones as they are."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.training, norm.track_running_stats) for norm in norms]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm, (training, tracking) in zip(norms, before, strict=True):
+            norm.training, norm.track_running_stats = training, tracking

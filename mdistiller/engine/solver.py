@@ -20,15 +20,23 @@ def build_optimizer(cfg: Any, distiller: nn.Module) -> torch.optim.Optimizer:
     each group's rate alike.
     """
     solver = cfg.SOLVER
-    groups = _groups(cfg, distiller)
+    groups = parameter_groups(cfg, distiller)
     common = {"lr": solver.LR * lr_factor(solver), "weight_decay": solver.WEIGHT_DECAY}
+    fused = _can_be_fused(groups)
     if solver.TYPE == "SGD":
-        return torch.optim.SGD(groups, momentum=solver.MOMENTUM, nesterov=_nesterov(solver), **common)
+        nesterov = _nesterov(solver)
+        return torch.optim.SGD(groups, momentum=solver.MOMENTUM, nesterov=nesterov, fused=fused, **common)
     if solver.TYPE == "AdamW":
-        return torch.optim.AdamW(groups, betas=tuple(solver.BETAS), eps=solver.EPS, **common)
+        return torch.optim.AdamW(groups, betas=tuple(solver.BETAS), eps=solver.EPS, fused=fused, **common)
     if solver.TYPE == "RMSProp":
         return torch.optim.RMSprop(groups, momentum=solver.MOMENTUM, alpha=solver.ALPHA, eps=solver.EPS, **common)
     raise InputError(f"SOLVER.TYPE: no optimiser named {solver.TYPE!r}; known: SGD, AdamW, RMSProp")
+
+
+def _can_be_fused(groups: list[dict[str, Any]]) -> bool:
+    """Whether one kernel may update all parameters: the same formula, fewer passes over the memory."""
+    parameters = [p for group in groups for p in group["params"]]
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
 
 
 def _nesterov(solver: Any) -> bool:
@@ -37,8 +45,8 @@ def _nesterov(solver: Any) -> bool:
     return solver.NESTEROV
 
 
-def _groups(cfg: Any, distiller: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups without repeats; ``lr_scale`` is a group's rate as a share of ``SOLVER.LR``."""
+def parameter_groups(cfg: Any, distiller: nn.Module) -> list[dict[str, Any]]:
+    """What the method trains, in groups without repeats; ``lr_scale`` is a group's rate as a share of ``SOLVER.LR``."""
     if hasattr(distiller, "parameter_groups"):
         groups = [dict(group) for group in distiller.parameter_groups(cfg)]
     else:
@@ -71,9 +79,10 @@ def learning_rate(solver: Any, epoch: int, done: float = 0.0) -> float:
 
     Returns:
         ``step``: LR * LR_DECAY_RATE^s with s the number of stages below ``epoch`` (mdistiller's rule: the first
-        decayed epoch of stage 150 is 151). ``exponential``: LR * LR_DECAY_RATE^(epochs behind, warm-up not
-        counted). ``cosine``: half a wave from LR to LR_MIN over the epochs after the warm-up, step by step. In
-        the first WARMUP_EPOCHS: linear from WARMUP_LR to LR, step by step. All times :func:`lr_factor`.
+        decayed epoch of stage 150 is 151). ``exponential``: LR * LR_DECAY_RATE^n, n being how often LR_DECAY_EPOCHS,
+        which may be broken, fits into the epochs behind, warm-up not counted. ``cosine``: half a wave from LR to
+        LR_MIN over the epochs after the warm-up, step by step. In the first WARMUP_EPOCHS: linear from WARMUP_LR to
+        LR, step by step. All times :func:`lr_factor`.
     """
     return lr_factor(solver) * _scheduled_rate(solver, epoch, done)
 
@@ -92,6 +101,6 @@ def _scheduled_rate(solver: Any, epoch: int, done: float) -> float:
         return solver.LR * solver.LR_DECAY_RATE ** sum(epoch > stage for stage in solver.LR_DECAY_STAGES)
     behind = epoch - 1 - solver.WARMUP_EPOCHS
     if solver.LR_SCHEDULE == "exponential":
-        return solver.LR * solver.LR_DECAY_RATE**behind
+        return solver.LR * solver.LR_DECAY_RATE ** math.floor(behind / solver.LR_DECAY_EPOCHS)
     share = (behind + done) / (solver.EPOCHS - solver.WARMUP_EPOCHS)
     return solver.LR_MIN + (solver.LR - solver.LR_MIN) * 0.5 * (1 + math.cos(math.pi * share))

@@ -1,7 +1,10 @@
-"""Feature maps of two networks side by side."""
+"""Feature maps: their means over positions, and those of two networks side by side."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,3 +24,31 @@ def pool_to_common(map_s: Tensor, map_t: Tensor) -> tuple[Tensor, Tensor]:
     size = tuple(min(a, b) for a, b in zip(map_s.shape[2:], map_t.shape[2:], strict=True))
     map_s, map_t = at_least_float32(map_s), at_least_float32(map_t)
     return tuple(x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (map_s, map_t))
+
+
+def spatial_mean(maps: Tensor) -> Tensor:
+    """Mean over height and width, in float32 where the maps are in half precision.
+
+    The same as ``at_least_float32(maps).mean((2, 3))``, whose backward pass would write a float32 map of equal numbers
+    and convert it; here the gradient is converted first and spread without being written.
+
+    Args:
+        maps: ``(B, C, H, W)``; gradient flows, once.
+
+    Returns:
+        ``(B, C)``.
+    """
+    return _SpatialMean.apply(maps)
+
+
+class _SpatialMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = maps.shape, maps.dtype
+        return at_least_float32(maps).mean((2, 3))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        positions = ctx.shape[2] * ctx.shape[3]
+        return (gradient / positions).to(ctx.dtype)[:, :, None, None].expand(ctx.shape)

@@ -94,15 +94,19 @@ def _cores() -> int:
 
 
 def _run_all(cells: list[Cell], jobs: int, say: Callable[[str], None]) -> None:
-    failed = []
+    failed, images, start = [], 0, time.perf_counter()
     for number, (cell, seconds, problem) in enumerate(_in_processes(cells, jobs), start=1):
         place = f"[{number}/{len(cells)}] {cell.method}, {cell.pair}, seed {cell.seed}"
         if problem:
             failed.append(f"{cell.method}, {cell.pair}, seed {cell.seed}: {problem} ({cell.console})")
             say(f"{place}: failed: {problem}")
         else:
-            score = finished_results(cell)["last"]["top1"]
-            say(f"{place}: {score:.2f} % after the last epoch, {seconds:.0f} s")
+            results = finished_results(cell)
+            images += results.get("images_seen", 0)
+            say(f"{place}: {results['last']['top1']:.2f} % after the last epoch, {seconds:.0f} s")
+    if images:
+        rate = images / (time.perf_counter() - start)
+        say(f"{len(cells) - len(failed)} runs, {jobs} side by side: {rate:,.0f} images a second, all together")
     if failed:
         raise InputError("some runs failed:\n  " + "\n  ".join(sorted(failed)))
 

@@ -56,6 +56,14 @@ def test_optimisers_take_their_settings(tmp_path, kind, cls):
         assert group["momentum"] == 0.7
 
 
+def test_exponential_decays_every_so_many_epochs(tmp_path):
+    """As in EfficientNet's recipe: 0.97 every 2.4 epochs."""
+    values = {"SOLVER__LR_SCHEDULE": "exponential", "SOLVER__LR_DECAY_RATE": 0.97, "SOLVER__LR_DECAY_EPOCHS": 2.4}
+    solver = tiny_config(tmp_path, SOLVER__EPOCHS=20, SOLVER__LR=1.0, **values).SOLVER
+    falls = [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4]  # 2.4, 4.8, 7.2, 9.6 epochs are behind at epochs 4, 6, 9, 11
+    assert [learning_rate(solver, epoch) for epoch in range(1, 12)] == pytest.approx([0.97**n for n in falls])
+
+
 def test_groups_keep_their_share_of_the_rate_and_no_parameter_comes_twice(tmp_path):
     class Two(Vanilla):
         def parameter_groups(self, cfg):

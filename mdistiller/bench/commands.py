@@ -1,0 +1,414 @@
+"""What ``tools/bench.py`` can time; each function returns the rows of its table."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import multiprocessing
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from mdistiller.dataset import dataset_dict
+from mdistiller.engine.acceleration import check_compiler, keep_freed_memory
+from mdistiller.engine.build import needs_teacher
+from mdistiller.engine.cfg import load_config
+from mdistiller.engine.precision import Precision
+from mdistiller.engine.teacher import speed_up_teacher
+from mdistiller.registry import InputError, distiller_dict, suggestion
+
+from . import old_loop
+from .measure import Sample, Spread, interleaved, machine, ratios
+from .subjects import Subject, baseline_of, build_subject, loss_alone, settle, teacher_variants, with_options
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Args:
+        cfg: the configuration that all cases share.
+        methods: names of methods; empty: what the command takes for all.
+        rounds: samples of each case.
+        steps: steps (passes, batches) in a sample.
+        variants: of ``train``: which of :data:`TRAIN_VARIANTS`.
+        compiled: also measure with torch.compile.
+    """
+
+    cfg: Any
+    methods: tuple[str, ...] = ()
+    rounds: int = 7
+    steps: int = 3
+    variants: tuple[str, ...] = ()
+    compiled: bool = False
+
+    @property
+    def precision(self) -> Precision:
+        return Precision.from_cfg(self.cfg)
+
+    @property
+    def clock(self) -> str:
+        """What the headline ratio counts: CPU seconds on a CPU, where others may be at work, else wall seconds."""
+        return "cpu" if self.precision.device.type == "cpu" else "wall"
+
+
+def step(settings: Settings, folder: Path) -> list[Row]:
+    """A whole training step of each method, against plain KD with as many views."""
+    rows = []
+    for baseline in ("KD", "KD_TWO_VIEWS"):
+        methods = [name for name in _methods(settings) if baseline_of(name) == baseline and name != baseline]
+        if methods:
+            cases = {
+                name: _repeated(
+                    build_subject(with_options(settings.cfg, DISTILLER__TYPE=name), folder).stepper(), settings
+                )
+                for name in [baseline, *methods]
+            }
+            rows += _rows(_timed(cases, settings), baseline, settings, per=settings.steps)
+    return rows
+
+
+def loss(settings: Settings, folder: Path) -> list[Row]:
+    """Each method without its networks: losses, own modules and their backward pass; against plain KD's."""
+    cases = {}
+    for name in dict.fromkeys(["KD", *_methods(settings)]):
+        subject = build_subject(with_options(settings.cfg, DISTILLER__TYPE=name), folder, num_batches=1)
+        cases[name] = _repeated(loss_alone(subject), settings)
+    return _rows(_timed(cases, settings), "KD", settings, per=settings.steps)
+
+
+def teacher(settings: Settings, folder: Path) -> list[Row]:
+    """The teacher's forward pass, with one speed-up more in each row."""
+    cfg = with_options(settings.cfg, DISTILLER__TYPE="KD", SOLVER__AMP="off")
+    subject = build_subject(cfg, folder, num_batches=1)
+    cases = {}
+    for name, (network, precision, folded) in teacher_variants(cfg, settings.precision.device).items():
+        batch = {key: precision.place_tensor(value) for key, value in subject.batches[0].items()}
+        if not cfg.DISTILLER.TEACHER_CKPT:
+            settle(network, [batch])
+        if folded:
+            speed_up_teacher(network)
+        cases[name] = _forward(network, precision, batch["image"], settings)
+        if folded and settings.compiled and precision.autocast_dtype is not None:
+            check_compiler(precision.device)
+            graph = getattr(network.forward, "graph", network)
+            cases[f"{name}, compiled"] = _forward(torch.compile(graph), precision, batch["image"], settings)
+    return _rows(_timed(cases, settings), "float32", settings, per=settings.steps)
+
+
+def _forward(network: Callable, precision: Precision, image: torch.Tensor, settings: Settings) -> Callable[[], None]:
+    def once() -> None:
+        with torch.no_grad(), precision.autocast():
+            network(image)
+
+    return _repeated(once, settings)
+
+
+def data(settings: Settings, folder: Path) -> list[Row]:
+    """Making a batch of each method's views in one process: image by image with Pillow, and our way."""
+    rows = []
+    for name in settings.methods or ("KD", "KD_TWO_VIEWS"):
+        cfg = with_options(settings.cfg, DISTILLER__TYPE=name, DATASET__LOADER="device")
+        subject = build_subject(cfg, folder, num_batches=1)
+        dataset, kind = subject.loaders.train.dataset, dataset_dict[cfg.DATASET.TYPE]
+        pictures = old_loop.Pictures(dataset.split, dataset.views, kind.mean, kind.std)
+        index = torch.arange(min(cfg.SOLVER.BATCH_SIZE, len(dataset)), device=dataset.device)
+        positions = index.tolist()
+
+        def with_pillow(pictures=pictures, positions=positions) -> None:
+            default_collate([pictures[position] for position in positions])
+
+        def batched(dataset=dataset, index=index) -> None:
+            _ = dataset[1, index]
+
+        pillow, ours = f"{name}: Pillow", f"{name}: batched"
+        cases = {pillow: _repeated(with_pillow, settings), ours: _repeated(batched, settings)}
+        rows += _rows(_timed(cases, settings), pillow, settings, per=settings.steps, images=len(positions))
+    return rows
+
+
+OLD = "old loop"
+TRAIN_VARIANTS: dict[str, dict[str, Any]] = {
+    "float32": {"SOLVER__AMP": "off", "SOLVER__CHANNELS_LAST": False},
+    "bf16": {"SOLVER__AMP": "bf16", "SOLVER__CHANNELS_LAST": True},
+    "bf16, compiled teacher": {"SOLVER__AMP": "bf16", "SOLVER__CHANNELS_LAST": True, "SOLVER__COMPILE": "teacher"},
+    "bf16, compiled": {"SOLVER__AMP": "bf16", "SOLVER__CHANNELS_LAST": True, "SOLVER__COMPILE": "all"},
+}
+
+
+def train(settings: Settings, folder: Path) -> list[Row]:
+    """Whole epochs, evaluation and checkpoint included, against a loop as they are usually written."""
+    rows = []
+    variants = settings.variants or tuple(name for name in TRAIN_VARIANTS if "compiled" not in name)
+    for number, name in enumerate(settings.methods or (settings.cfg.DISTILLER.TYPE,)):
+        cfg = with_options(settings.cfg, DISTILLER__TYPE=name, DATASET__LOADER="device")
+        cfg = with_options(cfg, SOLVER__EPOCHS=settings.rounds + 2, LOG__PROGRESS="off", LOG__TENSORBOARD_FREQ=0)
+        old = OldRun(
+            with_options(cfg, **TRAIN_VARIANTS["float32"], SOLVER__FAST_TEACHER=False), folder / f"{number}_old"
+        )
+        runs = {v: OwnRun(with_options(cfg, **TRAIN_VARIANTS[v]), folder / f"{number}_{v}") for v in variants}
+        cases = {f"{name}: {OLD}": old.epoch, **{f"{name}: {v}": run.epoch for v, run in runs.items()}}
+        try:
+            samples = _timed(cases, settings)
+        finally:
+            for run in runs.values():
+                run.close()
+        images = old.images_per_epoch
+        found = _rows(samples, f"{name}: {OLD}", settings, images=images)
+        for row, run in zip(found[1:], runs.values(), strict=True):
+            row["outside_steps"] = round(run.outside_steps, 4)
+            row["waiting_for_data"] = round(run.waiting_for_data, 4)
+        rows += found
+    return rows
+
+
+class OldRun:
+    """Epochs of the old loop, with ``DATASET.NUM_WORKERS`` worker processes that each epoch starts anew."""
+
+    def __init__(self, cfg: Any, folder: Path) -> None:
+        subject: Subject = build_subject(cfg, folder, num_batches=1)
+        trainer, data = subject.trainer, subject.loaders.train.dataset
+        kind, workers = dataset_dict[cfg.DATASET.TYPE], cfg.DATASET.NUM_WORKERS
+        self.device, self.distiller, self.number = trainer.precision.device, trainer.distiller, 0
+        solver = cfg.SOLVER
+        self.optimizer = torch.optim.SGD(
+            self.distiller.get_learnable_parameters(), solver.LR, solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY
+        )
+        pictures = old_loop.Pictures(data.split, data.views, kind.mean, kind.std)
+        tests = old_loop.Pictures(subject.loaders.test.dataset.split, {"image": ("test", ())}, kind.mean, kind.std)
+        self.train = DataLoader(
+            pictures, solver.BATCH_SIZE, shuffle=True, num_workers=workers, drop_last=solver.DROP_LAST
+        )
+        self.test = DataLoader(tests, cfg.DATASET.TEST.BATCH_SIZE, num_workers=min(workers, 1))
+        self.images_per_epoch = len(pictures)
+        self.latest = folder / "latest"
+        self.latest.parent.mkdir(parents=True, exist_ok=True)
+
+    def epoch(self) -> None:
+        self.number += 1
+        keep_freed_memory(self.device, keep=False)
+        old_loop.train_epoch(self.distiller, self.train, self.optimizer, self.number, self.device)
+        old_loop.validate(self.distiller, self.test, self.device)
+        torch.save({"model": self.distiller.state_dict(), "optimizer": self.optimizer.state_dict()}, self.latest)
+
+
+class OwnRun:
+    """Epochs of a run, with all its hooks; knows which share of them was spent outside the steps."""
+
+    def __init__(self, cfg: Any, folder: Path) -> None:
+        self.trainer = build_subject(cfg, folder, num_batches=1).trainer
+        self.trainer.folder.mkdir(parents=True)
+        self.trainer._call("before_train")
+        self.in_steps = self.total = 0.0
+        self.run_step, self.trainer.run_step = self.trainer.run_step, self._timed_step
+        self.evaluation = next(hook for hook in self.trainer.hooks if type(hook).__name__ == "Evaluate")
+
+    def _timed_step(self, batch: dict[str, torch.Tensor]) -> Any:
+        start = time.perf_counter()
+        output = self.run_step(batch)
+        self.in_steps += time.perf_counter() - start
+        return output
+
+    def epoch(self) -> None:
+        keep_freed_memory(self.trainer.precision.device)
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):  # each evaluation prints a line
+            self.trainer.run_epoch()
+        self.total += time.perf_counter() - start
+
+    @property
+    def outside_steps(self) -> float:
+        """Share of the epochs' time that was spent on anything but steps and evaluation: data, meters, files."""
+        return 1 - (self.in_steps + self.evaluation.clock.seconds["evaluation"]) / self.total
+
+    @property
+    def waiting_for_data(self) -> float:
+        return self.evaluation.clock.seconds["data"] / self.total
+
+    def close(self) -> None:
+        for hook in self.trainer.hooks:
+            hook.close()
+
+
+def memory(settings: Settings, folder: Path) -> list[Row]:
+    """How much a method's steps add to the memory of a process (CPU) or take at most of the device's (GPU), in MB."""
+    rows = []
+    context = multiprocessing.get_context("spawn")
+    for name in dict.fromkeys(["KD", *_methods(settings)]):
+        cfg = with_options(settings.cfg, DISTILLER__TYPE=name)
+        with context.Pool(1) as pool:
+            peak = pool.apply(_peak_megabytes, (cfg.dump(), str(folder), settings.steps, torch.get_num_threads()))
+        rows.append({"name": name, "megabytes": round(peak, 1)})
+    for row in rows:
+        row["baseline"], row["ratio"] = "KD", asdict(Spread.of([row["megabytes"] / max(rows[0]["megabytes"], 0.1)]))
+    return rows
+
+
+def _peak_megabytes(config: str, folder: str, steps: int, threads: int) -> float:
+    """In a process of its own, whose peak is nobody else's."""
+    torch.set_num_threads(threads)
+    path = Path(folder) / "memory.yaml"
+    path.write_text(config)
+    subject = build_subject(load_config(str(path)), Path(folder), num_batches=2)
+    device = subject.trainer.precision.device
+    take = subject.stepper()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    before = _resident_megabytes(device)
+    for _ in range(steps):
+        take()
+    subject.trainer.precision.synchronize()
+    return _resident_megabytes(device) - before
+
+
+def _resident_megabytes(device: torch.device) -> float:
+    """The peak so far. On a GPU nothing is subtracted: the networks are part of it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        raise InputError("memory on a CPU is read from the system by a module that Windows lacks") from None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+COMMANDS = {"loss": loss, "step": step, "data": data, "teacher": teacher, "train": train, "memory": memory}
+
+
+def run_command(what: str, settings: Settings) -> dict[str, Any]:
+    """Measure, and say on what, when and how."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = COMMANDS[what](settings, Path(folder))
+    cfg = settings.cfg
+    return {
+        "what": what,
+        "about": COMMANDS[what].__doc__,
+        "command": shlex.join(sys.argv),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "machine": machine(settings.precision.device),
+        "rounds": settings.rounds,
+        "steps": settings.steps,
+        "teacher": f"{cfg.DISTILLER.TEACHER}, {cfg.DISTILLER.TEACHER_CKPT or 'fresh weights'}",
+        "student": cfg.DISTILLER.STUDENT,
+        "data": f"{cfg.DATASET.TYPE}, batches of {cfg.SOLVER.BATCH_SIZE}",
+        "precision": f"AMP {cfg.SOLVER.AMP}, channels last {cfg.SOLVER.CHANNELS_LAST}, compile {cfg.SOLVER.COMPILE}",
+        "clock": settings.clock,
+        "rows": rows,
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text."""
+    facts = report["machine"]
+    lines = [
+        f"{report['what']}: {report['about']}",
+        f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads, load {facts['load']}; device "
+        f"{facts['device']}; torch {facts['torch']}; {report['date']}",
+        f"teacher {report['teacher']}; student {report['student']}; {report['data']}; {report['precision']}",
+        "",
+    ]
+    rows = report["rows"]
+    if report["what"] == "memory":
+        header = ("", "MB", "times KD's")
+        body = [(row["name"], f"{row['megabytes']:.1f}", f"{row['ratio']['median']:.2f}") for row in rows]
+    else:
+        header = (
+            "",
+            "wall ms",
+            "CPU ms",
+            f"times as long ({report['clock']})",
+            "quartiles",
+            "images/s",
+            "outside steps",
+        )
+        body = [_text_of(row) for row in rows]
+        empty = [place for place in range(len(header)) if not any(line[place] for line in body)]
+        header, *body = (tuple(c for i, c in enumerate(line) if i not in empty) for line in [header, *body])
+    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+    for line in [header, *body]:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _text_of(row: Row) -> tuple[str, ...]:
+    ratio = row["ratio"]
+    own = row["name"] == row["baseline"]
+    return (
+        row["name"],
+        f"{row['wall_ms']['median']:.2f}",
+        f"{row['cpu_ms']['median']:.2f}",
+        "1" if own else f"{ratio['median']:.3f}",
+        "" if own else f"{ratio['low']:.3f} to {ratio['high']:.3f}",
+        f"{row['images_per_second']:.0f}" if "images_per_second" in row else "",
+        f"{100 * row['outside_steps']:.1f} %" if "outside_steps" in row else "",
+    )
+
+
+def _rows(
+    samples: dict[str, list[Sample]], baseline: str, settings: Settings, per: int = 1, images: int = 0
+) -> list[Row]:
+    rows = []
+    for name, own in samples.items():
+        wall = Spread.of([1000 * sample.wall / per for sample in own])
+        row = {
+            "name": name,
+            "baseline": baseline,
+            "wall_ms": asdict(wall),
+            "cpu_ms": asdict(Spread.of([1000 * sample.cpu / per for sample in own])),
+            "ratio": asdict(ratios(own, samples[baseline], settings.clock)),
+            "ratio_wall": asdict(ratios(own, samples[baseline], "wall")),
+        }
+        if images:
+            row["images_per_second"] = 1000 * images / wall.median
+        rows.append(row)
+    return rows
+
+
+def _methods(settings: Settings) -> list[str]:
+    """Those that were named, else all that have a teacher."""
+    if settings.methods:
+        return list(settings.methods)
+    return [name for name in sorted(distiller_dict) if needs_teacher(with_options(settings.cfg, DISTILLER__TYPE=name))]
+
+
+def _repeated(once: Callable[[], Any], settings: Settings) -> Callable[[], None]:
+    def several() -> None:
+        for _ in range(settings.steps):
+            once()
+
+    return several
+
+
+def _timed(cases: dict[str, Callable[[], Any]], settings: Settings) -> dict[str, list[Sample]]:
+    return interleaved(cases, settings.rounds, warmup=1, synchronize=settings.precision.synchronize)
+
+
+def check(settings: Settings) -> None:
+    """Refuse what cannot be measured.
+
+    Raises:
+        InputError: names the argument, what was found and what is allowed.
+    """
+    for name, value in (("--rounds", settings.rounds), ("--steps", settings.steps)):
+        if value < 1:
+            raise InputError(f"{name} must be 1 or more, got {value}")
+    for name in settings.methods:
+        if name not in distiller_dict:
+            raise InputError(f"--methods: no method named {name!r}; {suggestion(name, distiller_dict)}")
+    for name in settings.variants:
+        if name not in TRAIN_VARIANTS:
+            raise InputError(f"--variants: no variant named {name!r}; {suggestion(name, TRAIN_VARIANTS)}")

@@ -1,0 +1,171 @@
+"""What is timed: a method with its networks and batches, made from a configuration as a run makes them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from mdistiller.dataset import Loaders, batch_fields, build_loaders
+from mdistiller.engine.batch import to_batch
+from mdistiller.engine.build import (
+    build_distiller,
+    build_model,
+    build_student,
+    build_teacher,
+    model_table,
+    needs_teacher,
+)
+from mdistiller.engine.precision import Precision
+from mdistiller.engine.trainer import BaseTrainer
+from mdistiller.registry import dataset_dict, distiller_dict
+
+SETTLING_STEPS = 3  # batches from which a teacher without weights gets its BatchNorm statistics
+
+
+@dataclass
+class Subject:
+    """A method ready for steps: its trainer, its loaders, and batches that lie on the device."""
+
+    trainer: BaseTrainer
+    loaders: Loaders
+    batches: list[dict[str, Tensor]]
+
+    def stepper(self) -> Callable[[], None]:
+        """One training step a call, over the batches in turn."""
+        self.trainer.distiller.train()
+        turns = itertools.cycle(self.batches)
+        return lambda: self.trainer.run_step(next(turns)) and None
+
+
+def baseline_of(method: str) -> str:
+    """The plain KD that sees as many views as the method."""
+    return "KD_TWO_VIEWS" if "image_strong" in batch_fields(distiller_dict[method]) else "KD"
+
+
+def with_options(cfg: Any, **values: Any) -> Any:
+    """A changed copy; ``DISTILLER__TYPE="KD"`` stands for ``DISTILLER.TYPE``."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list([part for key, value in values.items() for part in (key.replace("__", "."), value)])
+    cfg.freeze()
+    return cfg
+
+
+def build_networks(cfg: Any) -> tuple[nn.Module, nn.Module | None]:
+    """Student and teacher. Without ``DISTILLER.TEACHER_CKPT`` the teacher has fresh weights."""
+    classes = dataset_dict[cfg.DATASET.TYPE].num_classes
+    student = build_student(cfg, classes)
+    if not needs_teacher(cfg):
+        return student, None
+    if cfg.DISTILLER.TEACHER_CKPT:
+        return student, build_teacher(cfg, classes)
+    return student, build_model(model_table(cfg), cfg.DISTILLER.TEACHER, classes)
+
+
+def build_subject(cfg: Any, folder: Path, num_batches: int = 4) -> Subject:
+    """The method that ``DISTILLER.TYPE`` names, as a run would build it.
+
+    Args:
+        cfg: a checked configuration.
+        folder: where its trainer may write.
+        num_batches: how many batches of the first epoch are kept; fewer if an epoch has fewer.
+    """
+    cfg = with_options(cfg, LOG__PREFIX=str(folder))
+    precision = Precision.from_cfg(cfg)
+    student, teacher = build_networks(cfg)
+    loaders = build_loaders(cfg, precision.device)
+    batches = [to_batch(item, precision) for item in itertools.islice(loaders.train, num_batches)]
+    if teacher is not None and not cfg.DISTILLER.TEACHER_CKPT:
+        settle(precision.place(teacher), batches)
+    torch.manual_seed(cfg.EXPERIMENT.SEED)
+    distiller = build_distiller(cfg, student, teacher, loaders.num_data)
+    loaders.train.set_epoch(1)
+    trainer = BaseTrainer("bench", distiller, loaders.train, loaders.val or loaders.test, cfg)
+    return Subject(trainer, loaders, batches)
+
+
+@torch.no_grad()
+def settle(network: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+    """Give BatchNorms the statistics of real images."""
+    network.train()
+    image = next(value for name, value in batches[0].items() if name.startswith("image"))
+    for _ in range(SETTLING_STEPS):
+        network(image)
+    network.eval()
+
+
+class Recording:
+    """Stands in for a network's ``forward``: what it gave is given again, without computing it."""
+
+    def __init__(self, network: nn.Module, with_gradient: bool) -> None:
+        self.network, self.original, self.with_gradient = network, network.forward, with_gradient
+        self.outputs: list[Any] = []
+        self.turn: Any = None
+        network.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.turn is None:
+            self.outputs.append(self.original(*args, **kwargs))
+            return self.outputs[-1]
+        return tree_map(self._leaf, next(self.turn))
+
+    def _leaf(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value.detach().requires_grad_(self.with_gradient)
+
+    def replay(self) -> None:
+        """From now on, the outputs so far in turn."""
+        self.turn = itertools.cycle(self.outputs)
+
+
+def loss_alone(subject: Subject) -> Callable[[], None]:
+    """The method's own part of a step: everything but its student's and teacher's passes, forward and backward.
+
+    The networks' outputs on one batch are recorded, and given again each time.
+    """
+    trainer, batch = subject.trainer, subject.batches[0]
+    distiller = trainer.distiller.train()
+    networks = [(distiller.student, True), (getattr(distiller, "teacher", None), False)]
+    recordings = [Recording(network, own) for network, own in networks if network is not None]
+    given = {**batch, "epoch": 1}
+    if trainer.accepted is not None:
+        given = {name: value for name, value in given.items() if name in trainer.accepted}
+
+    def step() -> None:
+        with trainer.precision.autocast():
+            _, losses = distiller(**given)
+        sum(loss.mean() for loss in losses.values()).backward()
+
+    step()
+    for recording in recordings:
+        recording.replay()
+    return step
+
+
+def teacher_variants(cfg: Any, device: torch.device) -> dict[str, tuple[nn.Module, Precision, bool]]:
+    """The teacher as it comes and with one speed-up more each time: network, precision, whether it is folded."""
+    _, teacher = build_networks(cfg)
+    plain = Precision(device)
+    last, half = Precision(device, None, True), Precision(device, torch.bfloat16, True)
+    teacher.eval().requires_grad_(False)
+    variants = {
+        "float32": (plain, False),
+        "float32, folded": (plain, True),
+        "float32, channels last": (last, False),
+        "float32, channels last, folded": (last, True),
+        "bf16, channels last": (half, False),
+        "bf16, channels last, folded": (half, True),
+    }
+    return {
+        name: (precision.place(copy.deepcopy(teacher)), precision, folded)
+        for name, (precision, folded) in variants.items()
+    }

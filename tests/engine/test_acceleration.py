@@ -1,0 +1,198 @@
+"""Compiled networks, fused optimisers and kept memory change how long a step takes, not what comes out of it."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import make_trainer, teacher_file, tiny_config
+
+from mdistiller.engine import acceleration
+from mdistiller.engine.acceleration import begin_step, check_compiler, keep_freed_memory, uncompiled
+from mdistiller.engine.batch import to_batch
+from mdistiller.engine.solver import build_optimizer
+from mdistiller.engine.teacher import FoldedForward
+from mdistiller.registry import InputError
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+
+
+def losses_of(trainer) -> list[float]:
+    trainer.distiller.train()
+    return [trainer.run_step(to_batch(item, trainer.precision)).total.item() for item in trainer.train_loader]
+
+
+@pytest.fixture
+def kd(tmp_path):
+    """Makes trainers of KD on the tiny digits."""
+    number = iter(range(9))
+
+    def make(**values):
+        file = teacher_file(tmp_path)
+        folder = tmp_path / str(next(number))
+        return make_trainer(folder, DISTILLER__TYPE="KD", DISTILLER__TEACHER_CKPT=file, **values)
+
+    return make
+
+
+def test_the_teacher_of_a_run_is_folded_unless_told_otherwise(kd):
+    fast, plain = kd(), kd(SOLVER__FAST_TEACHER=False)
+    assert isinstance(fast.distiller.teacher.forward, FoldedForward)
+    assert "forward" not in vars(plain.distiller.teacher)
+    assert losses_of(fast) == pytest.approx(losses_of(plain), rel=1e-4)
+    assert fast.distiller.teacher.forward.holds
+    assert fast.distiller.state_dict().keys() == plain.distiller.state_dict().keys()
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("which", acceleration.COMPILED[1:])
+def test_compiled_networks_give_the_same_losses(kd, which):
+    compiled, plain = kd(SOLVER__COMPILE=which), kd()
+    assert losses_of(compiled) == pytest.approx(losses_of(plain), rel=1e-3)
+    assert compiled.distiller.state_dict().keys() == plain.distiller.state_dict().keys()
+
+
+@pytest.mark.parametrize("which", acceleration.COMPILED[1:])
+def test_what_is_compiled_and_what_is_not(kd, monkeypatch, which):
+    """By a stand-in for the compiler, which takes half a minute."""
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda graph, **options: seen.append(options) or graph)
+    compiled = {"dynamic": False, "mode": "default"}
+    trainer = kd(SOLVER__COMPILE=which)
+    expected = losses_of(kd())
+    assert seen[0] == compiled
+    student = trainer.distiller.student
+    assert (student._compiled_call_impl is not None) == (which == "all")
+    assert copy.deepcopy(student)._compiled_call_impl is None
+    with uncompiled():
+        assert losses_of(trainer) == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_compiler_is_said_before_the_run(monkeypatch, kd):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match=r"SOLVER.COMPILE needs a C\+\+ compiler .* apt install g\+\+"):
+        kd(SOLVER__COMPILE="teacher")
+    kd()
+
+
+def test_no_triton_is_said_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(acceleration.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs the package triton"):
+        check_compiler(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("key, value", [("COMPILE", "student"), ("COMPILE", "teachr"), ("COMPILE_MODE", "fast")])
+def test_unknown_values_are_refused(tmp_path, key, value):
+    with pytest.raises(InputError, match=f"SOLVER.{key}: no .* named '{value}'"):
+        tiny_config(tmp_path, **{f"SOLVER__{key}": value})
+
+
+@pytest.mark.parametrize("mode, marked", [("default", 0), ("reduce-overhead", 1), ("max-autotune", 1)])
+def test_cuda_graphs_are_told_of_each_step(tmp_path, monkeypatch, mode, marked):
+    calls = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: calls.append(1))
+    begin_step(tiny_config(tmp_path, SOLVER__COMPILE="all", SOLVER__COMPILE_MODE=mode))
+    begin_step(tiny_config(tmp_path, SOLVER__COMPILE="off", SOLVER__COMPILE_MODE=mode))
+    assert len(calls) == marked
+
+
+@pytest.mark.parametrize("kind, nesterov", [("SGD", False), ("SGD", True), ("AdamW", False)])
+def test_the_fused_optimiser_takes_the_same_steps(tmp_path, kind, nesterov):
+    cfg = tiny_config(tmp_path, SOLVER__TYPE=kind, SOLVER__NESTEROV=nesterov, SOLVER__LR=0.01)
+    fused, plain = (torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 5)).double() for _ in range(2))
+    plain.load_state_dict(fused.state_dict())
+    for model in (fused, plain):
+        model.get_learnable_parameters = lambda model=model: list(model.parameters())
+    optimizers = [build_optimizer(cfg, model) for model in (fused, plain)]
+    assert optimizers[0].defaults["fused"] is True
+    for group in optimizers[1].param_groups:
+        group["fused"], group["foreach"] = False, False
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        for a, b in zip(fused.parameters(), plain.parameters(), strict=True):
+            a.grad = torch.randn(a.shape, generator=generator, dtype=a.dtype)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_a_state_saved_without_fusing_goes_on_fused(kd):
+    first, second = kd(), kd()
+    losses_of(first)
+    state = copy.deepcopy(first.state_dict())
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = None
+    second.load_state(state)
+    assert all(group["fused"] for group in second.optimizer.param_groups)
+    for trainer in (first, second):
+        trainer.train_loader.set_epoch(2)
+    assert losses_of(second) == losses_of(first)
+
+
+MEMORY = """
+import os, torch
+from mdistiller.engine.acceleration import keep_freed_memory
+
+torch.set_num_threads(1)
+
+def seconds_of_the_system():
+    before = os.times().system
+    for _ in range(20):
+        torch.ones(16 * 2**20)
+    return os.times().system - before
+
+for keep in (False, True, False):
+    keep_freed_memory(torch.device("cpu"), keep)
+    torch.ones(16 * 2**20)
+    print(seconds_of_the_system())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
+def test_freed_memory_is_used_again():
+    """Large tensors come from the system once, not in each step: the system's share of the time goes."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, kept, after = map(float, done.stdout.split())
+    assert kept < 0.5 * min(before, after)
+
+
+def test_memory_of_a_gpus_process_is_left_alone(monkeypatch):
+    monkeypatch.setattr(acceleration.ctypes, "CDLL", None)  # would raise when called
+    keep_freed_memory(torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("method", ["KD", "VRM", "DIST", "DIST_PLUS", "DCD"])
+def test_no_step_waits_for_the_gpu(tmp_path, method, amp):
+    file = teacher_file(tmp_path)
+    values = {"SOLVER__DEVICE": "cuda", "SOLVER__AMP": amp, "SOLVER__CHANNELS_LAST": True}
+    trainer = make_trainer(tmp_path / "run", DISTILLER__TYPE=method, DISTILLER__TEACHER_CKPT=file, **values)
+    batches = [to_batch(item, trainer.precision) for item in trainer.train_loader][:3]
+    meters = next(hook for hook in trainer.hooks if type(hook).__name__ == "Meters")
+    trainer.distiller.train()
+    for batch in batches * 2:  # the teacher's weights are looked at before the 2nd and the 4th call
+        trainer.run_step(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        meters.after_step(trainer.run_step(batches[0]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", acceleration.COMPILE_MODES[:2])
+@pytest.mark.parametrize("method", ["KD", "KD_TWO_VIEWS"])
+def test_compiled_on_a_gpu_gives_the_same_losses(tmp_path, method, mode):
+    options = {"DISTILLER__TYPE": method, "DISTILLER__TEACHER_CKPT": teacher_file(tmp_path), "SOLVER__DEVICE": "cuda"}
+    plain = make_trainer(tmp_path / "a", **options)
+    fast = make_trainer(tmp_path / "b", SOLVER__COMPILE="all", SOLVER__COMPILE_MODE=mode, **options)
+    assert losses_of(fast) == pytest.approx(losses_of(plain), rel=1e-3)

@@ -1,0 +1,55 @@
+"""Time losses, steps, data, teachers and whole epochs, as ratios of alternatives that run in turns.
+
+python tools/bench.py step --methods VRM --cfg configs/digits/vrm/res20_res8.yaml
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from mdistiller.bench.commands import COMMANDS, TRAIN_VARIANTS, Settings, check, render, run_command
+from mdistiller.engine.cfg import load_config
+from mdistiller.engine.cli import command
+from mdistiller.registry import InputError
+
+ABOUT = "\n".join(f"  {name:8} {function.__doc__}" for name, function in COMMANDS.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\nWhat can be timed:\n{ABOUT}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=COMMANDS)
+    parser.add_argument("--cfg", default="", metavar="FILE", help="configuration with networks, data, precision")
+    parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="default: all that have a teacher")
+    parser.add_argument(
+        "--variants", nargs="+", default=[], metavar="NAME", help=f"of train: {', '.join(TRAIN_VARIANTS)}"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="samples of each case, taken in turns; default: 7")
+    parser.add_argument("--steps", type=int, default=3, help="steps in a sample; default: 3")
+    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU; default: 1")
+    parser.add_argument("--compile", action="store_true", help="teacher: compiled, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="settings, as for tools/train.py")
+    args = parser.parse_args()
+    if args.threads < 1:
+        raise InputError(f"--threads must be 1 or more, got {args.threads}")
+    torch.set_num_threads(args.threads)
+    given = ["DATASET.NUM_WORKERS", "0", *args.set] if args.what != "train" else args.set
+    settings = Settings(
+        load_config(args.cfg, given), tuple(args.methods), args.rounds, args.steps, tuple(args.variants), args.compile
+    )
+    check(settings)
+    report = run_command(args.what, settings)
+    print(render(report))
+    if args.json is not None:
+        try:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {args.json}: {error.strerror or error}") from None
+
+
+if __name__ == "__main__":
+    command(main)

@@ -69,6 +69,8 @@ class Parallel:
         if batch_norm == "sync":
             # With SOLVER.GATHER, what stands behind the networks sees the global batch in every process.
             synchronize_batch_norm(distiller.student if gather else distiller)
+            if getattr(distiller, "teacher_batch_statistics", False):
+                synchronize_batch_norm(distiller.teacher)
         self.local_batch_norm = batch_norm == "local"
         self.replica = Replica(distiller, gather)
         self.leaves_unused = self.first_step = False

@@ -45,7 +45,7 @@ def wants_negatives(distiller: type) -> bool:
 def chosen_recipes(cfg: Any, dataset: type[DataSet]) -> dict[str, View]:
     """The data set's recipes by name, where ``weak`` and ``strong`` stand for those that the configuration gives them.
 
-    ``DATASET.VIEW_WEAK`` and ``DATASET.VIEW_STRONG`` name recipes, ``DATASET.RANDAUGMENT_N`` the operations of
+    ``DATASET.VIEW_WEAK`` and ``DATASET.VIEW_STRONG`` name recipes, ``DATASET.STRONG_N`` the operations of
     RandAugment in them. Random numbers go by the view, not by the recipe: two views of one recipe differ.
 
     Raises:
@@ -62,7 +62,7 @@ def chosen_recipes(cfg: Any, dataset: type[DataSet]) -> dict[str, View]:
                 f"{', '.join(dataset.views)}"
             )
         chosen[view] = tuple(
-            replace(operation, n=cfg.DATASET.RANDAUGMENT_N) if isinstance(operation, RandAugment) else operation
+            replace(operation, n=cfg.DATASET.STRONG_N) if isinstance(operation, RandAugment) else operation
             for operation in dataset.views[name]
         )
     return chosen

@@ -35,7 +35,7 @@ The paper leaves open what follows. These are our readings, each with a key; ``d
 - ``JOINT_FORWARD``: off, the student's views pass one by one, so that BatchNorm doesn't mix their statistics;
 - ``WARMUP``: epochs in which the weights of the relations rise linearly, 0 by default. The term's gradient is large
   where the student's logits are tiny;
-- on several devices, the graphs are those of each device's own images.
+- on several devices, the graphs are those of each device's own images (``SOLVER.GATHER``: of the whole batch).
 
 For the paper's ablations (Tab. 4, 6, 14 to 18, Sec. 3.3, 4.4), with what they leave open:
 

@@ -84,7 +84,6 @@ class Distiller(nn.Module):
     weights: tuple[str, ...] = ()
     mixed_labels = False
     images_of_one = 1
-    teacher_batch_statistics = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
         super().__init__()

@@ -90,7 +90,7 @@ CFG.DATASET.LOADER = "auto"  # where batches are made: device: where the network
 CFG.DATASET.NUM_WORKERS = 2  # processes of LOADER workers; LOADER auto: device on a GPU or where this is 0
 CFG.DATASET.VIEW_WEAK = "weak"  # recipe of the weak view, image and image_weak: strong, or another of the data set's
 CFG.DATASET.VIEW_STRONG = "strong"  # recipe of the strong view, image_strong; views differ even if recipes do not
-CFG.DATASET.RANDAUGMENT_N = 2  # RandAugment's operations in the strong recipe
+CFG.DATASET.STRONG_N = 2  # RandAugment's operations in the strong recipe
 CFG.DATASET.TRAIN_FRACTION = 1.0  # share of the training images that is used, the same of each class
 CFG.DATASET.TRAIN_PER_CLASS = 0  # or: this many of each class; 0: all
 CFG.DATASET.VAL_FRACTION = 0.0  # share of the training images held out to pick the best epoch on
@@ -298,7 +298,7 @@ def check_config(cfg: CN) -> None:
     )
     not_negative = (
         "SOLVER.WEIGHT_DECAY", "SOLVER.LR_MIN", "SOLVER.WARMUP_EPOCHS", "SOLVER.WARMUP_LR",
-        "DATASET.NUM_WORKERS", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_PER_CLASS", "DATASET.RANDAUGMENT_N",
+        "DATASET.NUM_WORKERS", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_PER_CLASS", "DATASET.STRONG_N",
         "LOG.SAVE_CHECKPOINT_FREQ", "LOG.SAVE_EVERY_STEPS", "LOG.SAVE_EVERY_MINUTES", "LOG.TENSORBOARD_FREQ",
         "DISTILLER.ADD_KD", "DATASET.RANDAUGMENT", "DATASET.MIXUP_ALPHA", "DATASET.CUTMIX_ALPHA",
     )  # fmt: skip

@@ -239,7 +239,7 @@ class _Edges(torch.autograd.Function):
             scale = rules.scale(kept, student.shape[2])
         ctx.save_for_backward(gradient.div_(scale) if gradient is not None else None)
         ctx.mark_non_differentiable(kept)
-        return total / scale, kept
+        return total.div_(scale), kept
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -317,13 +317,15 @@ def _by_products(
     inner_x, inner_y = (centred[0] * centred[1]).sum(2)
     # No edge, no inverse length: it drops out of all that follows. So do all where a network's edges are zero vectors.
     inverse = lengths.reciprocal_()
-    p = inverse[1].mul_(inverse[0]).masked_fill_(dropped, 0).mul_(has_edges.all())
+    inverse_s, inverse_t = inverse
+    p = inverse_t.mul_(inverse_s).masked_fill_(dropped, 0).mul_(has_edges.all())
     c = inner_x[:, None] + inner_y
     c = c.addmm_(x_s, y_t.T, alpha=-1).addmm_(x_t, y_s.T, alpha=-1).mul_(p)
-    total = (_count_kept(dropped) * has_edges.sum() - 2 * c.sum()).clamp_min(0).mul_(factor)
+    squared_lengths = _count_kept(dropped) * has_edges.sum()
+    total = torch.sub(squared_lengths, c.sum(), alpha=2).clamp_min_(0).mul_(factor)
     if not with_gradient:
         return total, None
-    q = inverse[0].square_().mul_(c)
+    q = inverse_s.square_().mul_(c)
     sums = torch.stack([inverse.sum(2), inverse.sum(1)], 1)[..., None]  # of Q and P; along the rows and the columns
     gradient = (sums[0] * centred[0]).addcmul_(sums[1], centred[1], value=-1)
     gradient[0].addmm_(q, y_s, alpha=-1).addmm_(p, y_t)

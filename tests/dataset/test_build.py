@@ -37,7 +37,7 @@ def make_cfg(*options):
             "LOADER": "auto",
             "VIEW_WEAK": "weak",
             "VIEW_STRONG": "strong",
-            "RANDAUGMENT_N": 2,
+            "STRONG_N": 2,
             "TRAIN_FRACTION": 1.0,
             "TRAIN_PER_CLASS": 0,
             "VAL_FRACTION": 0.0,

@@ -81,7 +81,7 @@ def test_two_views_of_one_recipe_differ():
 def test_number_of_operations(number):
     """None leaves Cutout alone (VRM's n = 0)."""
     cfg = CFG.clone()
-    cfg.merge_from_list(["DATASET.RANDAUGMENT_N", number])
+    cfg.merge_from_list(["DATASET.STRONG_N", number])
     recipe = chosen_recipes(cfg, CIFAR100)["strong"]
     assert recipe == (RandomCrop(), HorizontalFlip(), RandAugment(n=number), Cutout())
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)

@@ -22,8 +22,13 @@ TEACHER_METHODS = [name for name in METHODS if name not in ("NONE", "NONE_TWO_VI
 
 # With which a few steps show that a method's own terms fall, where a weight of 1 does not.
 FALLING = {
+    # Banks start as noise, which is easily told from an embedding: it takes some steps to learn otherwise.
+    "CRD": {"CRD.NCE.TEMPERATURE": 0.2, "CRD.NCE.MOMENTUM": 0.9, "CRD.NCE.K": 64}
+    | {"SOLVER.BATCH_SIZE": 10, "SOLVER.EPOCHS": 30, "SOLVER.LR": 0.05},
+    "DKD": {"DKD.WARMUP": 0},
     "MDR": {"MDR.SM_EPOCHS": 2},  # as many as need be
     "PKT": {"PKT.LOSS.FEAT_WEIGHT": 30000.0},  # a mean of differences of probabilities, 10^-5 at first
+    "REVIEWKD": {"REVIEWKD.WARMUP_EPOCHS": 0},
     "SP": {"SP.LOSS.FEAT_WEIGHT": 300.0},  # a mean of squared differences of cosines, 10^-3 at first
     "VID": {"VID.INIT_PRED_VAR": 0.1},  # from 5, most of the loss is the variance's logarithm
 }

@@ -20,6 +20,7 @@ from cli_runner import run_tool
 from method_cases import build, make_batch, total
 
 import mdistiller
+import mdistiller.bench.commands
 import mdistiller.dataset
 import mdistiller.engine.build
 import mdistiller.engine.run
@@ -171,6 +172,7 @@ def test_commands_are_accepted(line, walk_through_method, walk_through_folder, m
     monkeypatch.setattr(mdistiller.engine.run, "run", reach)
     monkeypatch.setattr(mdistiller.engine.build, "build_student", reach)
     monkeypatch.setattr(mdistiller.reports, "run_plan", reach)
+    monkeypatch.setattr(mdistiller.bench.commands, "run_command", reach)
     monkeypatch.setattr(mdistiller.dataset, "load_splits", reach)
     script, *arguments = shlex.split(line[line.index("tools/") :])
     name = Path(script).stem

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mdistiller.functional import at_least_float32, pool_to_common, unit
 from mdistiller.registry import InputError
@@ -58,6 +59,7 @@ class EigenVectors(torch.autograd.Function):
         return vectors, values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
         values, vectors = ctx.saved_tensors
         gap = values[:, None, :] - values[:, :, None]

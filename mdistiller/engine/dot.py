@@ -106,6 +106,8 @@ class DOT(BaseTrainer):
     task's, all others the distillation's.
     """
 
+    backward_passes = 2
+
     def init_optimizer(self, cfg: Any) -> DistillationOrientedTrainer:
         solver, delta = cfg.SOLVER, cfg.SOLVER.DOT.DELTA
         if solver.TYPE != "SGD" or solver.NESTEROV:
@@ -139,9 +141,11 @@ class DOT(BaseTrainer):
             )
         self.optimizer.zero_grad(set_to_none=True)
         sum(distillation).backward(retain_graph=True)
+        self.parallel.after_backward()
         self.optimizer.step_kd()
         self.optimizer.zero_grad(set_to_none=True)
         sum(task).backward()
+        self.parallel.after_backward()
         self.optimizer.step()
 
 

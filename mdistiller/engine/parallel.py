@@ -68,7 +68,8 @@ class Parallel:
             return
         if batch_norm == "sync":
             # With SOLVER.GATHER, what stands behind the networks sees the global batch in every process.
-            synchronize_batch_norm(distiller.student if gather else distiller)
+            for part in _networks(distiller) if gather else [distiller]:
+                synchronize_batch_norm(part)
         self.local_batch_norm = batch_norm == "local"
         self.replica = Replica(distiller, gather)
         self.leaves_unused = self.first_step = False
@@ -131,7 +132,8 @@ class Parallel:
         """
         if self.world == 1 or not self.local_batch_norm:
             return
-        fixed = _modules_of_teacher(self.distiller)
+        teacher = getattr(self.distiller, "teacher", None)
+        fixed = set() if teacher is None else set(teacher.modules())
         for part in (self.distiller, *modules):
             for module in part.modules():
                 if isinstance(module, _BatchNorm) and module not in fixed and module.running_mean is not None:
@@ -217,9 +219,8 @@ class Replica(nn.Module):
             name: join_rows(value, counts) if _has_rows(value, counts[rank]) else value for name, value in given.items()
         }
         with ExitStack() as stack:
-            for network in (self.distiller.student, getattr(self.distiller, "teacher", None)):
-                if network is not None:
-                    stack.enter_context(_work_shared(network, counts))
+            for network in _networks(self.distiller):
+                stack.enter_context(_work_shared(network, counts))
             logits, losses = self.distiller(**whole)
         return logits.split(counts)[rank], losses
 
@@ -344,17 +345,16 @@ class _Maps(Sequence):
 
 
 def synchronize_batch_norm(part: nn.Module) -> None:
-    """Let every BatchNorm outside a teacher take its statistics from all processes. Names and weights stay."""
-    fixed, on_gpu = _modules_of_teacher(part), next(part.parameters()).is_cuda
+    """Let every BatchNorm take the statistics of its batches from all processes. Names and weights stay."""
+    on_gpu = next(part.parameters()).is_cuda
     for module in part.modules():
-        if isinstance(module, _BatchNorm) and module not in fixed:
+        if isinstance(module, _BatchNorm):
             module.__class__ = nn.SyncBatchNorm if on_gpu else SyncBatchNorm  # in place: a method may hold it
             module.process_group = None
 
 
-def _modules_of_teacher(part: nn.Module) -> set[nn.Module]:
-    teacher = getattr(part, "teacher", None)
-    return set() if teacher is None else set(teacher.modules())
+def _networks(distiller: nn.Module) -> list[nn.Module]:
+    return [net for net in (distiller.student, getattr(distiller, "teacher", None)) if net is not None]
 
 
 class SyncBatchNorm(_BatchNorm):

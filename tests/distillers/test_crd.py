@@ -13,7 +13,7 @@ from method_cases import IMAGES, build, make_batch, total
 from torch import multiprocessing, nn
 
 from mdistiller.distillers.CRD import EPS, WHOLE_BANK, ContrastMemory, Embed, nce_loss, pooled_dim, similarities
-from mdistiller.functional.gather import gather_rows
+from mdistiller.functional.gather import batch_of_processes, gather_rows
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import InputError
 
@@ -167,9 +167,10 @@ def of_rank(rank, count, port, folder):
     torch.set_num_threads(1)
     distiller, batch = build("CRD"), make_batch("CRD")
     share = slice(0, 5) if rank == 0 else slice(5, 8)  # unequal shares, as at the end of an epoch
-    for _ in range(2):
-        total(distiller, {name: value[share] for name, value in batch.items()})
-    assert gather_rows(batch["index"][share]).tolist() == list(range(8))
+    with batch_of_processes((5, 3)):  # as the trainer says it
+        for _ in range(2):
+            total(distiller, {name: value[share] for name, value in batch.items()})
+        assert gather_rows(batch["index"][share]).tolist() == list(range(8))
     torch.save(distiller.contrast.state_dict(), f"{folder}/{rank}")
     dist.destroy_process_group()
 

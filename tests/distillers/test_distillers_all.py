@@ -18,7 +18,6 @@ from method_cases import (
 )
 
 from mdistiller.dataset import batch_fields
-from mdistiller.dataset.fields import wants_negatives
 from mdistiller.registry import distiller_dict
 
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -96,10 +95,9 @@ def test_own_weight_matters(method):
 
 @each_teacher_method
 def test_own_terms_alone_fall_on_a_fixed_batch(method):
-    banks = wants_negatives(distiller_dict[method])  # they hold noise at first, and move with what is compared to them
     values = weights(method, ce=0.0, own=1.0) | FALLING.get(method, {})
-    history = train(build(method, values), method, steps=40, lr=1e-4 if banks else 0.01)
-    assert min(history[-5:]) < 0.8 * history[4 if banks else 0]
+    history = train(build(method, values), method, steps=40, lr=0.01)
+    assert min(history[-5:]) < 0.8 * history[0]
 
 
 @each_method
@@ -177,27 +175,6 @@ def test_state_dict_round_trip(method):
     second.load_state_dict(first.state_dict())
     batch = make_batch(method)
     assert total(first, batch).item() == total(second, batch).item()
-
-
-@each_method
-def test_a_saved_state_goes_on_to_the_bit(method):
-    """Method and optimiser: banks, learned temperatures, adapters."""
-    whole, resumed, batch = build(method), build(method, seed=7), make_batch(method)
-    optimizer, again = sgd(whole), sgd(resumed)
-
-    def two_steps(distiller, optimizer):
-        for _ in range(2):
-            optimizer.zero_grad()
-            total(distiller, batch).backward()
-            optimizer.step()
-
-    two_steps(whole, optimizer)
-    resumed.load_state_dict(whole.state_dict())
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    two_steps(whole, optimizer)
-    two_steps(resumed, again)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
 
 
 @each_method

@@ -91,9 +91,9 @@ def teacher(tmp_path_factory):
 @pytest.mark.parametrize("config", CONFIGS, ids=[path.parent.name for path in CONFIGS])
 def test_own_terms_fall_in_a_run(config, tmp_path, teacher):
     method = CONFIGS[config]
-    options = weights(method, ce=0.0, own=1.0) | FALLING.get(method, {})
-    options |= {"DISTILLER.TEACHER_CKPT": teacher, "LOG.PREFIX": tmp_path, "EXPERIMENT.NAME": "a"}
+    options = {"DISTILLER.TEACHER_CKPT": teacher, "LOG.PREFIX": tmp_path, "EXPERIMENT.NAME": "a"}
     options |= {"SOLVER.EPOCHS": 15, "SOLVER.LR": 0.02, "SOLVER.DEVICE": "cpu"}
+    options |= weights(method, ce=0.0, own=1.0) | FALLING.get(method, {})
     outcome = run_tool("train", ["--cfg", config, *(part for item in options.items() for part in item)])
     assert (outcome.code, outcome.err) == (0, "")
     with (tmp_path / "digits" / "a" / "metrics.csv").open() as file:

@@ -70,11 +70,14 @@ def keep_freed_memory(device: torch.device, keep: bool = True) -> None:
     """
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0 if keep else 2**16)
-        mallopt(M_MMAP_THRESHOLD, 2**25)
-        mallopt(M_TRIM_THRESHOLD, NEVER if keep else 2**26)
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        return
+    library.mallopt(M_MMAP_MAX, 0 if keep else 2**16)
+    library.mallopt(M_MMAP_THRESHOLD, 2**25)
+    library.mallopt(M_TRIM_THRESHOLD, NEVER if keep else 2**26)
+    if not keep:
+        library.malloc_trim(0)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -14,6 +14,7 @@ from runs import make_trainer, teacher_file, tiny_config
 from mdistiller.engine import acceleration
 from mdistiller.engine.acceleration import begin_step, check_compiler, keep_freed_memory, uncompiled
 from mdistiller.engine.batch import to_batch
+from mdistiller.engine.precision import Precision
 from mdistiller.engine.solver import build_optimizer
 from mdistiller.engine.teacher import FoldedForward
 from mdistiller.registry import InputError
@@ -196,3 +197,30 @@ def test_compiled_on_a_gpu_gives_the_same_losses(tmp_path, method, mode):
     plain = make_trainer(tmp_path / "a", **options)
     fast = make_trainer(tmp_path / "b", SOLVER__COMPILE="all", SOLVER__COMPILE_MODE=mode, **options)
     assert losses_of(fast) == pytest.approx(losses_of(plain), rel=1e-3)
+
+
+def half_precision(trainer):
+    """The trainer in float16 with its scaler, as on a GPU; a CPU computes it too, only not fast."""
+    trainer.precision = Precision(torch.device("cpu"), torch.float16, channels_last=True)
+    trainer.precision.place(trainer.distiller)
+    trainer.scaler = trainer.precision.scaler()
+    return trainer
+
+
+def test_float16_trains_with_scaled_losses(kd):
+    half, plain = half_precision(kd()), kd()
+    assert half.scaler.is_enabled() and not plain.scaler.is_enabled()
+    assert losses_of(half) == pytest.approx(losses_of(plain), rel=0.02)
+
+
+def test_a_step_with_gradients_that_overflow_is_left_out(kd):
+    trainer = half_precision(kd())
+    batch = to_batch(next(iter(trainer.train_loader)), trainer.precision)
+    trainer.distiller.train()
+    before = [p.detach().clone() for p in trainer.distiller.student.parameters()]
+    scale = trainer.scaler.get_scale()
+    for p in trainer.distiller.student.parameters():
+        p.register_hook(lambda gradient: gradient * torch.inf)
+    trainer.run_step(batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.distiller.student.parameters(), strict=True))
+    assert trainer.scaler.get_scale() == 0.5 * scale

@@ -152,7 +152,8 @@ def pages_from_the_system():
 
 print(pages_from_the_system())
 keep_freed_memory(torch.device("cpu"))
-torch.ones(16 * 2**20)
+pages_from_the_system()  # the heap grows
+pages_from_the_system()
 print(pages_from_the_system())
 """
 

@@ -9,18 +9,27 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from mdistiller.dataset import batch_fields
+from mdistiller.dataset.fields import wants_negatives
+from mdistiller.dataset.negatives import Negatives
 from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import CFG
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import distiller_dict
 
-CLASSES, SIZE, IMAGES = 10, 16, 8
-METHODS = sorted({cls: name for name, cls in sorted(distiller_dict.items(), reverse=True)}.values())  # no second names
+CLASSES, SIZE, IMAGES, NEGATIVES = 10, 16, 8, 4
+METHODS = sorted({cls: name for name, cls in reversed(distiller_dict.items())}.values())  # without second names
 TEACHER_METHODS = [name for name in METHODS if name not in ("NONE", "NONE_TWO_VIEWS")]
 
 # With which a few steps show that a method's own terms fall, where a weight of 1 does not.
 FALLING = {
+    # Banks start as noise, which is easily told from an embedding: it takes some steps to learn otherwise.
+    "CRD": {"CRD.NCE.TEMPERATURE": 0.2, "CRD.NCE.MOMENTUM": 0.9, "CRD.NCE.K": 64}
+    | {"SOLVER.BATCH_SIZE": 10, "SOLVER.EPOCHS": 30, "SOLVER.LR": 0.05},
+    "DKD": {"DKD.WARMUP": 0},
+    "MDR": {"MDR.SM_EPOCHS": 2},  # as many as need be
     "PKT": {"PKT.LOSS.FEAT_WEIGHT": 30000.0},  # a mean of differences of probabilities, 10^-5 at first
+    "REVIEWKD": {"REVIEWKD.WARMUP_EPOCHS": 0},
+    "SP": {"SP.LOSS.FEAT_WEIGHT": 300.0},  # a mean of squared differences of cosines, 10^-3 at first
     "VID": {"VID.INIT_PRED_VAR": 0.1},  # from 5, most of the loss is the variance's logarithm
 }
 
@@ -46,7 +55,7 @@ def build(method: str, values: dict[str, Any] | None = None, seed: int = 0) -> n
 def make_batch(
     method: str, images: int = IMAGES, seed: int = 1, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """Random images in every view that the method asks for."""
+    """Random images in every view that the method asks for, with what else it names."""
     generator = torch.Generator().manual_seed(seed)
     batch = {
         field: torch.randn(images, 3, SIZE, SIZE, generator=generator).to(dtype)
@@ -54,6 +63,8 @@ def make_batch(
     }
     batch["target"] = torch.arange(images) % CLASSES
     batch["index"] = torch.arange(images)
+    if wants_negatives(distiller_dict[method]):
+        batch["contrastive_index"] = Negatives(torch.arange(IMAGES), NEGATIVES).draw(1, batch["index"])
     return batch
 
 

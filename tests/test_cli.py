@@ -27,6 +27,7 @@ from mdistiller.models import cifar_model_dict, imagenet_model_dict, tiny_imagen
 TINY = "DATASET.TRAIN_PER_CLASS 4 SOLVER.BATCH_SIZE 20 SOLVER.EPOCHS 2 LOG.EVAL_FREQ 1 SOLVER.DEVICE cpu"
 PLAIN = f"--cfg configs/digits/vanilla/res8.yaml {TINY}"
 KD = f"--cfg configs/digits/kd/res20_res8.yaml {TINY} DISTILLER.TEACHER resnet8"
+VRM = f"--cfg configs/digits/vrm/res20_res8.yaml {TINY} DISTILLER.TEACHER resnet14 DISTILLER.TEACHER_CKPT resnet14"
 FIRST = Path("output/digits/first")
 
 PLAN = "TITLE: a\nOUTPUT: output/a\nSEEDS: [0]\nPAIRS: {p: }\n"
@@ -140,6 +141,7 @@ REFUSED = [
     ("train", "--cfg empty_section.yaml", "SOLVER must hold keys, not None"),
     ("train", "--cfg section_is_a_number.yaml", "section_is_a_number.yaml: SOLVER must hold keys, not 5"),
     ("train", "--cfg unknown_key.yaml", "unknown_key.yaml: unknown config key 'SOLVER.LEARNING_RATE'"),
+    ("train", "DISTILLER.TYPE NONE DISTILLER.ADD_KD 1", "DISTILLER.ADD_KD 1.0 needs a teacher, which NONE has not"),
     # names
     ("train", "DISTILLER.TYPE kd", "DISTILLER.TYPE: no method named 'kd'; closest: KD"),
     ("train", "DATASET.TYPE digit", "DATASET.TYPE: no data set named 'digit'; closest: digits"),
@@ -149,6 +151,8 @@ REFUSED = [
     ("train", "SOLVER.LR_SCHEDULE cos", "SOLVER.LR_SCHEDULE: no schedule named 'cos'; closest: cosine"),
     ("train", "SOLVER.AMP fp8", "SOLVER.AMP: no precision named 'fp8'; closest: fp16"),
     ("train", "SOLVER.TRAINER bass", "SOLVER.TRAINER: no trainer named 'bass'; closest: base"),
+    ("train", "SOLVER.LR_RULE root", "SOLVER.LR_RULE: no rule named 'root'; closest: sqrt"),
+    ("train", "DATASET.VIEW_STRONG medium", "DATASET.VIEW_STRONG: data set cifar100 has no recipe 'medium'", "strong"),
     ("train", "LOG.PROGRESS bar", "LOG.PROGRESS: no choice named 'bar'; known: auto, off, on"),
     # values
     ("train", "SOLVER.LR -1", "SOLVER.LR must be above 0, got -1"),
@@ -164,6 +168,14 @@ REFUSED = [
     ("train", f"{PLAIN} SOLVER.NESTEROV True SOLVER.MOMENTUM 0", "SOLVER.NESTEROV needs SOLVER.MOMENTUM above 0"),
     ("train", f"{PLAIN} SOLVER.DEVICE warp", "SOLVER.DEVICE 'warp' cannot be used here", "use auto, cpu or cuda"),
     ("train", f"{PLAIN} SOLVER.AMP fp16", "SOLVER.AMP fp16 needs a GPU; on the CPU use SOLVER.AMP bf16"),
+    ("train", f"{PLAIN} DATASET.LABEL_SMOOTHING 1", "DATASET.LABEL_SMOOTHING must be 0 or more and below 1, got 1"),
+    ("train", f"{PLAIN} DATASET.RANDOM_ERASING 2", "DATASET.RANDOM_ERASING must be from 0 to 1, got 2"),
+    ("train", f"{KD} DISTILLER.TYPE MDR DATASET.MIXUP_ALPHA 1", "DATASET.MIXUP_ALPHA 1.0: labels become shares",
+     "method MDR reads class numbers; methods that take shares: DCD, DIST"),
+    ("train", f"{VRM} VRM.METRIC cosine VRM.RELATION gram", "VRM.METRIC cosine compares unit edges", "choose mse"),
+    ("train", f"{VRM} VRM.RELATION angle VRM.EDGE_NORM False", "VRM.RELATION angle", "EDGE_NORM must be True"),
+    ("train", f"{VRM} VRM.LOCATION pooled VRM.VERTEX_WEIGHT 1", "VRM.VERTEX_WEIGHT compares predictions", "logits"),
+    ("train", f"{VRM} DISTILLER.TYPE VRM_ONE_VIEW VRM.GRAPH raw", "VRM.GRAPH raw speaks of two views", "TYPE VRM"),
     # data
     ("train", f"{PLAIN} SOLVER.BATCH_SIZE 1", "BatchNorm", "SOLVER.BATCH_SIZE, at least 2"),
     ("train", f"{PLAIN} SOLVER.BATCH_SIZE 39", "the last batch of an epoch holds a single image (40 training images",
@@ -210,6 +222,7 @@ REFUSED = [
     ("eval", "-m resnet8 -d digits -c nothing", "no checkpoint nothing"),
     ("eval", "-m resnet8 -d digits -c truncated", "checkpoint truncated is damaged"),
     ("eval", "-m resnet8 -d digits -c resnet14", "checkpoint resnet14 for model resnet8 does not fit"),
+    ("eval", "-m resnet14 -d digits -c resnet14 --against resnet9", "no CIFAR model named 'resnet9'"),
     ("eval", "-m resnet8 -d digits -c resnet14 -bs 0", "DATASET.TEST.BATCH_SIZE must be at least 1, got 0"),
     ("eval", "-m resnet8 -d digits -c resnet14 SOLVER.DEVICE", "'SOLVER.DEVICE' has no value"),
     ("list", "model", "no section named 'model'; closest: models"),
@@ -362,6 +375,17 @@ def test_eval_gives_what_training_reported():
         f"resnet8 on 539 test images of digits: top-1 {last['top1']:.2f}, top-5 {last['top5']:.2f}, "
         f"loss {last['loss']:.4f}\n"
     )
+
+
+def test_eval_compares_two_networks():
+    command = f"-m resnet8 -c {FIRST}/student_last -d digits -bs 100 SOLVER.DEVICE cpu"
+    alone = succeed("eval", command)
+    same = succeed("eval", f"{command} --against resnet8 --against-ckpt {FIRST}/student_last")
+    assert same.startswith(alone)
+    assert "target-class consistency 1.0000, non-target-class consistency 1.0000" in same
+    assert same.count("pearson 1.0000, spearman 1.0000, kendall 1.0000") == 2
+    other = succeed("eval", f"{command} --against resnet14 --against-ckpt resnet14")
+    assert "against resnet14: target-class consistency 0." in other and "intra-class correlation: pearson" in other
 
 
 def test_resume_goes_on_and_overwrite_starts_anew():

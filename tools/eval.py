@@ -1,16 +1,26 @@
-"""Score a network on the test split of a data set.
+"""Score a network on the test split of a data set, and compare its predictions with another's.
 
 python tools/eval.py -m resnet8x4 -c output/.../student_last -d cifar100
+python tools/eval.py -m resnet8x4 -c output/.../student_last -d cifar100 --against resnet32x4
 """
 
 import argparse
+from typing import Any
 
+from torch import nn
+
+from mdistiller.analysis.consistency import (
+    KINDS,
+    nontarget_class_consistency,
+    prediction_correlation,
+    target_class_consistency,
+)
 from mdistiller.dataset import build_loaders, dataset_dict
 from mdistiller.engine.build import build_student, build_teacher
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.checkpoint import load_into
 from mdistiller.engine.cli import command
-from mdistiller.engine.evaluate import evaluate
+from mdistiller.engine.evaluate import collect_logits, evaluate
 from mdistiller.engine.precision import Precision
 
 
@@ -23,25 +33,54 @@ def main() -> None:
         default="pretrain",
         help="a checkpoint, or 'pretrain' for the model's public weights (default)",
     )
+    parser.add_argument("--against", default="", metavar="MODEL", help="compare with this network's predictions")
+    parser.add_argument("--against-ckpt", default="pretrain", metavar="CKPT", help="its weights, as -c")
     parser.add_argument("-d", "--dataset", default="cifar100", help="default: cifar100")
     parser.add_argument("-bs", "--batch-size", type=int, default=64, help="default: 64")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="further settings, for example SOLVER.DEVICE cpu")
     args = parser.parse_intermixed_args()
 
-    given = {"DATASET.TYPE": args.dataset, "DATASET.TEST.BATCH_SIZE": args.batch_size,
-             "DISTILLER.STUDENT": args.model, "DISTILLER.TEACHER": args.model}  # fmt: skip
-    cfg = load_config(options=[part for pair in given.items() for part in pair] + args.opts)
-    precision, num_classes = Precision.from_cfg(cfg), dataset_dict[cfg.DATASET.TYPE].num_classes
-    if args.ckpt == "pretrain":
-        model = build_teacher(cfg, num_classes)
-    else:
-        model = build_student(cfg, num_classes)
-        load_into(model, args.ckpt, f"model {args.model}")
-    result = evaluate(precision.place(model), build_loaders(cfg, precision.device).test, precision)
+    cfg = config_of(args, args.model)
+    precision = Precision.from_cfg(cfg)
+    model = network(cfg, args.ckpt)
+    other = network(config_of(args, args.against), args.against_ckpt) if args.against else None
+    images = build_loaders(cfg, precision.device).test
+    result = evaluate(precision.place(model), images, precision)
     print(
         f"{args.model} on {result.count} test images of {args.dataset}: "
         f"top-1 {result.top1:.2f}, top-5 {result.top5:.2f}, loss {result.loss:.4f}"
     )
+    if other is not None:
+        compare(args, *(collect_logits(precision.place(net), images, precision) for net in (model, other)))
+
+
+def config_of(args: argparse.Namespace, model: str) -> Any:
+    """The configuration for one of the networks."""
+    given = {"DATASET.TYPE": args.dataset, "DATASET.TEST.BATCH_SIZE": args.batch_size,
+             "DISTILLER.STUDENT": model, "DISTILLER.TEACHER": model}  # fmt: skip
+    return load_config(options=[part for pair in given.items() for part in pair] + args.opts)
+
+
+def network(cfg: Any, checkpoint: str) -> nn.Module:
+    """The network with its weights."""
+    num_classes = dataset_dict[cfg.DATASET.TYPE].num_classes
+    if checkpoint == "pretrain":
+        return build_teacher(cfg, num_classes)
+    model = build_student(cfg, num_classes)
+    load_into(model, checkpoint, f"model {cfg.DISTILLER.STUDENT}")
+    return model
+
+
+def compare(args: argparse.Namespace, one: tuple, other: tuple) -> None:
+    """Print how alike two networks' predictions are; each given as logits and targets."""
+    (logits, target), (others, _) = one, other
+    print(
+        f"against {args.against}: target-class consistency {target_class_consistency(logits, others, target):.4f}, "
+        f"non-target-class consistency {nontarget_class_consistency(logits, others, target):.4f}"
+    )
+    for axis in ("inter", "intra"):
+        found = [f"{kind} {prediction_correlation(logits, others, kind, axis):.4f}" for kind in KINDS]
+        print(f"{axis}-class correlation: {', '.join(found)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """What there is: methods, models, data sets, configs.
 
 python tools/list.py [methods|models|datasets|configs|plans ...]
+python tools/list.py --page docs/methods.md
 """
 
 import argparse
 import re
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +19,9 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cli import command
 from mdistiller.models import cifar_model_dict, imagenet_model_dict, tiny_imagenet_model_dict
 from mdistiller.registry import Registry
+from mdistiller.reports.methods import write_methods_page
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def methods() -> list[tuple[str, ...]]:
@@ -61,9 +67,8 @@ def plans() -> list[tuple[str, ...]]:
 
 def _yaml_files(wanted: Callable[[Path], bool]) -> list[tuple[str]]:
     """Files below ``configs/``, as seen from the checkout; those named ``_..._`` are only inherited from."""
-    root = Path(__file__).resolve().parents[1]
-    found = [path for path in sorted((root / "configs").rglob("*.yaml")) if path.name[0] != "_" and wanted(path)]
-    return [(str(path.relative_to(root)),) for path in found]
+    found = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.name[0] != "_" and wanted(path)]
+    return [(str(path.relative_to(ROOT)),) for path in found]
 
 
 SECTIONS = Registry(
@@ -74,7 +79,17 @@ SECTIONS = Registry(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help="default: all", metavar="SECTION")
-    for section in [SECTIONS[name] for name in parser.parse_args().what or SECTIONS]:
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="instead: write what each method needs, adds and costs, in Markdown"
+    )
+    args = parser.parse_args()
+    if args.page:
+        measured, command = ROOT / "docs" / "measurements", shlex.join(["python", *sys.argv])
+        write_methods_page(
+            args.page, measured / "step.json", measured / "memory.json", ROOT / "tests" / "golden", command
+        )
+        return
+    for section in [SECTIONS[name] for name in args.what or SECTIONS]:
         rows = section()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:

@@ -1,10 +1,12 @@
 """Train a student, with or without a teacher.
 
 python tools/train.py --cfg configs/digits/kd/res20_res8.yaml [--resume | --overwrite] [KEY VALUE ...]
+torchrun --nproc_per_node 2 tools/train.py --cfg configs/digits/kd/res20_res8.yaml [KEY VALUE ...]
 """
 
 import argparse
 
+from mdistiller.engine import distributed
 from mdistiller.engine.cfg import LogitStand, load_config, show_cfg
 from mdistiller.engine.cli import command
 from mdistiller.engine.run import run
@@ -33,7 +35,9 @@ def main() -> None:
         help="overrides, for example SOLVER.EPOCHS 10 DISTILLER.TYPE KD",
     )
     args = parser.parse_intermixed_args()
-    cfg = load_config(args.cfg, args.opts, logit_stand_of(args))
+    distributed.start()
+    with distributed.together():
+        cfg = load_config(args.cfg, args.opts, logit_stand_of(args))
     show_cfg(cfg)
     run(cfg, resume=args.resume, overwrite=args.overwrite)
 

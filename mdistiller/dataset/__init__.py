@@ -7,6 +7,7 @@ from .build import Loaders, Splits, build_loaders, get_dataset, load_splits
 from .cifar100 import CIFAR100
 from .digits import Digits
 from .fields import batch_fields
+from .imagenet import ImageNet
 from .loader import Loader
 from .shapes import Shapes
 
@@ -14,6 +15,7 @@ __all__ = [
     "CIFAR100",
     "DataSet",
     "Digits",
+    "ImageNet",
     "Loader",
     "Loaders",
     "Shapes",

@@ -21,7 +21,8 @@ class Split:
     """Labelled images in memory.
 
     Args:
-        images: ``(N, 3, H, W)`` uint8; grey images are repeated to three channels.
+        images: ``(N, 3, H, W)`` uint8; grey images are repeated to three channels. Or what stands for them until a
+            view decodes them: :class:`~mdistiller.dataset.imagenet.ImageFiles`.
         labels: ``(N,)`` int64, from 0.
     """
 
@@ -50,7 +51,10 @@ class DataSet:
     std: ClassVar[tuple[float, float, float]]
     model_family: ClassVar[str]  # key of registry.MODEL_FAMILIES
     public_teachers: ClassVar[bool] = False  # whether the checkpoints in the model table were trained on it
-    views: ClassVar[dict[str, View]]  # "weak" is what a method gets that asks for plain "image"
+    views: ClassVar[
+        dict[str, View]
+    ]  # "weak" is what a method gets that asks for plain "image"; "test" where there is one
+    in_files: ClassVar[bool] = False  # images are decoded batch by batch, instead of lying in memory
     defaults: ClassVar[dict[str, Any]] = {}  # keys of its own, in the section DATASET.<NAME>
 
     @classmethod

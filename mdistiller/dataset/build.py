@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 
+from mdistiller.functional.gather import this_process
 from mdistiller.registry import InputError, dataset_dict, distiller_dict
 
-from .base import Split
-from .fields import batch_fields, views_of, wants_negatives
+from .augment import ColorJitter, RandomErasing
+from .base import DataSet, Split
+from .fields import batch_fields, chosen_recipes, views_of, wants_negatives
 from .loader import BatchedImages, Loader
+from .mixing import LabelMixing
 from .negatives import negatives_from
+from .randaugment import RandAugment
 from .subsets import hold_out, reduce_train
+from .views import View
 
 LOADERS = ("auto", "device", "workers")  # what DATASET.LOADER takes
 
@@ -69,39 +74,61 @@ def load_splits(cfg: Any) -> Splits:
 def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
     """The loaders of a run of method ``DISTILLER.TYPE`` on data set ``DATASET.TYPE``.
 
+    Where several processes train (``torch.distributed`` is initialised), ``SOLVER.BATCH_SIZE`` is the batch of all of
+    them: each is given its share of every training batch. Test batches they take in turn.
+
     Args:
         cfg: the configuration.
         device: where the networks run. With ``DATASET.LOADER`` ``device`` images are kept and batches made there;
             ``auto`` means that on a GPU, and anywhere with ``DATASET.NUM_WORKERS`` 0.
 
     Raises:
-        InputError: see :func:`load_splits`, :func:`batch_fields` and :func:`views_of`; or no batch is left; or the
-            images do not fit into the device's memory.
+        InputError: see :func:`load_splits`, :func:`batch_fields`, :func:`chosen_recipes` and :func:`views_of`; or no
+            batch is left; or the images do not fit into the device's memory; or the batch does not divide among the
+            processes.
     """
+    share = this_process()
+    if cfg.SOLVER.BATCH_SIZE % share[1]:
+        raise InputError(
+            f"SOLVER.BATCH_SIZE, the batch of all processes, is {cfg.SOLVER.BATCH_SIZE} and must be a multiple of "
+            f"their number, {share[1]}"
+        )
     dataset = dataset_dict[cfg.DATASET.TYPE]
     method, seed = distiller_dict[cfg.DISTILLER.TYPE], cfg.EXPERIMENT.SEED
-    views = views_of(batch_fields(method), dataset)
+    views = training_views(cfg, method)
     splits = load_splits(cfg)
     workers = _worker_count(cfg, torch.device(device))
+    decoders = cfg.DATASET.NUM_WORKERS if dataset.in_files else 0
     place = {"device": "cpu" if workers is not None else device, "channels_last": cfg.SOLVER.CHANNELS_LAST}
     batch_size = cfg.DATASET.TEST.BATCH_SIZE
 
     def test_loader(split: Split) -> Loader:
-        """No view, no workers: passing a batch between processes takes longer than normalising it."""
-        return Loader(BatchedImages(split, {"image": ("test", ())}, dataset.mean, dataset.std, **place), batch_size)
+        """Workers only where there is something to decode: passing a batch on takes longer than normalising it."""
+        views = {"image": ("test", dataset.views.get("test", ()))}
+        images = BatchedImages(split, views, dataset.mean, dataset.std, **place)
+        return Loader(images, batch_size, num_workers=decoders, share=share, in_turn=True)
 
     try:
         labels = splits.train.labels.to(place["device"])
         negatives = negatives_from(cfg, method.section, labels) if wants_negatives(method) else None
         train = Loader(
             BatchedImages(
-                splits.train, views, dataset.mean, dataset.std, seed, with_index=True, negatives=negatives, **place
+                splits.train,
+                views,
+                dataset.mean,
+                dataset.std,
+                seed,
+                with_index=True,
+                negatives=negatives,
+                mixing=_label_mixing(cfg, dataset),
+                **place,
             ),
             cfg.SOLVER.BATCH_SIZE,
             shuffle=True,
             seed=seed,
             drop_last=cfg.SOLVER.DROP_LAST,
             num_workers=workers or 0,
+            share=share,
         )
         val = None if splits.val is None else test_loader(splits.val)
         test = test_loader(splits.test)
@@ -115,9 +142,40 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
     return Loaders(train, val, test, num_data=len(splits.train), num_classes=dataset.num_classes)
 
 
+def training_views(cfg: Any, method: type) -> dict[str, tuple[str, View]]:
+    """For each image field that a method asks for, name and recipe of its view.
+
+    The weak view's recipe (see :func:`chosen_recipes`) is followed by what ``DATASET.COLOR_JITTER``, ``RANDAUGMENT``
+    and ``RANDOM_ERASING`` ask for, in this order; other views are the methods' own and stay as they are.
+
+    Raises:
+        InputError: see :func:`views_of`.
+    """
+    keys, added = cfg.DATASET, ()
+    if keys.COLOR_JITTER:
+        added += (ColorJitter(keys.COLOR_JITTER),)
+    if keys.RANDAUGMENT:
+        added += (RandAugment(keys.RANDAUGMENT),)
+    if keys.RANDOM_ERASING:
+        added += (RandomErasing(keys.RANDOM_ERASING),)
+    dataset = dataset_dict[cfg.DATASET.TYPE]
+    views = views_of(batch_fields(method), dataset, chosen_recipes(cfg, dataset))
+    return {field: (name, (*view, *added) if name == "weak" else view) for field, (name, view) in views.items()}
+
+
+def _label_mixing(cfg: Any, dataset: type[DataSet]) -> LabelMixing | None:
+    keys = cfg.DATASET
+    wanted = keys.MIXUP_ALPHA, keys.CUTMIX_ALPHA, keys.LABEL_SMOOTHING
+    return LabelMixing(dataset.num_classes, *wanted, cfg.EXPERIMENT.SEED) if any(wanted) else None
+
+
 def _worker_count(cfg: Any, device: torch.device) -> int | None:
     """Worker processes for the training batches; ``None``: they are made on the device."""
     count, choice = cfg.DATASET.NUM_WORKERS, cfg.DATASET.LOADER
+    if dataset_dict[cfg.DATASET.TYPE].in_files:
+        if choice == "device":
+            raise InputError(f"DATASET.LOADER device keeps images in memory; {cfg.DATASET.TYPE} takes workers or auto")
+        return count
     on_device = choice == "device" or (choice == "auto" and (device.type != "cpu" or count == 0))
     return None if on_device else count
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mdistiller.functional import draws
 
 from .base import Split
+from .mixing import LabelMixing
 from .negatives import Negatives
 from .views import Draws, View, apply_view, name_key, normalize
 
@@ -36,6 +38,7 @@ class BatchedImages(Dataset):
         seed: of the augmentation.
         with_index: also deliver ``index``.
         negatives: also deliver ``contrastive_index``; made of labels on the device.
+        mixing: mix images and labels; ``target`` are shares of classes then.
         device: where images and labels are kept and batches are made; their indices must lie there.
         channels_last: NHWC layout of the images delivered.
     """
@@ -49,6 +52,7 @@ class BatchedImages(Dataset):
         seed: int = 0,
         with_index: bool = False,
         negatives: Negatives | None = None,
+        mixing: LabelMixing | None = None,
         device: torch.device | str = "cpu",
         channels_last: bool = False,
     ) -> None:
@@ -61,12 +65,13 @@ class BatchedImages(Dataset):
         self.seed = seed
         self.with_index = with_index
         self.negatives = negatives
+        self.mixing = mixing
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, request: Request) -> Batch:
-        """``{field: (B, 3, H, W) float32, "target": (B,) int64}``.
+        """``{field: (B, 3, H, W) float32, "target": (B,) int64}``, or with mixing ``(B, K)`` float32.
 
         If wanted, also ``"index"``, ``(B,)`` int64, and ``"contrastive_index"``, ``(B, K + 1)`` int64.
         """
@@ -81,14 +86,22 @@ class BatchedImages(Dataset):
             batch["index"] = index
         if self.negatives is not None:
             batch["contrastive_index"] = self.negatives.draw(epoch, index)
-        return batch
+        return batch if self.mixing is None else self.mixing(batch, epoch, index)
 
 
 class EpochSampler(Sampler[Request]):
     """The requests of one epoch, from its step ``start_step`` on; see :class:`Loader`."""
 
     def __init__(
-        self, num_data: int, batch_size: int, shuffle: bool, seed: int, drop_last: bool, device: torch.device
+        self,
+        num_data: int,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        drop_last: bool,
+        device: torch.device,
+        share: tuple[int, int] = (0, 1),
+        in_turn: bool = False,
     ) -> None:
         self.num_data = num_data
         self.batch_size = batch_size
@@ -96,6 +109,8 @@ class EpochSampler(Sampler[Request]):
         self.seed = seed
         self.drop_last = drop_last
         self.device = device
+        self.share = share
+        self.in_turn = in_turn
         self.epoch = 1
         self.start_step = 0
 
@@ -112,6 +127,11 @@ class EpochSampler(Sampler[Request]):
     def __iter__(self) -> Iterator[Request]:
         # Not a generator: one would read the epoch only when the first batch is asked for.
         batches = self.order(self.epoch).to(self.device).split(self.batch_size)[self.start_step : len(self)]
+        rank, processes = self.share
+        if self.in_turn:
+            batches = batches[rank::processes]
+        elif processes > 1:
+            batches = [indices.tensor_split(processes)[rank] for indices in batches]
         return iter([(self.epoch, indices) for indices in batches])
 
 
@@ -131,6 +151,9 @@ class Loader:
         num_workers: processes that prepare batches on the CPU. They are started once and kept. 0: this process
             makes a batch when it is asked for, on the data set's device. On a GPU the order of images is all that is
             then copied, once an epoch, and no batch waits for the GPU.
+        share: rank and number of the processes that train together. A batch is divided among them, the first ones
+            getting an image more where it does not divide; together they see what one process would see.
+        in_turn: the processes take whole batches in turn instead.
 
     Raises:
         ValueError: workers for a data set that does not lie on the CPU.
@@ -145,21 +168,41 @@ class Loader:
         seed: int = 0,
         drop_last: bool = False,
         num_workers: int = 0,
+        share: tuple[int, int] = (0, 1),
+        in_turn: bool = False,
     ) -> None:
         if num_workers and dataset.device.type != "cpu":
             raise ValueError(f"num_workers={num_workers}, but the images lie on {dataset.device}, which takes 0")
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_data = len(dataset)
-        self.sampler = EpochSampler(self.num_data, batch_size, shuffle, seed, drop_last, dataset.device)
+        self.sampler = EpochSampler(self.num_data, batch_size, shuffle, seed, drop_last, dataset.device, share, in_turn)
         self._batches = _start_workers(dataset, self.sampler, num_workers) if num_workers else None
         if num_workers:
             # Python ends what is left of them by SIGTERM, to which they are deaf: end them before, in torch's way.
             weakref.finalize(self, _end_workers, self._batches)
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """Batches in a whole epoch, those of all processes."""
         return len(self.sampler)
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Rank and number of the processes among which the batches are divided."""
+        return self.sampler.share
+
+    @contextmanager
+    def undivided(self) -> Iterator[None]:
+        """Within it, iterating gives this process the whole batches."""
+        share, self.sampler.share = self.sampler.share, (0, 1)
+        try:
+            yield
+        finally:
+            self.sampler.share = share
+
+    def images_in(self, step: int) -> int:
+        """Images in the batch of a step (from 0), over all processes."""
+        return self.last_batch_size if step == len(self) - 1 else self.batch_size
 
     @property
     def last_batch_size(self) -> int:

@@ -1,6 +1,8 @@
-"""MixUp: images blended with other images of their batch.
+"""MixUp, CutMix and label smoothing: what makes shares of classes out of class numbers.
 
 Zhang, Cisse, Dauphin, Lopez-Paz. mixup: Beyond Empirical Risk Minimization. ICLR 2018. arXiv:1710.09412.
+Yun et al. CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features. ICCV 2019.
+arXiv:1905.04899.
 
 As in views, the draws are functions of seed, epoch, image index and name. Other than a view, the result depends on
 the batch: an image's partner is one of those it comes with.
@@ -8,14 +10,16 @@ the batch: an image's partner is one of those it comes with.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .views import Draws
+from mdistiller.functional.mixing import beta_shares, share_quantiles
 
-ATTEMPTS = 33
+from .views import Draws
 
 
 class Mixture(NamedTuple):
@@ -42,28 +46,13 @@ def draw_partners(rng: Draws) -> Tensor:
 
 
 def draw_shares(rng: Draws, alpha: float) -> Tensor:
-    """``(B,)`` float32 from Beta(alpha, alpha), one for each image; two slots an attempt.
-
-    By Johnk's method: with u, v uniform, ``x = u^(1/alpha)`` and ``y = v^(1/alpha)``, the ratio ``x / (x + y)``
-    is Beta distributed given ``x + y <= 1``. Half of the pairs or more meet this, and the first one is taken;
-    where none of 33 does, the share is 0.5.
+    """``(B,)`` float32 from Beta(alpha, alpha), one for each image. Slot 0.
 
     Args:
         rng: the batch's draws.
-        alpha: above 0 and at most 1; small values leave most images nearly alone.
-
-    Raises:
-        ValueError: alpha outside that range.
+        alpha: above 0; small values leave most images nearly alone.
     """
-    if not 0 < alpha <= 1:
-        raise ValueError(f"alpha must be above 0 and at most 1, got {alpha}")
-    share = torch.full_like(rng.state, 0.5, dtype=torch.float64)
-    for attempt in reversed(range(ATTEMPTS)):
-        # In logarithms: at alpha 0.01 the powers are below the smallest float64 more often than not.
-        log_x, log_y = ((rng.uniform(2 * attempt + i).double() + 2.0**-25).log() / alpha for i in range(2))
-        log_sum = torch.logaddexp(log_x, log_y)
-        share = torch.where(log_sum <= 0, (log_x - log_sum).exp(), share)
-    return share.float()
+    return beta_shares(rng.uniform(0), _quantiles(alpha, rng.state.device), alpha)
 
 
 def mixup(images: Tensor, rng: Draws, alpha: float = 1.0) -> Mixture:
@@ -74,9 +63,101 @@ def mixup(images: Tensor, rng: Draws, alpha: float = 1.0) -> Mixture:
 
     Args:
         images: ``(B, C, H, W)`` floating point, not changed.
-        rng: the batch's draws, ``Draws.of_view("mixup", seed, epoch, index)``.
+        rng: the batch's draws, ``Draws.of_view("mixup", seed, epoch, index)``; slots 0 and 1.
         alpha: see :func:`draw_shares`.
     """
     partner, share = draw_partners(rng), draw_shares(rng.skip(1), alpha)
+    return Mixture(_blended(images, partner, share), partner, share)
+
+
+def cutmix(images: Tensor, rng: Draws, alpha: float = 1.0) -> Mixture:
+    """Each image with a rectangle of another one of the batch, in the same place.
+
+    The rectangle has the image's proportions and, but for rounding, ``1 - share`` of its area, with the share from
+    Beta(alpha, alpha); its centre is uniform, and what lies outside is cut off. The share returned is what is left.
+
+    Args:
+        images: ``(B, C, H, W)``, not changed.
+        rng: the batch's draws; slots 0 to 3.
+        alpha: see :func:`draw_shares`.
+    """
+    partner = draw_partners(rng)
+    inside, share = _rectangles(images, rng.skip(1), alpha)
+    return Mixture(torch.where(inside[:, None], images.index_select(0, partner), images), partner, share)
+
+
+class LabelMixing:
+    """Turns a batch's class numbers ``(B,)`` into shares ``(B, K)`` that sum to 1, and mixes its images accordingly.
+
+    With both alphas, each image is mixed by MixUp or by CutMix, evenly. All views of an image have one partner, one
+    share and one rectangle.
+
+    Args:
+        num_classes: K.
+        mixup: alpha of MixUp; 0: none.
+        cutmix: alpha of CutMix; 0: none.
+        smoothing: share of a label that is spread over all classes evenly.
+        seed: of the draws.
+    """
+
+    def __init__(self, num_classes: int, mixup: float, cutmix: float, smoothing: float, seed: int) -> None:
+        self.num_classes, self.seed = num_classes, seed
+        self.mixup, self.cutmix, self.smoothing = mixup, cutmix, smoothing
+
+    def __call__(self, batch: dict[str, Tensor], epoch: int, index: Tensor) -> dict[str, Tensor]:
+        """The batch mixed.
+
+        Args:
+            batch: ``image...`` in floating point and ``target``.
+            epoch: from 1.
+            index: ``(B,)``, which draws an image has.
+        """
+        target = F.one_hot(batch["target"], self.num_classes).float()
+        target = (1 - self.smoothing) * target + self.smoothing / self.num_classes
+        if not (self.mixup or self.cutmix):
+            return {**batch, "target": target}
+        rng = Draws.of_view("mixing", self.seed, epoch, index)
+        partner, cut = draw_partners(rng), self._cut(rng.skip(1))
+        fields = [name for name in batch if name.startswith("image")]
+        inside, left = _rectangles(batch[fields[0]], rng.skip(2), self.cutmix) if self.cutmix else (None, None)
+        share = draw_shares(rng.skip(2), self.mixup) if self.mixup else left
+        mixed = {}
+        for name in fields:
+            images = batch[name]
+            blended = _blended(images, partner, share) if self.mixup else images
+            if inside is not None:
+                pasted = torch.where(inside[:, None], images.index_select(0, partner), images)
+                blended = torch.where(cut[:, None, None, None], pasted, blended)
+            mixed[name] = blended
+        if left is not None:
+            share = torch.where(cut, left, share)
+        target = share[:, None] * target + (1 - share[:, None]) * target.index_select(0, partner)
+        return {**batch, **mixed, "target": target}
+
+    def _cut(self, rng: Draws) -> Tensor:
+        """``(B,)`` bool: which images CutMix takes. Slot 0."""
+        uniform = rng.uniform(0)
+        return uniform < 0.5 if self.mixup and self.cutmix else torch.full_like(uniform, bool(self.cutmix)).bool()
+
+
+def _blended(images: Tensor, partner: Tensor, share: Tensor) -> Tensor:
     weight = share.to(images.dtype)[:, None, None, None]
-    return Mixture(weight * images + (1 - weight) * images.index_select(0, partner), partner, share)
+    return weight * images + (1 - weight) * images.index_select(0, partner)
+
+
+def _rectangles(images: Tensor, rng: Draws, alpha: float) -> tuple[Tensor, Tensor]:
+    """CutMix's rectangles ``(B, H, W)`` bool, and the share ``(B,)`` of the image outside. Slots 0 to 2."""
+    side = (1 - draw_shares(rng, alpha)).sqrt()
+    spans = []
+    for slot, size in zip((1, 2), images.shape[2:], strict=True):
+        centre, half = (rng.uniform(slot) * size).floor(), (side * size).floor() / 2
+        position = torch.arange(size, device=side.device)
+        start, end = (centre - half).floor(), (centre + half).floor()
+        spans.append((position >= start[:, None]) & (position < end[:, None]))
+    inside = spans[0][:, :, None] & spans[1][:, None, :]
+    return inside, 1 - inside.float().mean((1, 2))
+
+
+@functools.lru_cache(maxsize=8)
+def _quantiles(alpha: float, device: torch.device) -> Tensor:
+    return share_quantiles(alpha).to(device)

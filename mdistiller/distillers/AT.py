@@ -50,8 +50,8 @@ def attention_map(feat: Tensor, p: int) -> Tensor:
         ``(B, H * W)`` in float32 or better, rows of length 1; a map of zeros stays zero.
     """
     feat = at_least_float32(feat)
-    powers = (feat if p % 2 == 0 else feat.abs()).pow(p)
-    return unit(powers.mean(1).flatten(1))
+    size = feat if p % 2 == 0 else torch.where(feat < 0, -feat, feat)
+    return unit(size.pow(p).mean(1).flatten(1))
 
 
 def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: int) -> Tensor:

@@ -103,6 +103,8 @@ def bounded_scale(theta: Tensor, max_tau: float) -> Tensor:
 class DCD(Distiller):
     """Cross-entropy on the labels plus :func:`dcd_loss` on projected features, and KD where ``LAMBDA`` is not 0."""
 
+    mixed_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
         own = cfg.DCD

@@ -218,6 +218,8 @@ def _known(key: str, value: str, allowed: tuple[str, ...]) -> str:
 class DIST(Distiller):
     """Cross-entropy on the labels plus both terms of :func:`dist_loss`."""
 
+    mixed_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
         own = cfg[self.section]

@@ -59,6 +59,8 @@ def kd_loss(
 class KD(Distiller):
     """Cross-entropy on the labels plus :func:`kd_loss` on the logits."""
 
+    mixed_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
         self.temperature = cfg.KD.TEMPERATURE

@@ -11,8 +11,8 @@ Departs from the paper, as mdistiller does: the paper's matrix has a row for eac
 channel. Departs from mdistiller (docs/differences.md):
 
 - the singular vectors' sign, which a decomposition leaves open and the loss depends on, is fixed (:func:`directions`);
-- directions come from the eigenvectors of the W x W matrix ``X^T X`` in float64, which is faster, and their gradient
-  leaves out pairs of equal singular values, between which it is infinite;
+- directions come from the eigenvectors of the W x W matrix ``X^T X`` in float64, and their gradient leaves out pairs of
+  equal singular values, between which it is infinite;
 - of maps of different size the larger is pooled to the smaller, where mdistiller fails;
 - which maps are compared where the networks have different numbers of them (``STAGES``).
 """
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mdistiller.functional import at_least_float32, pool_to_common, unit
 from mdistiller.registry import InputError
@@ -58,6 +59,7 @@ class EigenVectors(torch.autograd.Function):
         return vectors, values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
         values, vectors = ctx.saved_tensors
         gap = values[:, None, :] - values[:, :, None]
@@ -80,8 +82,10 @@ def directions(feat: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     rows = at_least_float32(feat).flatten(1, 2)
     exact = rows.double()
-    vectors, squares = EigenVectors.apply(exact.mT @ exact)
-    vectors, squares = vectors.flip(2)[:, :, :k], squares.flip(1)[:, :k]
+    gram = exact.mT @ exact
+    broken = ~gram.isfinite().all(2, keepdim=True).all(1, keepdim=True)  # eigh would raise; the loss shall be NaN
+    vectors, squares = EigenVectors.apply(gram.masked_fill(broken, 0))
+    vectors, squares = vectors.masked_fill(broken, torch.nan).flip(2)[:, :, :k], squares.flip(1)[:, :k]
     sign = torch.where(vectors.detach().sum(1, keepdim=True) < 0, -1.0, 1.0)
     return (vectors * sign).to(rows.dtype), unit(squares.clamp(min=0).sqrt()).to(rows.dtype)
 

@@ -59,6 +59,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import draws, spatial_mean, unit
+from mdistiller.functional.mixing import share_quantiles, smaller_shares
 from mdistiller.registry import InputError, dataset_dict, suggestion
 
 from ._base import Distiller, register_distiller
@@ -112,7 +113,6 @@ CHOICES = {
 POSITIVES = 3  # of each anchor
 MIXUP_KEY = zlib.crc32(b"MDR's MixUp")
 TEACHER_KEY, CLASSIFIER_KEY, STUDENT_KEY = 1, 2, 3  # seeds of what is initialised
-GRID = 4096  # intervals of the table of Beta's quantiles
 
 Batches = Callable[[int], Iterable[dict[str, Tensor]]]
 
@@ -285,38 +285,17 @@ def mixed(image: Tensor, index: Tensor, epoch: int, seed: int, quantiles: Tensor
         index: ``(N,)`` int64, positions in the training set.
         epoch: from 1.
         seed: of the run.
-        quantiles: see :func:`share_quantiles`, for the same ``alpha``.
+        quantiles: :func:`~mdistiller.functional.mixing.share_quantiles` of ``alpha``.
         alpha: of Beta(alpha, alpha).
     """
     count, anchor = len(image), _anchors(image)
     slot = torch.arange(POSITIVES, device=index.device)[:, None]
     start = draws.hash_keys(seed, MIXUP_KEY, epoch, index)
     offset = draws.integers(1, max(count, 2), 2 * slot, start=start).flatten()
-    place = draws.uniform(2 * slot + 1, start=start).flatten() * GRID
-    below = place.long()
-    left, right = quantiles[below].float(), quantiles[below + 1].float()
-    minor = torch.lerp(left, right, place - below) ** (1 / min(alpha, 1.0))
+    minor = smaller_shares(draws.uniform(2 * slot + 1, start=start).flatten(), quantiles, alpha)
     share, partner = (1 - minor).to(image.dtype), (anchor + offset) % count
     weight = share[:, None, None, None]
     return Positives(weight * image[anchor] + (1 - weight) * image[partner], anchor, partner, share)
-
-
-def share_quantiles(alpha: float) -> Tensor:
-    """Quantiles ``(GRID + 1,)`` at even steps of ``x^min(alpha, 1)``, x the smaller share of Beta(alpha, alpha).
-
-    In this power of x the density is bounded for every alpha, so that the table may be interpolated.
-    """
-    power = min(alpha, 1.0)
-    grid = torch.linspace(0, 0.5**power, GRID + 1, dtype=torch.float64)
-    x = grid ** (1 / power)
-    log_density = torch.xlogy(torch.tensor(alpha - power, dtype=torch.float64), x) + (alpha - 1) * torch.log1p(-x)
-    log_density = torch.where(torch.isnan(log_density), -torch.inf, log_density)
-    density = (log_density - log_density.max()).exp()
-    reached = torch.cat([density.new_zeros(1), torch.cumulative_trapezoid(density, grid)])
-    wanted = torch.linspace(0, 1, GRID + 1, dtype=torch.float64) * reached[-1]
-    right = torch.searchsorted(reached, wanted).clamp(1, GRID)
-    step = (wanted - reached[right - 1]) / (reached[right] - reached[right - 1])
-    return torch.lerp(grid[right - 1], grid[right], step.clamp(0, 1)).float()
 
 
 @register_distiller("MDR", DEFAULTS, paper=PAPER, family="relation")
@@ -349,6 +328,15 @@ class MDR(Distiller):
         self.student_modules = self._build_modules(self.student_shape.widths, self._seed_of(STUDENT_KEY))
         self.register_buffer("quantiles", share_quantiles(own.MIXUP_ALPHA), persistent=False)
 
+    @property
+    def images_of_one(self) -> int:
+        """Anchor and positives, or the anchor alone where no term needs positives."""
+        return 1 + POSITIVES if self.own.KD_WEIGHT or self.uses_relations else 1
+
+    @property
+    def uses_relations(self) -> bool:
+        return any((self.own.ANGLE_WEIGHT, self.own.LENGTH_WEIGHT, self.own.DISTANCE_WEIGHT))
+
     def train(self, mode: bool = True) -> MDR:
         super().train(mode)
         self.teacher_modules.eval()
@@ -358,9 +346,8 @@ class MDR(Distiller):
         self, image: Tensor, target: Tensor, index: Tensor | None = None, epoch: int = 1, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         own, count = self.own, len(image)
-        weights = (own.KD_WEIGHT, own.ANGLE_WEIGHT, own.LENGTH_WEIGHT, own.DISTANCE_WEIGHT)
         self.monitors = {}
-        if not any(weights):
+        if self.images_of_one == 1:
             logits, _ = self.student(image)
             return logits, {"loss_ce": own.CE_WEIGHT * F.cross_entropy(logits, target)}
         positives = self.positives(image, index, epoch)
@@ -373,7 +360,7 @@ class MDR(Distiller):
             kd = kd_loss(logits_s[:count], logits_t[:count], own.KD_TEMPERATURE)
             kd = kd + kd_loss(logits_s[count:], logits_t[count:], own.KD_TEMPERATURE_POSITIVE)
             losses["loss_kd"] = own.KD_WEIGHT * kd
-        if any(weights[1:]):
+        if self.uses_relations:
             with torch.autocast(image.device.type, enabled=False):
                 z_s = embed(self.student_modules, pooled_stages(features_s, self.student_shape.stages))
                 with torch.no_grad():
@@ -478,7 +465,7 @@ class MDR(Distiller):
 
     def preparation(self) -> tuple[nn.Module, dict[str, Any]]:
         """What :meth:`prepare` trains, and the settings, beside teacher, data and seed, that it depends on."""
-        if not (self.own.ANGLE_WEIGHT or self.own.LENGTH_WEIGHT or self.own.DISTANCE_WEIGHT):
+        if not self.uses_relations:
             return nn.Identity(), {}  # nobody reads the modules
         used = {"STAGES", "AUGMENT"} | {key for key in self.own if key.startswith("SM_")}
         if self.own.AUGMENT == "mixup":
@@ -596,7 +583,8 @@ def _same_count(student: Shape, teacher: Shape, names: Any) -> int:
     if counts[0] != counts[1] or not counts[0]:
         raise InputError(
             f"MDR relates stages one to one, but student {names.STUDENT} has {counts[0]} of them and teacher "
-            f"{names.TEACHER} {counts[1]} (by MDR.STAGES); choose networks with equally many stages"
+            f"{names.TEACHER} {counts[1]} (by MDR.STAGES); choose networks with equally many stages, or, "
+            "where they declare as many, MDR.STAGES declared"
         )
     return counts[0]
 

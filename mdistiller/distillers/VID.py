@@ -79,7 +79,7 @@ class VID(Distiller):
         self.pairs = stage_pairs(student, teacher, len(shapes_s), len(shapes_t), own.STAGES)
         widths = [(shapes_s[i][1], shapes_t[j][1]) for i, j in self.pairs]
         with torch.random.fork_rng(devices=[]):
-            self.regressors = nn.ModuleList(_regressor(s, t) for s, t in widths)
+            self.regressors = nn.ModuleList(mean_regressor(s, t) for s, t in widths)
         start = inverse_softplus(own.INIT_PRED_VAR - own.EPS)
         self.log_scales = nn.ParameterList(
             nn.Parameter(torch.full((t,), start), requires_grad=own.LEARN_VARIANCE) for _, t in widths
@@ -107,7 +107,7 @@ def inverse_softplus(x: float) -> float:
     return x + math.log(-math.expm1(-x))
 
 
-def _regressor(s_channels: int, t_channels: int) -> nn.Sequential:
+def mean_regressor(s_channels: int, t_channels: int) -> nn.Sequential:
     """The mean: three convolutions of one position, as wide as the teacher's map."""
     return nn.Sequential(
         nn.Conv2d(s_channels, t_channels, kernel_size=1, bias=False),

@@ -4,6 +4,7 @@ from mdistiller.registry import distiller_dict
 
 from ._base import Distiller, Vanilla, register_distiller
 from .AT import AT
+from .CRD import CRD
 from .CTKD import CTKD
 from .DCD import DCD
 from .DIST import DIST, DISTPlus
@@ -14,14 +15,17 @@ from .KDSVD import KDSVD
 from .MDR import MDR
 from .MLKD import MLKD
 from .NST import NST
+from .OFD import OFD
 from .PKT import PKT
+from .ReviewKD import ReviewKD
 from .RKD import RKD
 from .SP import SP
 from .VID import VID
-from .VRM import VRM
+from .VRM import VRM, VRMOneView
 
 __all__ = [
     "AT",
+    "CRD",
     "CTKD",
     "DCD",
     "DIST",
@@ -31,6 +35,7 @@ __all__ = [
     "MDR",
     "MLKD",
     "NST",
+    "OFD",
     "PKT",
     "RKD",
     "SP",
@@ -40,6 +45,8 @@ __all__ = [
     "Distiller",
     "FitNet",
     "KDTwoViews",
+    "ReviewKD",
+    "VRMOneView",
     "Vanilla",
     "distiller_dict",
     "register_distiller",

@@ -9,16 +9,23 @@ The contract, which the trainer reads off the signatures and nothing else:
   image_strong`` are two views of the same images, ``index`` is the position of each image in the training
   set, ``contrastive_index`` a row of positions to contrast it with. ``epoch`` counts from 1. What is not named
   is not passed, unless there is a ``**kwargs``, which takes ``index`` and ``epoch`` always.
+- ``target`` are class numbers ``(B,)``. A method that says ``mixed_labels = True`` can also be given shares ``(B, K)``
+  that sum to 1, as MixUp, CutMix and label smoothing make them; cross-entropies take both.
 - Everything trainable is a parameter of the module and is optimised with the student, unless
   ``get_learnable_parameters`` says otherwise.
 
 Optional: ``parameter_groups(cfg)`` (groups with their own ``lr``), ``teacher_parameters()`` (what of the
 teacher a method trains), ``on_epoch_start(epoch)``, and a stage of its own before training: ``prepare(batches,
 autocast)``, with ``preparation()`` if the result is to be kept for other runs; ``mdistiller/engine/prepare.py`` says
-what they are given and give back. ``forward_train`` may fill ``self.monitors`` with scalars to watch
-that are no losses, detached; the log has their means over an epoch's images as ``monitor/<name>``. A class method
-``logit_stand_options(cfg, base_temp, kd_weight)`` says that the method heeds ``EXPERIMENT.LOGIT_STAND``, and which
-``[KEY, VALUE, ...]`` LSKD's flags stand for; ``base_temp`` is ``None`` where it was not given.
+what they are given and give back. ``images_of_one``: how many images go through the student for each image of the
+batch, where the method makes rotated or mixed copies, so that ``images_seen`` is true. ``forward_train`` may fill
+``self.monitors`` with scalars to watch that are no losses, detached; the log has their means over an epoch's images as
+``monitor/<name>``. A class method ``logit_stand_options(cfg, base_temp, kd_weight)`` says that the method heeds
+``EXPERIMENT.LOGIT_STAND``, and which ``[KEY, VALUE, ...]`` LSKD's flags stand for; ``base_temp`` is ``None`` where it
+was not given.
+
+Where several processes train, ``forward_train`` gets the process's own images, or those of all with ``SOLVER.GATHER``.
+What a method always wants of all images it gathers by ``mdistiller/functional/gather.py``.
 """
 
 from __future__ import annotations
@@ -75,6 +82,8 @@ class Distiller(nn.Module):
     paper = ""
     family = ""
     weights: tuple[str, ...] = ()
+    mixed_labels = False
+    images_of_one = 1
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
         super().__init__()
@@ -128,6 +137,8 @@ class Distiller(nn.Module):
 @register_distiller("NONE")
 class Vanilla(Distiller):
     """Plain training: cross-entropy on the labels, no teacher."""
+
+    mixed_labels = True
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)

@@ -161,7 +161,7 @@ def count_classes(network: nn.Module) -> int | None:
 
     A forward pass would tell too, but takes an input of the right size and disturbs BatchNorm and random states.
     """
-    classifier = _last_linear(network)
+    classifier = last_linear(network)
     return None if classifier is None else classifier.out_features
 
 
@@ -176,7 +176,7 @@ def pooled_width(network: nn.Module, role: str, otherwise: int | None = None) ->
     Raises:
         InputError: it has none, and ``otherwise`` is not given.
     """
-    classifier = _last_linear(network)
+    classifier = last_linear(network)
     if classifier is not None:
         return classifier.in_features
     if otherwise is None:
@@ -184,7 +184,8 @@ def pooled_width(network: nn.Module, role: str, otherwise: int | None = None) ->
     return otherwise
 
 
-def _last_linear(network: nn.Module) -> nn.Linear | None:
+def last_linear(network: nn.Module) -> nn.Linear | None:
+    """The classifier, as far as its place tells; ``None`` for a network without a linear layer."""
     linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
     return linear[-1] if linear else None
 
@@ -202,3 +203,22 @@ def wants_standardised_logits(cfg: Any, student: nn.Module) -> bool:
             "set EXPERIMENT.LOGIT_STAND False"
         )
     return wanted
+
+
+def preact_maps(features: dict[str, Any]) -> list[Tensor]:
+    """A network's maps before their activation; where it gives none, its maps end without one (MobileNetV2)."""
+    return features["preact_feats" if "preact_feats" in features else "feats"]
+
+
+@contextmanager
+def batch_statistics(network: nn.Module) -> Iterator[None]:
+    """Let a network's batch norms use each batch's statistics, and keep their running ones as they are."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.training, norm.track_running_stats) for norm in norms]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm, (training, tracking) in zip(norms, before, strict=True):
+            norm.training, norm.track_running_stats = training, tracking

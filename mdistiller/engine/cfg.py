@@ -15,6 +15,7 @@ from typing import Any
 
 from mdistiller.dataset import dataset_dict
 from mdistiller.dataset.build import LOADERS
+from mdistiller.dataset.fields import chosen_recipes
 from mdistiller.distillers import distiller_dict
 from mdistiller.plugins import load_methods, method_file
 from mdistiller.registry import InputError, suggestion
@@ -22,6 +23,8 @@ from mdistiller.registry import InputError, suggestion
 from .acceleration import COMPILE_MODES, COMPILED
 from .build import needs_teacher
 from .config_node import ConfigNode as CN
+from .parallel import BATCH_NORMS
+from .solver import LR_RULES
 from .trainer import trainer_dict
 from .utils import log_msg
 
@@ -85,11 +88,20 @@ CFG.DATASET.DOWNLOAD = True  # fetch what is missing, where the data set can be 
 CFG.DATASET.IMAGE_SIZE = 0  # pixels a side; 0: the data set's own
 CFG.DATASET.LOADER = "auto"  # where batches are made: device: where the networks run; workers: on the CPU
 CFG.DATASET.NUM_WORKERS = 2  # processes of LOADER workers; LOADER auto: device on a GPU or where this is 0
+CFG.DATASET.VIEW_WEAK = "weak"  # recipe of the weak view, image and image_weak: strong, or another of the data set's
+CFG.DATASET.VIEW_STRONG = "strong"  # recipe of the strong view, image_strong; views differ even if recipes do not
+CFG.DATASET.STRONG_N = 2  # RandAugment's operations in the strong recipe
 CFG.DATASET.TRAIN_FRACTION = 1.0  # share of the training images that is used, the same of each class
 CFG.DATASET.TRAIN_PER_CLASS = 0  # or: this many of each class; 0: all
 CFG.DATASET.VAL_FRACTION = 0.0  # share of the training images held out to pick the best epoch on
+CFG.DATASET.COLOR_JITTER = 0.0  # behind the weak view: brightness, contrast, saturation change by up to this share
+CFG.DATASET.RANDAUGMENT = 0  # then: so many operations of RandAugment
+CFG.DATASET.RANDOM_ERASING = 0.0  # then: probability of painting a rectangle over with noise
+CFG.DATASET.MIXUP_ALPHA = 0.0  # blend images and labels of a batch, shares from Beta(alpha, alpha); 0: not
+CFG.DATASET.CUTMIX_ALPHA = 0.0  # paste rectangles; with both, each image is treated by one of them
+CFG.DATASET.LABEL_SMOOTHING = 0.0  # share of each label that is spread over all classes
 CFG.DATASET.TEST = CN()
-CFG.DATASET.TEST.BATCH_SIZE = 64
+CFG.DATASET.TEST.BATCH_SIZE = 64  # of each process, where several train
 
 CFG.DISTILLER = CN()
 CFG.DISTILLER.TYPE = "NONE"  # plain training
@@ -101,12 +113,18 @@ CFG.DISTILLER.ADD_KD = 0.0  # weight of a KD term beside any method's own; see m
 CFG.DISTILLER.ADD_KD_TEMPERATURE = 4.0
 
 CFG.SOLVER = CN()
-CFG.SOLVER.TRAINER = "base"
-CFG.SOLVER.BATCH_SIZE = 64
+CFG.SOLVER.TRAINER = "base"  # base; dot: two momenta, see mdistiller/engine/dot.py
+CFG.SOLVER.DOT = CN()
+CFG.SOLVER.DOT.DELTA = 0.075  # dot: by how much the distillation's momentum is above MOMENTUM, and the task's below
+CFG.SOLVER.BATCH_SIZE = 64  # of all processes together, where several train; LR belongs to it
+CFG.SOLVER.GATHER = False  # several processes: the method sees the batch of all, not only its own images
+CFG.SOLVER.BATCH_NORM = "local"  # several processes: statistics of the own images (local) or of all (sync)
 CFG.SOLVER.DROP_LAST = False  # leave out the last batch of an epoch where it is smaller
 CFG.SOLVER.EPOCHS = 240
 CFG.SOLVER.TYPE = "SGD"  # SGD, AdamW, RMSProp
 CFG.SOLVER.LR = 0.05
+CFG.SOLVER.LR_RULE = "none"  # linear, sqrt: rates grow so with BATCH_SIZE / LR_BATCH_SIZE
+CFG.SOLVER.LR_BATCH_SIZE = 64  # the batch size that LR, WARMUP_LR and LR_MIN are meant for; LR_RULE none: any
 CFG.SOLVER.MOMENTUM = 0.9  # SGD, RMSProp
 CFG.SOLVER.NESTEROV = False  # SGD
 CFG.SOLVER.BETAS = (0.9, 0.999)  # AdamW
@@ -115,7 +133,8 @@ CFG.SOLVER.EPS = 1e-8  # AdamW, RMSProp
 CFG.SOLVER.WEIGHT_DECAY = 0.0001
 CFG.SOLVER.LR_SCHEDULE = "step"  # step, cosine, exponential
 CFG.SOLVER.LR_DECAY_STAGES = [150, 180, 210]  # step: the epochs after which the rate falls
-CFG.SOLVER.LR_DECAY_RATE = 0.1  # step: factor at each stage; exponential: factor at each epoch
+CFG.SOLVER.LR_DECAY_RATE = 0.1  # step: factor at each stage; exponential: factor every LR_DECAY_EPOCHS epochs
+CFG.SOLVER.LR_DECAY_EPOCHS = 1.0
 CFG.SOLVER.LR_MIN = 0.0  # cosine: rate at the end
 CFG.SOLVER.WARMUP_EPOCHS = 0  # linear, step by step, from WARMUP_LR up to LR
 CFG.SOLVER.WARMUP_LR = 0.0
@@ -254,35 +273,49 @@ def check_config(cfg: CN) -> None:
             f"DISTILLER.ADD_KD {cfg.DISTILLER.ADD_KD} needs a teacher, which {cfg.DISTILLER.TYPE} has not; use KD or "
             "KD_TWO_VIEWS"
         )
+    _check_mixed_labels(cfg)
     _one_of(cfg, "DATASET.TYPE", dataset_dict, "data set")
     _one_of(cfg, "DATASET.LOADER", LOADERS, "loader")
     _one_of(cfg, "SOLVER.TRAINER", trainer_dict, "trainer")
     _one_of(cfg, "SOLVER.TYPE", OPTIMIZERS, "optimiser")
     _one_of(cfg, "SOLVER.LR_SCHEDULE", SCHEDULES, "schedule")
+    _one_of(cfg, "SOLVER.LR_RULE", LR_RULES, "rule")
     _one_of(cfg, "SOLVER.AMP", PRECISIONS, "precision")
+    _one_of(cfg, "SOLVER.BATCH_NORM", BATCH_NORMS, "choice")
     _one_of(cfg, "SOLVER.COMPILE", COMPILED, "choice")
     _one_of(cfg, "SOLVER.COMPILE_MODE", COMPILE_MODES, "mode of torch.compile")
     _one_of(cfg, "LOG.PROGRESS", ("auto", "on", "off"), "choice")
-    positive = ("SOLVER.BATCH_SIZE", "SOLVER.EPOCHS", "DATASET.TEST.BATCH_SIZE", "LOG.EVAL_FREQ", "LOG.MEAN_OF_LAST")
+    positive = (
+        "SOLVER.BATCH_SIZE", "SOLVER.LR_BATCH_SIZE", "SOLVER.EPOCHS", "DATASET.TEST.BATCH_SIZE",
+        "LOG.EVAL_FREQ", "LOG.MEAN_OF_LAST",
+    )  # fmt: skip
     _each(cfg, positive, lambda v: v >= 1, "at least 1")
     _each(
         cfg,
-        ("SOLVER.LR", "SOLVER.LR_DECAY_RATE", "SOLVER.EPS", "DISTILLER.ADD_KD_TEMPERATURE"),
+        ("SOLVER.LR", "SOLVER.LR_DECAY_RATE", "SOLVER.LR_DECAY_EPOCHS", "SOLVER.EPS", "DISTILLER.ADD_KD_TEMPERATURE"),
         lambda v: v > 0,
         "above 0",
     )
     not_negative = (
         "SOLVER.WEIGHT_DECAY", "SOLVER.LR_MIN", "SOLVER.WARMUP_EPOCHS", "SOLVER.WARMUP_LR",
-        "DATASET.NUM_WORKERS", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_PER_CLASS",
+        "DATASET.NUM_WORKERS", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_PER_CLASS", "DATASET.STRONG_N",
         "LOG.SAVE_CHECKPOINT_FREQ", "LOG.SAVE_EVERY_STEPS", "LOG.SAVE_EVERY_MINUTES", "LOG.TENSORBOARD_FREQ",
-        "DISTILLER.ADD_KD",
+        "DISTILLER.ADD_KD", "DATASET.RANDAUGMENT", "DATASET.MIXUP_ALPHA", "DATASET.CUTMIX_ALPHA",
     )  # fmt: skip
     _each(cfg, not_negative, lambda v: v >= 0, "0 or more")
     _each(cfg, ("DATASET.TRAIN_FRACTION",), lambda v: 0 < v <= 1, "above 0 and at most 1")
-    below_one = ("DATASET.VAL_FRACTION", "SOLVER.EMA_DECAY", "SOLVER.MOMENTUM", "SOLVER.ALPHA")
+    _each(cfg, ("DATASET.COLOR_JITTER", "DATASET.RANDOM_ERASING"), lambda v: 0 <= v <= 1, "from 0 to 1")
+    below_one = (
+        "DATASET.VAL_FRACTION",
+        "DATASET.LABEL_SMOOTHING",
+        "SOLVER.EMA_DECAY",
+        "SOLVER.MOMENTUM",
+        "SOLVER.ALPHA",
+    )
     _each(cfg, below_one, lambda v: 0 <= v < 1, "0 or more and below 1")
     _each(cfg, ("EXPERIMENT.SEED",), lambda v: 0 <= v < 2**63, "from 0 to 2^63 - 1")
     _each(cfg, ("SOLVER.BETAS",), lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1")
+    chosen_recipes(cfg, dataset_dict[cfg.DATASET.TYPE])
     if not (cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG):
         raise InputError("EXPERIMENT.NAME and EXPERIMENT.TAG are both empty; one must name the run")
     if ".." in PurePath(experiment_name(cfg)).parts:
@@ -311,6 +344,18 @@ def _check_method_settings(cfg: CN) -> None:
         raise InputError(
             f"{file.path.name} reads settings that have no default and are not given: {', '.join(missing)}; its "
             "project has them in engine/cfg.py or in its configs: give them in the config or as KEY VALUE"
+        )
+
+
+def _check_mixed_labels(cfg: CN) -> None:
+    """Refuse shares of classes for methods that read class numbers."""
+    keys = ("DATASET.MIXUP_ALPHA", "DATASET.CUTMIX_ALPHA", "DATASET.LABEL_SMOOTHING")
+    given = [f"{key} {value_of(cfg, key)}" for key in keys if value_of(cfg, key)]
+    if given and not getattr(distiller_dict[cfg.DISTILLER.TYPE], "mixed_labels", False):
+        able = [name for name, method in distiller_dict.items() if getattr(method, "mixed_labels", False)]
+        raise InputError(
+            f"{', '.join(given)}: labels become shares of classes, and method {cfg.DISTILLER.TYPE} reads class "
+            f"numbers; methods that take shares: {', '.join(sorted(able))}"
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mdistiller.registry import InputError
 
+from . import distributed
 from .acceleration import uncompiled
 from .batch import to_batch
 from .precision import Precision
@@ -46,11 +47,14 @@ def evaluate(
 ) -> Evaluation:
     """Run ``model`` over ``loader`` in eval mode; its mode is restored.
 
+    Where several processes take the loader's batches in turn, each gets the result over all images. Every batch is
+    the same as in one process.
+
     Args:
         model: a distiller, or a network that returns ``(logits, features)`` or logits.
         loader: batches with ``image`` and ``target``, as dictionaries or tuples.
         precision: device and number format; by default float32 where the model's parameters lie.
-        on_batch: called after each batch; may raise to end the evaluation.
+        on_batch: called after each batch, equally often in all processes; may raise to end the evaluation.
 
     Raises:
         InputError: the loader yields nothing.
@@ -70,10 +74,41 @@ def evaluate(
         if on_batch is not None:
             on_batch()
     model.train(was_training)
+    sums = torch.stack(partial).double().sum(dim=0) if partial else torch.zeros(3).double().to(precision.device)
+    processes = getattr(loader, "share", (0, 1))[1]
+    if processes > 1:
+        if on_batch is not None and len(partial) * processes < len(loader):  # others have a batch more
+            on_batch()
+        *sums, count = distributed.total(torch.cat([sums, sums.new_tensor([count])])).tolist()
+    else:
+        sums = sums.tolist()
     if not count:
         raise InputError("nothing to evaluate on: the split is empty")
-    sums = torch.stack(partial).double().sum(dim=0) / count
-    return Evaluation(100 * sums[0].item(), 100 * sums[1].item(), sums[2].item(), count)
+    return Evaluation(100 * sums[0] / count, 100 * sums[1] / count, sums[2] / count, int(count))
+
+
+@torch.no_grad()
+def collect_logits(
+    model: nn.Module, loader: Iterable[Any], precision: Precision | None = None
+) -> tuple[Tensor, Tensor]:
+    """What ``model`` says of all images: logits ``(N, K)`` in float32 and targets ``(N,)``, on the CPU.
+
+    Arguments are those of :func:`evaluate`.
+    """
+    precision = precision or Precision(device=next(model.parameters()).device)
+    was_training = model.training
+    model.eval()
+    found = []
+    for item in loader:
+        batch = to_batch(item, precision)
+        with precision.autocast():
+            logits = _logits(model, batch["image"])
+        found.append((logits.float().cpu(), batch["target"].cpu()))
+    model.train(was_training)
+    if not found:
+        raise InputError("nothing to evaluate on: the split is empty")
+    logits, targets = (torch.cat(part) for part in zip(*found, strict=True))
+    return logits, targets
 
 
 def _logits(model: nn.Module, image: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from . import distributed
 from .batch import images_of
 from .checkpoint import (
     CheckpointError,
@@ -80,6 +81,10 @@ class Hook:
     def after_train(self) -> None: ...
     def close(self) -> None: ...
 
+    def modules(self) -> list[torch.nn.Module]:
+        """Copies of the student that the hook keeps."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -122,6 +127,10 @@ class NonFiniteGuard(Hook):
         Raises:
             NonFiniteLossError: with step, terms, learning rate and the indices of the images.
         """
+        with distributed.together():
+            self._check_own()
+
+    def _check_own(self) -> None:
         unchecked, self.unchecked = self.unchecked, []
         if not unchecked:
             return
@@ -143,7 +152,7 @@ class NonFiniteGuard(Hook):
 class Meters(Hook):
     """Training loss, its terms, the accuracy and what the method monitors: means over the epoch's images.
 
-    The sums stay on the device.
+    The sums stay on the device. They are this process's; the epoch's line has the means over all processes.
     """
 
     def __init__(self, trainer: BaseTrainer) -> None:
@@ -158,6 +167,7 @@ class Meters(Hook):
 
     def after_step(self, output: StepOutput) -> None:
         target = output.batch["target"]
+        target = target.argmax(1) if target.ndim == 2 else target  # of mixed labels the largest share
         top1, top5 = hits_at(output.logits, target, (1, 5))
         per_image = [
             output.total,
@@ -170,27 +180,41 @@ class Meters(Hook):
         self.names = [f"loss/{name}" for name in output.losses] + [f"monitor/{name}" for name in output.monitors]
         self.sums = values if self.sums is None else self.sums.to(values.device) + values
         self.count += len(target)
-        self.images_seen += sum(len(image) for image in images_of(output.batch))
+        of_one = getattr(self.trainer.distiller, "images_of_one", 1)
+        self.images_seen += of_one * sum(len(image) for image in images_of(output.batch))
 
     def averages(self) -> dict[str, float]:
-        """The epoch so far; waits for the device."""
-        if self.sums is None:
-            return {}
-        loss, top1, top5, *others = (self.sums / self.count).tolist()
+        """The epoch so far, of this process; waits for the device."""
+        return {} if self.sums is None else self._named((self.sums / self.count).tolist())
+
+    def _named(self, means: list[float]) -> dict[str, float]:
+        loss, top1, top5, *others = means
         named = dict(zip(self.names, others, strict=True))
         return {"train_acc": top1, "train_acc_top5": top5, "train_loss": loss, **named}
 
     def after_epoch(self) -> None:
-        self.trainer.row.update(self.averages())
-        self.trainer.results["images_seen"] = self.images_seen
+        sums, count, self.trainer.results["images_seen"] = self._of_all_processes()
+        if sums is not None:
+            self.trainer.row.update(self._named((sums / count).tolist()))
+
+    def _of_all_processes(self) -> tuple[Tensor | None, int, int]:
+        """Sums, their count, and images seen."""
+        if distributed.world_size() == 1:
+            return self.sums, self.count, self.images_seen
+        count, images_seen = distributed.total(torch.tensor([self.count, self.images_seen])).tolist()
+        return None if self.sums is None else distributed.total(self.sums), count, images_seen
 
     def state_dict(self) -> dict[str, Any]:
-        sums = None if self.sums is None else self.sums.cpu()
-        return {"names": self.names, "sums": sums, "count": self.count, "images_seen": self.images_seen}
+        sums, count, images_seen = self._of_all_processes()
+        sums = None if sums is None else sums.cpu()
+        return {"names": self.names, "sums": sums, "count": count, "images_seen": images_seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+        if not distributed.is_first():  # which carries on what all had seen
+            self.count = self.images_seen = 0
+            self.sums = None if self.sums is None else torch.zeros_like(self.sums)
 
 
 class Clock(Hook):
@@ -244,8 +268,12 @@ class WeightAverage(Hook):
     def after_step(self, output: StepOutput) -> None:
         self.average.update_parameters(self.trainer.distiller.student)
 
+    def modules(self) -> list[torch.nn.Module]:
+        return [self.student]
+
     def after_train(self) -> None:
-        save_checkpoint({"model": self.student.state_dict()}, self.trainer.folder / "student_ema")
+        state = {"model": self.student.state_dict()}
+        distributed.first(lambda: save_checkpoint(state, self.trainer.folder / "student_ema"))
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average.state_dict()}
@@ -336,7 +364,8 @@ class Evaluate(Hook):
     def _best_student(self, epoch: int) -> torch.nn.Module:
         """A copy of the student with the weights of its best epoch; the student itself may be saved meanwhile."""
         student = copy.deepcopy(self.trainer.distiller.student)
-        load_into(student, self.trainer.folder / "student_best", "student")
+        distributed.first(lambda: load_into(student, self.trainer.folder / "student_best", "student"))
+        distributed.broadcast_state(student)
         if fingerprint(student.state_dict()) != self.best_fingerprint:
             raise CheckpointError(f"{self.trainer.folder / 'student_best'} is not the student of epoch {epoch}")
         return student
@@ -449,18 +478,22 @@ class Checkpoints(Hook):
         super().__init__(trainer)
         self.evaluation, self.guard = evaluation, guard
         self.saved_at = time.monotonic()
+        self.due = distributed.Poll()
 
     def after_step(self, output: StepOutput) -> None:
         log = self.trainer.cfg.LOG
         by_steps = log.SAVE_EVERY_STEPS and self.trainer.step % log.SAVE_EVERY_STEPS == 0
-        by_minutes = log.SAVE_EVERY_MINUTES and time.monotonic() - self.saved_at >= 60 * log.SAVE_EVERY_MINUTES
+        by_minutes = False
+        if log.SAVE_EVERY_MINUTES:
+            by_minutes = self.due(time.monotonic() - self.saved_at >= 60 * log.SAVE_EVERY_MINUTES)
         if by_steps or by_minutes:
             self.save_latest()
 
     def save_latest(self) -> None:
         """Save the run as it stands; a state behind a loss that is not finite is never saved."""
         self.guard.check()
-        save_checkpoint(self.trainer.state_dict(), self.trainer.folder / "latest", keep_previous=True)
+        state, path = self.trainer.state_dict(), self.trainer.folder / "latest"
+        distributed.first(lambda: save_checkpoint(state, path, keep_previous=True))
         self.saved_at = time.monotonic()
 
     def epoch_done(self) -> None:
@@ -471,24 +504,38 @@ class Checkpoints(Hook):
         if self.evaluation.is_best:
             names.append("best")
         state, student = trainer.state_dict(), {"model": trainer.distiller.student.state_dict()}
-        for name in names:
-            save_checkpoint(student, trainer.folder / f"student_{name}")
-            save_checkpoint(state, trainer.folder / (f"epoch_{name}" if name.isdigit() else name))
-        save_checkpoint(student, trainer.folder / "student_latest")
-        if finished == trainer.cfg.SOLVER.EPOCHS:
-            save_checkpoint(student, trainer.folder / "student_last")
+
+        def save() -> None:
+            for name in names:
+                save_checkpoint(student, trainer.folder / f"student_{name}")
+                save_checkpoint(state, trainer.folder / (f"epoch_{name}" if name.isdigit() else name))
+            save_checkpoint(student, trainer.folder / "student_latest")
+            if finished == trainer.cfg.SOLVER.EPOCHS:
+                save_checkpoint(student, trainer.folder / "student_last")
+
+        distributed.first(save)
         self.save_latest()  # last: all that it says has happened is on the disk then
+
+    def close(self) -> None:
+        self.due.close()
 
 
 class StopSignals(Hook):
-    """SIGTERM and SIGINT: finish the step, save, leave; within an evaluation, after the batch. The second one kills."""
+    """SIGTERM and SIGINT: finish the step, save, leave; within an evaluation, after the batch. The second one kills.
+
+    Of several processes, all leave after the same step, whichever of them the signal reached. The second signal kills
+    none of those within ``ECHO`` seconds: torchrun repeats to its processes what reached it, and them, before.
+    """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT)
+    ECHO = 10.0
 
     def __init__(self, trainer: BaseTrainer, checkpoints: Checkpoints) -> None:
         super().__init__(trainer)
         self.checkpoints = checkpoints
         self.received = 0
+        self.received_at = 0.0
+        self.anyone = distributed.Poll()
         self.before: dict[int, Any] = {}
 
     def before_train(self) -> None:
@@ -496,9 +543,12 @@ class StopSignals(Hook):
             self.before = {number: signal.signal(number, self._receive) for number in self.NUMBERS}
 
     def _receive(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
         if self.received:
+            if distributed.world_size() > 1 and now - self.received_at < self.ECHO:
+                return
             os._exit(128 + number)
-        self.received = number
+        self.received, self.received_at = number, now
         message = f"{signal.Signals(number).name}: finishing the step and saving; once more to leave at once\n"
         os.write(2, message.encode())  # standard error; print is not safe within a signal handler
 
@@ -508,9 +558,10 @@ class StopSignals(Hook):
         Raises:
             StopRequested: the state is saved.
         """
-        if self.received:
+        number = self.anyone(self.received)
+        if number:
             self.checkpoints.save_latest()
-            raise StopRequested(self.received, self.trainer.folder / "latest")
+            raise StopRequested(number, self.trainer.folder / "latest")
 
     def after_step(self, output: StepOutput) -> None:
         self.check()
@@ -522,6 +573,15 @@ class StopSignals(Hook):
     def close(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.anyone.close()
+
+
+class SameBuffers(Hook):
+    """Several processes: says after the first epoch if the method keeps what differs between them."""
+
+    def epoch_done(self) -> None:
+        if self.trainer.epoch == 2:
+            self.trainer.parallel.warn_of_differing_buffers()
 
 
 class Console(Hook):
@@ -613,12 +673,8 @@ def default_hooks(trainer: BaseTrainer) -> list[Hook]:
     evaluation.on_batch = stop.check
     hooks: list[Hook] = [clock, LearningRate(trainer), guard, meters]
     hooks += [average] if average is not None else []
-    return [
-        *hooks,
-        evaluation,
-        TrainedTeacher(trainer),
-        Writers(trainer),
-        checkpoints,
-        Console(trainer, meters, clock),
-        stop,
-    ]
+    hooks += [evaluation, TrainedTeacher(trainer)]
+    hooks += [Writers(trainer)] if distributed.is_first() else []
+    hooks += [checkpoints, SameBuffers(trainer)]
+    hooks += [Console(trainer, meters, clock)] if distributed.is_first() else []
+    return [*hooks, stop]

@@ -7,6 +7,9 @@ result, and the method's own settings that the result depends on; together with 
 seed and the number format they name the file, so that students of one teacher share it. Without ``preparation`` the
 stage is run each time.
 
+Several processes compute it all alike, each on whole batches, as one process would; what the first one has, computed or
+read, is taken by all.
+
 A file is used only if it reads without damage, was made with the same settings, and holds what it says. A kill during
 the stage leaves nothing behind; the run starts it again.
 """
@@ -18,6 +21,7 @@ import inspect
 import json
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +30,7 @@ from torch import Tensor, nn
 
 import mdistiller
 
+from . import distributed
 from .batch import to_batch
 from .checkpoint import CheckpointError, check_fit, fingerprint, load_checkpoint, save_checkpoint
 from .experiment import flatten
@@ -37,6 +42,9 @@ if TYPE_CHECKING:
 FOLDER = "prepared"  # below LOG.PREFIX
 DEPENDS_ON = (
     "DATASET.TYPE", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_FRACTION", "DATASET.TRAIN_PER_CLASS", "DATASET.VAL_FRACTION",
+    "DATASET.COLOR_JITTER", "DATASET.RANDAUGMENT", "DATASET.RANDOM_ERASING", "DATASET.MIXUP_ALPHA",
+    "DATASET.CUTMIX_ALPHA", "DATASET.LABEL_SMOOTHING",
+    "DATASET.VIEW_WEAK", "DATASET.VIEW_STRONG", "DATASET.STRONG_N",
     "DISTILLER.TYPE", "DISTILLER.TEACHER", "EXPERIMENT.SEED", "SOLVER.BATCH_SIZE", "SOLVER.DROP_LAST", "SOLVER.AMP",
 )  # fmt: skip
 MESSAGE_EVERY = 30  # seconds
@@ -61,6 +69,7 @@ def prepare(trainer: BaseTrainer) -> None:
     name = trainer.cfg.DISTILLER.TYPE
     if not hasattr(distiller, "preparation"):
         seconds, facts = _compute(trainer, name)
+        distributed.broadcast_state(distiller)
         trainer.results["preparation"] = {"seconds": seconds, "from_file": False, **facts}
         return
     module, own = distiller.preparation()
@@ -68,16 +77,16 @@ def prepare(trainer: BaseTrainer) -> None:
         return
     settings = settings_of(trainer, own)
     path = file_of(trainer.cfg, settings)
-    content = _usable(path, settings, module)
+    content = distributed.first(lambda: _usable(path, settings, module))
     from_file = content is not None
     if content is None:
         seconds, facts = _compute(trainer, name)
+        distributed.broadcast_state(module)
         state = {key: value.cpu() for key, value in module.state_dict().items()}
         _check_finite(name, state)
         content = {"settings": settings, "model": state, "fingerprint": fingerprint(state)}
-        content |= {"seconds": seconds, "facts": facts}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(content, path)
+        content |= distributed.broadcast_object({"seconds": seconds, "facts": facts})
+        distributed.first(lambda: _save(content, path))
     else:
         module.load_state_dict(content["model"])
         print(log_msg(f"{name}'s stage before training: taken from {path}", "INFO"), flush=True)
@@ -87,6 +96,11 @@ def prepare(trainer: BaseTrainer) -> None:
         "file": str(path),
         **content["facts"],
     }
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(content, path)
 
 
 def settings_of(trainer: BaseTrainer, own: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +162,8 @@ def _compute(trainer: BaseTrainer, name: str) -> tuple[float, dict[str, Any]]:
         for item in trainer.train_loader:
             yield to_batch(item, trainer.precision)
 
-    facts = trainer.distiller.prepare(batches, trainer.precision.autocast) or {}
+    with getattr(trainer.train_loader, "undivided", nullcontext)():
+        facts = trainer.distiller.prepare(batches, trainer.precision.autocast) or {}
     trainer.precision.synchronize()
     seconds = round(time.perf_counter() - start, 3)
     print(log_msg(f"{name}'s stage before training: done in {seconds:.1f} s", "INFO"), flush=True)

@@ -7,10 +7,15 @@ generators are used for initialisation, by layers such as dropout, and by method
 from __future__ import annotations
 
 import random
+import zlib
 from typing import Any
 
 import numpy as np
 import torch
+
+from mdistiller.functional import draws
+
+PROCESSES = zlib.crc32(b"random generators of processes")
 
 
 def seed_everything(seed: int) -> None:
@@ -18,6 +23,11 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def seed_process(seed: int, rank: int, step: int = 0) -> None:
+    """Seed the generators of one of several processes, from a step on; the first one's are the run's."""
+    seed_everything(seed if rank == 0 else int(draws.hash_keys(seed, PROCESSES, rank, step)) % 2**63)
 
 
 def random_state() -> dict[str, Any]:

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,23 @@ from mdistiller.dataset import Loaders, build_loaders
 from mdistiller.plugins import load_methods
 from mdistiller.registry import InputError, dataset_dict, distiller_dict
 
+from . import distributed
 from .build import build_distiller, build_student, build_teacher, needs_teacher, teacher_checkpoint
 from .cfg import experiment_name, relevant_part
 from .checkpoint import previous, remove_leftovers, write_atomically
 from .config_node import read_yaml
 from .evaluate import evaluate
 from .experiment import changed_keys
-from .precision import Precision
-from .random_state import seed_everything
+from .precision import Precision, resolve_device
+from .random_state import seed_everything, seed_process
 from .trainer import BaseTrainer, trainer_dict
 from .utils import log_msg, processor_name
 
 
 def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Train, evaluate and write the run's folder.
+
+    Under torchrun, the processes train together; the first one writes.
 
     Args:
         cfg: a checked configuration, see :func:`mdistiller.engine.cfg.load_config`.
@@ -50,34 +53,48 @@ def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str,
     Raises:
         InputError: anything about the configuration, the data or the files that keeps the run from starting.
     """
+    distributed.start()
     folder = run_folder(cfg)
-    check_folder(folder, cfg, resume, overwrite)
+    distributed.first(lambda: check_folder(folder, cfg, resume, overwrite))
     trainer, facts = build_run(cfg)
-    _make(folder)
-    with _alone_in(folder):
-        resume = check_folder(folder, cfg, resume, overwrite)  # again: another run may have been faster
-        if resume:
+    with ExitStack() as stack:
+
+        def enter() -> bool:
+            _make(folder)
+            stack.enter_context(_alone_in(folder))
+            return check_folder(folder, cfg, resume, overwrite)  # again: another run may have been faster
+
+        resumed = distributed.first(enter)
+        if resumed:
             trainer.resume()
-            _check_rest(trainer, facts, folder)
-        if overwrite:
-            _clear(folder)
-        remove_leftovers(folder)
-        write_atomically(folder / "config.yaml", cfg.dump())
-        _write_environment(folder / "environment.json", _environment(cfg, trainer), resume)
+            with distributed.together():
+                _check_rest(trainer, facts, folder)
+        distributed.first(lambda: _begin(folder, cfg, trainer, resumed, overwrite))
         trainer.results.update(facts)
         return trainer.train()
 
 
+def _begin(folder: Path, cfg: Any, trainer: BaseTrainer, resumed: bool, overwrite: bool) -> None:
+    """What stands in the folder before the first step."""
+    if overwrite:
+        _clear(folder)
+    remove_leftovers(folder)
+    write_atomically(folder / "config.yaml", cfg.dump())
+    _write_environment(folder / "environment.json", _environment(cfg, trainer), resumed)
+
+
 def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
     """Data, networks, method and trainer, and the facts about them for ``results.json``."""
-    file = load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)  # in this process, perhaps not the first
-    seed_everything(cfg.EXPERIMENT.SEED)
-    # Before the data, like the networks: nothing is downloaded for a run that cannot start.
-    precision = Precision.from_cfg(cfg)
-    num_classes = dataset_dict[cfg.DATASET.TYPE].num_classes
-    student = build_student(cfg, num_classes)
-    teacher = build_teacher(cfg, num_classes) if needs_teacher(cfg) else None
-    loaders = build_loaders(cfg, precision.device)
+    with distributed.together():
+        file = load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)  # in this process, perhaps not the first
+        seed_everything(cfg.EXPERIMENT.SEED)
+        # Before the data, like the networks: nothing is downloaded for a run that cannot start.
+        distributed.check_device(resolve_device(cfg.SOLVER.DEVICE))
+        precision = Precision.from_cfg(cfg)
+        num_classes = dataset_dict[cfg.DATASET.TYPE].num_classes
+        student = build_student(cfg, num_classes)
+    teacher = distributed.one_by_machine(lambda: build_teacher(cfg, num_classes) if needs_teacher(cfg) else None)
+    loaders = distributed.one_by_machine(lambda: build_loaders(cfg, precision.device))
     facts: dict[str, Any] = {
         "experiment": experiment_name(cfg),
         "method": cfg.DISTILLER.TYPE,
@@ -90,8 +107,9 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
         facts["method_file"] = {"path": str(file.path), "sha256": file_digest(file.path)}
     if teacher is not None:
         facts["teacher"] = score_teacher(cfg, teacher, loaders)
-    torch.manual_seed(cfg.EXPERIMENT.SEED)  # a method's own modules do not depend on the teacher's size
-    distiller = build_distiller(cfg, student, teacher, loaders.num_data)
+    with distributed.together():
+        torch.manual_seed(cfg.EXPERIMENT.SEED)  # a method's own modules do not depend on the teacher's size
+        distiller = build_distiller(cfg, student, teacher, loaders.num_data)
     facts["extra_parameters"] = distiller.get_extra_parameters() if teacher is not None else 0
     compared_on = loaders.test if loaders.val is None else loaders.val
     trainer = trainer_dict[cfg.SOLVER.TRAINER](
@@ -102,6 +120,8 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
         cfg,
         test_loader=None if loaders.val is None else loaders.test,
     )
+    if distributed.rank() and not cfg.SOLVER.GATHER:  # dropout, say, differs between processes
+        seed_process(cfg.EXPERIMENT.SEED, distributed.rank())
     return trainer, facts
 
 
@@ -273,6 +293,7 @@ def _environment(cfg: Any, trainer: BaseTrainer) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "processor": processor_name(),
+        "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "host": platform.node(),
         "machine": platform.platform(),

@@ -10,6 +10,8 @@ from torch import nn
 
 from mdistiller.registry import InputError
 
+LR_RULES = ("none", "linear", "sqrt")  # what SOLVER.LR_RULE takes
+
 
 def build_optimizer(cfg: Any, distiller: nn.Module) -> torch.optim.Optimizer:
     """The optimiser that ``SOLVER.TYPE`` names, over everything the method trains.
@@ -18,8 +20,8 @@ def build_optimizer(cfg: Any, distiller: nn.Module) -> torch.optim.Optimizer:
     each group's rate alike.
     """
     solver = cfg.SOLVER
-    groups = _groups(cfg, distiller)
-    common = {"lr": solver.LR, "weight_decay": solver.WEIGHT_DECAY}
+    groups = parameter_groups(cfg, distiller)
+    common = {"lr": solver.LR * lr_factor(solver), "weight_decay": solver.WEIGHT_DECAY}
     fused = _can_be_fused(groups)
     if solver.TYPE == "SGD":
         nesterov = _nesterov(solver)
@@ -43,8 +45,8 @@ def _nesterov(solver: Any) -> bool:
     return solver.NESTEROV
 
 
-def _groups(cfg: Any, distiller: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups without repeats; ``lr_scale`` is a group's rate as a share of ``SOLVER.LR``."""
+def parameter_groups(cfg: Any, distiller: nn.Module) -> list[dict[str, Any]]:
+    """What the method trains, in groups without repeats; ``lr_scale`` is a group's rate as a share of ``SOLVER.LR``."""
     if hasattr(distiller, "parameter_groups"):
         groups = [dict(group) for group in distiller.parameter_groups(cfg)]
     else:
@@ -77,10 +79,21 @@ def learning_rate(solver: Any, epoch: int, done: float = 0.0) -> float:
 
     Returns:
         ``step``: LR * LR_DECAY_RATE^s with s the number of stages below ``epoch`` (mdistiller's rule: the first
-        decayed epoch of stage 150 is 151). ``exponential``: LR * LR_DECAY_RATE^(epochs behind, warm-up not
-        counted). ``cosine``: half a wave from LR to LR_MIN over the epochs after the warm-up, step by step. In
-        the first WARMUP_EPOCHS: linear from WARMUP_LR to LR, step by step.
+        decayed epoch of stage 150 is 151). ``exponential``: LR * LR_DECAY_RATE^n, n being how often LR_DECAY_EPOCHS,
+        which may be broken, fits into the epochs behind, warm-up not counted. ``cosine``: half a wave from LR to
+        LR_MIN over the epochs after the warm-up, step by step. In the first WARMUP_EPOCHS: linear from WARMUP_LR to
+        LR, step by step. All times :func:`lr_factor`.
     """
+    return lr_factor(solver) * _scheduled_rate(solver, epoch, done)
+
+
+def lr_factor(solver: Any) -> float:
+    """What ``SOLVER.LR_RULE`` multiplies every rate by: the batch's ratio to ``LR_BATCH_SIZE``, or its square root."""
+    ratio = solver.BATCH_SIZE / solver.LR_BATCH_SIZE
+    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[solver.LR_RULE]
+
+
+def _scheduled_rate(solver: Any, epoch: int, done: float) -> float:
     if epoch <= solver.WARMUP_EPOCHS:
         share = (epoch - 1 + done) / solver.WARMUP_EPOCHS
         return solver.WARMUP_LR + (solver.LR - solver.WARMUP_LR) * share
@@ -88,6 +101,6 @@ def learning_rate(solver: Any, epoch: int, done: float = 0.0) -> float:
         return solver.LR * solver.LR_DECAY_RATE ** sum(epoch > stage for stage in solver.LR_DECAY_STAGES)
     behind = epoch - 1 - solver.WARMUP_EPOCHS
     if solver.LR_SCHEDULE == "exponential":
-        return solver.LR * solver.LR_DECAY_RATE**behind
+        return solver.LR * solver.LR_DECAY_RATE ** math.floor(behind / solver.LR_DECAY_EPOCHS)
     share = (behind + done) / (solver.EPOCHS - solver.WARMUP_EPOCHS)
     return solver.LR_MIN + (solver.LR - solver.LR_MIN) * 0.5 * (1 + math.cos(math.pi * share))

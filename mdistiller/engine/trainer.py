@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections.abc import Iterator
@@ -16,14 +17,16 @@ from torch import Tensor, nn
 import mdistiller
 from mdistiller.registry import InputError, Registry
 
+from . import distributed
 from .acceleration import accelerate, begin_step
 from .batch import to_batch
 from .checkpoint import CheckpointError, check_fit, load_checkpoint, previous
 from .experiment import changed_keys
 from .hooks import Hook, default_hooks
+from .parallel import Parallel
 from .precision import Precision, hard_coded_cuda_explained
 from .prepare import prepare
-from .random_state import random_state, restore_random_state
+from .random_state import random_state, restore_random_state, seed_process
 from .solver import build_optimizer
 from .utils import log_msg
 
@@ -62,6 +65,8 @@ class BaseTrainer:
             on once, at the end.
     """
 
+    backward_passes = 1  # of a step, see update
+
     def __init__(
         self,
         experiment_name: str,
@@ -76,6 +81,9 @@ class BaseTrainer:
         self.distiller = self.precision.place(getattr(distiller, "module", distiller))
         accelerate(self.distiller, cfg)
         self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
+        self.parallel = Parallel(
+            self.distiller, cfg.SOLVER.GATHER, cfg.SOLVER.BATCH_NORM, overlap=self.backward_passes == 1
+        )
         self.optimizer = self.init_optimizer(cfg)
         self.scaler = self.precision.scaler()
         self.folder = Path(cfg.LOG.PREFIX) / experiment_name
@@ -86,7 +94,8 @@ class BaseTrainer:
         self.results: dict[str, Any] = {}  # results.json, filled by the hooks
         self.accepted = accepted_fields(self.distiller)
         self.hooks: list[Hook] = default_hooks(self)
-        check_batches(self.distiller, train_loader)
+        check_batches(self.distiller, train_loader, cfg.SOLVER.BATCH_NORM)
+        self.averaged_at = 0  # the step after which processes last agreed on their statistics
 
     def init_optimizer(self, cfg: Any) -> torch.optim.Optimizer:
         return build_optimizer(cfg, self.distiller)
@@ -101,10 +110,10 @@ class BaseTrainer:
         Args:
             resume: go on from ``latest`` in the run's folder.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        distributed.first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         if resume:
             self.resume()
-        if self.step == 0 and (self.folder / "latest").exists():
+        if self.step == 0 and distributed.first((self.folder / "latest").exists):
             raise InputError(
                 f"{self.folder} holds a run already; go on with it by resume=True, or give another name or LOG.PREFIX"
             )
@@ -130,13 +139,16 @@ class BaseTrainer:
         if hasattr(self.distiller, "on_epoch_start"):
             self.distiller.on_epoch_start(self.epoch)
         self._call("before_epoch")
+        self.parallel.begin_epoch()
         for item in self._items():
             self._call("before_step")
             output = self.run_step(to_batch(item, self.precision))
+            self.parallel.end_step()
             self.step += 1
             self.step_in_epoch += 1
             self._call("after_step", output)
         self.precision.synchronize()
+        self.agree()
         self._call("after_epoch")
         self.epoch += 1
         self.step_in_epoch = 0
@@ -148,19 +160,33 @@ class BaseTrainer:
             given = {name: value for name, value in given.items() if name in self.accepted}
         begin_step(self.cfg)
         with self.precision.autocast(), hard_coded_cuda_explained(self.precision.device):
-            logits, losses = self.distiller(**given)
+            if distributed.world_size() == 1:
+                logits, losses = self.distiller(**given)
+            else:
+                logits, losses = self.parallel(given, self.train_loader.images_in(self.step_in_epoch))
         losses = {name: loss.mean() for name, loss in losses.items()}  # some methods return shape (1,)
-        self.update(losses)
+        self.update(self.parallel.weighted(losses))
         detached = {name: loss.detach() for name, loss in losses.items()}
         monitors = dict(getattr(self.distiller, "monitors", {}))
         return StepOutput(batch, logits.detach(), detached, sum(detached.values()), monitors)
 
     def update(self, losses: dict[str, Tensor]) -> None:
-        """One optimiser step down the sum of the losses."""
+        """One optimiser step down the sum of the losses.
+
+        A trainer that does otherwise calls ``self.parallel.after_backward()`` after each ``backward()``, and states the
+        number of these, for the case that several processes train.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(sum(losses.values())).backward()
+        self.parallel.after_backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def agree(self) -> None:
+        """Before a model is evaluated or saved: the same BatchNorm statistics in all processes."""
+        if self.averaged_at != self.step:
+            self.averaged_at = self.step
+            self.parallel.average_statistics(*(module for hook in self.hooks for module in hook.modules()))
 
     def _items(self) -> Iterator[Any]:
         """The rest of the epoch's items; how long each kept the loop waiting is told to the hooks."""
@@ -180,7 +206,12 @@ class BaseTrainer:
             getattr(hook, moment)(*args)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on exactly where it stands; the frozen teacher isn't part of it."""
+        """All that a run needs to go on exactly where it stands; the frozen teacher isn't part of it.
+
+        Collective where several processes train; it is the first one's to save.
+        """
+        self.agree()
+        random, *random_of_others = distributed.gather_objects(random_state())
         return {
             "epoch": self.epoch - 1,  # epochs finished, as mdistiller counts
             "step_in_epoch": self.step_in_epoch,
@@ -191,7 +222,8 @@ class BaseTrainer:
             "model": trained_state(self.distiller),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": random_state(),
+            "random": random,
+            "random_of_others": random_of_others,  # processes'
             "hooks": {type(hook).__name__: state for hook in self.hooks if (state := hook.state_dict())},
             "results": self.results,
         }
@@ -205,7 +237,9 @@ class BaseTrainer:
         latest, problems = self.folder / "latest", []
         for path in (latest, previous(latest)):
             try:
-                self.load_state(load_checkpoint(path), str(path))
+                state = distributed.first(functools.partial(load_checkpoint, path))
+                with distributed.together():
+                    self.load_state(state, str(path))
             except CheckpointError as error:
                 problems.append(str(error))
                 continue
@@ -243,7 +277,16 @@ class BaseTrainer:
             self.scaler.load_state_dict(state["scaler"])
         for hook in self.hooks:
             hook.load_state_dict(state.get("hooks", {}).get(type(hook).__name__, {}))
-        restore_random_state(state.get("random", {}))
+        self._restore_random_state(state)
+        self.averaged_at = self.step
+
+    def _restore_random_state(self, state: dict[str, Any]) -> None:
+        states = [state.get("random", {}), *state.get("random_of_others", [])]
+        rank = 0 if self.cfg.SOLVER.GATHER else distributed.rank()
+        if rank < len(states):
+            restore_random_state(states[rank])
+        else:  # there are more processes than before
+            seed_process(self.cfg.EXPERIMENT.SEED, rank, self.step)
 
     def _check_state(self, state: Any, source: str) -> dict[str, Tensor]:
         """All that can be wrong with a state, before any of it is used; returns the model's part."""
@@ -319,8 +362,11 @@ def check_optimizer_fit(optimizer: torch.optim.Optimizer, state: dict[str, Any],
                 )
 
 
-def check_batches(distiller: nn.Module, loader: Any) -> None:
+def check_batches(distiller: nn.Module, loader: Any, batch_norm_over: str = "local") -> None:
     """Refuse an epoch without steps, and a last batch of one image where BatchNorm needs several.
+
+    Where several processes train, each needs a share of every batch, and BatchNorm of the process's own images
+    (``batch_norm_over`` ``"local"``) several in each.
 
     Raises:
         InputError: what was found and which key to change.
@@ -330,8 +376,21 @@ def check_batches(distiller: nn.Module, loader: Any) -> None:
             "an epoch has no step: there are fewer training images than SOLVER.BATCH_SIZE and SOLVER.DROP_LAST "
             "is on; lower SOLVER.BATCH_SIZE or turn SOLVER.DROP_LAST off"
         )
+    world = distributed.world_size()
+    if world > 1 and getattr(loader, "share", (0, 1))[1] != world:
+        raise InputError(
+            f"{world} processes train, and the training batches are not divided among them; take the loaders of "
+            "build_loaders or get_dataset, made after mdistiller.engine.distributed.start()"
+        )
     smallest = getattr(loader, "last_batch_size", None)
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in distiller.student.modules())
+    if world > 1 and smallest < world * (2 if batch_norm and batch_norm_over == "local" else 1):
+        raise InputError(
+            f"the last batch of an epoch holds {smallest} images ({loader.num_data} training images, SOLVER.BATCH_SIZE "
+            f"{loader.batch_size}), too few for {world} processes, each of which needs one, and two where BatchNorm "
+            "takes its statistics from them; use another SOLVER.BATCH_SIZE, SOLVER.BATCH_NORM sync, or set "
+            "SOLVER.DROP_LAST True"
+        )
     if smallest == 1 and batch_norm:
         raise InputError(
             f"the last batch of an epoch holds a single image ({loader.num_data} training images, "

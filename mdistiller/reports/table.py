@@ -22,8 +22,9 @@ class Summary:
         method: row name in the plan.
         pair: teacher-student pair.
         top1: accuracy after the last epoch in percent, by seed.
-        seconds: training time of each run, data included, evaluation not.
-        images_seen: images that went through the student in each run, every view counted.
+        seconds: training time of each run: data and a method's stage before training included, the latter also where
+            its result came from another run's file; evaluation not.
+        images_seen: images that went through the student in each run, every view and every copy counted.
     """
 
     method: str
@@ -56,7 +57,7 @@ def summarize(plan: Plan, results: Results) -> list[Summary]:
         for pair in plan.pairs:
             runs = [results[method, pair, seed] for seed in plan.seeds]
             top1 = [run["last"]["top1"] for run in runs]
-            seconds = [run["seconds"]["train"] for run in runs]
+            seconds = [run["seconds"]["train"] + run.get("preparation", {}).get("seconds", 0.0) for run in runs]
             rows.append(Summary(method, pair, top1, seconds, runs[0]["images_seen"]))
     return rows
 

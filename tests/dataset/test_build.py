@@ -35,9 +35,18 @@ def make_cfg(*options):
             "IMAGE_SIZE": 0,
             "NUM_WORKERS": 0,
             "LOADER": "auto",
+            "VIEW_WEAK": "weak",
+            "VIEW_STRONG": "strong",
+            "STRONG_N": 2,
             "TRAIN_FRACTION": 1.0,
             "TRAIN_PER_CLASS": 0,
             "VAL_FRACTION": 0.0,
+            "COLOR_JITTER": 0.0,
+            "RANDAUGMENT": 0,
+            "RANDOM_ERASING": 0.0,
+            "MIXUP_ALPHA": 0.0,
+            "CUTMIX_ALPHA": 0.0,
+            "LABEL_SMOOTHING": 0.0,
             "TEST": {"BATCH_SIZE": 50},
         }
     )
@@ -59,6 +68,27 @@ def test_get_dataset_has_mdistillers_form():
 def test_the_method_says_which_views():
     batch = next(iter(build_loaders(make_cfg("DISTILLER.TYPE", "TWO")).train))
     assert list(batch) == ["image_weak", "image_strong", "target", "index"]
+
+
+@pytest.mark.parametrize("key", ["COLOR_JITTER", "RANDAUGMENT", "RANDOM_ERASING"])
+def test_added_operations_follow_the_weak_view_only(key):
+    value = 3 if key == "RANDAUGMENT" else 0.9
+    before, after = (
+        next(iter(build_loaders(make_cfg("DISTILLER.TYPE", "TWO", *options)).train))
+        for options in ((), (f"DATASET.{key}", value))
+    )
+    assert torch.equal(before["image_strong"], after["image_strong"])
+    changed = (before["image_weak"] != after["image_weak"]).flatten(1).any(1).float().mean()
+    assert changed > 0.7
+
+
+def test_labels_become_shares_when_they_are_mixed():
+    options = ("DATASET.MIXUP_ALPHA", 1.0, "DATASET.LABEL_SMOOTHING", 0.1)
+    loaders = build_loaders(make_cfg("DISTILLER.TYPE", "TWO", *options))
+    batch, plain = next(iter(loaders.train)), next(iter(build_loaders(make_cfg("DISTILLER.TYPE", "TWO")).train))
+    assert batch["target"].shape == (64, 10)
+    assert not torch.equal(batch["image_strong"], plain["image_strong"])
+    assert next(iter(loaders.test))["target"].shape == (50,)
 
 
 def test_the_test_images_are_only_normalised():

@@ -100,6 +100,50 @@ def test_workers_change_nothing():
     assert_same(alone, helped)
 
 
+def joined(parts):
+    """What several processes' loaders give, put together step by step."""
+    steps = zip(*parts, strict=True)
+    return [{key: torch.cat([part[key] for part in step]) for key in step[0]} for step in steps]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_together_see_what_one_sees(processes):
+    whole = make_loader()
+    parts = [make_loader(share=(rank, processes)) for rank in range(processes)]
+    assert len(parts[0]) == len(whole)
+    assert_same(joined(parts), whole)
+    for loader in (whole, *parts):
+        loader.set_epoch(5, start_step=4)
+    assert_same(joined(parts), whole)
+    sizes = [len(batch["index"]) for batch in parts[-1]]
+    assert sizes == [8 // processes] * 6 + [5 // processes]
+    assert [whole.images_in(step) for step in (0, 5, 6)] == [8, 8, 5]
+    with parts[0].undivided():
+        parts[0].set_epoch(2)
+        whole.set_epoch(2)
+        assert_same(parts[0], whole)
+    assert parts[0].share == (0, processes)
+
+
+def test_processes_with_workers_together_see_what_one_sees():
+    parts = [make_loader(share=(rank, 2), num_workers=1) for rank in range(2)]
+    assert_same(joined(parts), make_loader())
+    with parts[1].undivided():
+        parts[1].set_epoch(3)
+        undivided = list(parts[1])
+    whole = make_loader()
+    whole.set_epoch(3)
+    assert_same(undivided, whole)
+
+
+def test_processes_take_whole_batches_in_turn():
+    whole = list(make_loader())
+    parts = [list(make_loader(share=(rank, 3), in_turn=True)) for rank in range(3)]
+    assert [len(part) for part in parts] == [3, 2, 2]
+    for rank, part in enumerate(parts):
+        assert_same(part, whole[rank::3])
+
+
 @pytest.mark.gpu
 def test_the_device_changes_nothing():
     here = make_loader()

@@ -29,10 +29,10 @@ def sgd(distiller, lr=0.05):
 
 
 def train(distiller, method, steps, lr=0.05):
-    """Steps on one fixed batch; the loss before each."""
+    """Steps on one fixed batch, in an epoch behind all warm-ups; the loss before each."""
     optimizer, batch, history = sgd(distiller, lr), make_batch(method), []
     for _ in range(steps):
-        loss = total(distiller, batch)
+        loss = total(distiller, batch, epoch=100)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -124,7 +124,9 @@ def leaves_of(loss):
 def test_extra_parameters_are_what_is_trained_beside_the_student(method):
     distiller = build(method)
     trained = sum(p.numel() for p in {id(p): p for p in distiller.get_learnable_parameters()}.values())
-    assert distiller.get_extra_parameters() == trained - sum(p.numel() for p in distiller.student.parameters())
+    own = trained - sum(p.numel() for p in distiller.student.parameters())
+    banks = sum(b.numel() for name, b in distiller.named_buffers() if name.startswith("contrast."))  # as mdistiller
+    assert distiller.get_extra_parameters() == own + banks
 
 
 @each_method
@@ -143,6 +145,20 @@ def test_works_in_float64(method):
     distiller = build(method).double()
     loss = total(distiller, make_batch(method, dtype=torch.float64))
     assert loss.dtype == torch.float64 and torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if distiller_dict[name].mixed_labels])
+def test_labels_may_be_shares_of_classes(method):
+    """Shares that are all at one class are that class, and mixed ones are taken."""
+    numbers = make_batch(method)
+    whole = torch.nn.functional.one_hot(numbers["target"], CLASSES).float()
+    mixed = 0.6 * whole + 0.4 * whole.roll(1, 0)
+    found = []
+    for target in (numbers["target"], whole, mixed):
+        _, losses = build(method)(**{**numbers, "target": target}, epoch=1)
+        found.append(sum(loss.mean() for loss in losses.values()))
+    torch.testing.assert_close(found[1], found[0])
+    assert torch.isfinite(found[2]) and abs(found[2] - found[0]) > 1e-3
 
 
 @each_method

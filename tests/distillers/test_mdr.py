@@ -10,7 +10,6 @@ from method_cases import CLASSES, SIZE, build, config, make_batch, total
 
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.MDR import (
-    GRID,
     angle_matrix,
     distance_matrix,
     embed,
@@ -24,9 +23,9 @@ from mdistiller.distillers.MDR import (
     relation_kl,
     rotated,
     select_stages,
-    share_quantiles,
 )
 from mdistiller.engine.build import build_distiller
+from mdistiller.functional.mixing import GRID, share_quantiles
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import InputError
 

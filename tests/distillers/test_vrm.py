@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from method_cases import build, config, make_batch, total
 from torch.profiler import ProfilerActivity, profile
 
-from mdistiller.distillers import VRM
-from mdistiller.distillers.VRM import edge_uncertainty, vrm_loss, zs_norm
+from mdistiller.distillers.VRM import compare_samples, edge_uncertainty, stack_views, vrm_loss
 from mdistiller.engine.build import build_distiller
+from mdistiller.functional import graphs, zs_norm
+from mdistiller.functional.graphs import compare_graphs
 from mdistiller.models import cifar_model_dict
-from mdistiller.registry import InputError
+from mdistiller.registry import InputError, distiller_dict
 
-IMPLEMENTATION = sys.modules[VRM.__module__]
 NAMES = ("p_real_s", "p_virtual_s", "p_real_t", "p_virtual_t")
 
 
@@ -137,13 +137,14 @@ def test_views_that_agree_nearly_in_float32(noise, edge_eps):
 @pytest.mark.parametrize("edge_eps", [0.0, 1e-3])
 @pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-4, 1e-3, 1e-2, 0.1, 0.5])
 def test_devices_without_float64(noise, edge_eps, monkeypatch):
-    monkeypatch.setattr(IMPLEMENTATION, "_working_dtype", lambda tensor: torch.float32)
+    monkeypatch.setattr(sys.modules[vrm_loss.__module__], "in_working_precision", lambda x: x.float())
+    monkeypatch.setattr(graphs, "in_working_precision", lambda x: x.float())
     given = predictions(images=8, classes=6, noise=noise, temperature=4.0, dtype=torch.float32)
     assert_equals_written_out(given, tolerance=1e-4, edge_eps=edge_eps, prune_percentile=100.0)
 
 
 def test_chunks_do_not_matter(monkeypatch):
-    monkeypatch.setattr(IMPLEMENTATION, "CHUNK", 7)
+    monkeypatch.setattr(graphs, "CHUNK", 7)
     for metric in ("mse", "l1"):
         assert_equals_written_out(predictions(), metric=metric, uncertainty="mixture")
     assert_equals_written_out(predictions(noise=0.0), edge_eps=0.0)
@@ -197,22 +198,21 @@ def test_blind_to_the_order_of_samples_and_classes():
     torch.testing.assert_close(torch.stack(vrm_loss(*(x[:, classes] for x in given))), expected)
 
 
-def test_samples_are_judged_by_the_students_uncertainty_alone():
+def test_edges_are_judged_by_the_students_uncertainty_alone():
     given = predictions()
-    kept = edge_uncertainty(*given[:2]) <= torch.quantile(edge_uncertainty(*given[:2]), 0.95)
-    monitors = IMPLEMENTATION.virtual_relations(*given, IMPLEMENTATION.Rules())[2]
-    assert monitors["kept_isv"].item() == pytest.approx(kept.float().mean().item())
-    assert monitors["uncertainty_isv"].item() == pytest.approx(edge_uncertainty(*given[:2]).mean().item())
-    assert sorted(monitors) == ["kept_icv", "kept_isv", "uncertainty_icv", "uncertainty_isv"]
+    h = edge_uncertainty(*given[:2])
+    found = compare_samples(stack_views(given[:2]), stack_views(given[2:]), graphs.Rules())
+    assert found.kept.item() == pytest.approx((h <= torch.quantile(h, 0.95)).double().mean().item())
+    assert found.uncertainty.item() == pytest.approx(h.mean().item())
 
 
 @pytest.mark.parametrize("count", [2, 9, 100, 1000])
 @pytest.mark.parametrize("percentile", [0.0, 12.5, 50.0, 95.0, 99.9, 100.0])
 def test_keeps_what_the_quantile_keeps(count, percentile):
     real, virtual, _, _ = predictions(count, 3, seed=count)
-    mask, _ = IMPLEMENTATION._reliable_edges(real, virtual, IMPLEMENTATION.Rules(percentile), False)
+    dropped, _ = graphs.unreliable_edges(real, virtual, graphs.Rules(percentile))
     h = edge_uncertainty(real, virtual)
-    assert torch.equal(mask, h <= torch.quantile(h, percentile / 100))
+    assert torch.equal(dropped, h > torch.quantile(h, percentile / 100))
 
 
 def extreme(kind, images, classes):
@@ -253,8 +253,8 @@ def test_an_edge_without_length_has_no_gradient():
 
 def test_identical_views_lose_their_diagonal():
     real, _, real_t, virtual_t = predictions(images=6, noise=0.3)
-    rules = IMPLEMENTATION.Rules(prune_percentile=100.0)
-    assert IMPLEMENTATION.virtual_relations(real, real, real_t, virtual_t, rules)[2]["kept_isv"] == pytest.approx(5 / 6)
+    found = compare_samples(stack_views([real, real]), stack_views([real_t, virtual_t]), graphs.Rules(100.0))
+    assert found.kept.item() == pytest.approx(5 / 6)
 
 
 def test_thousand_classes():
@@ -297,7 +297,7 @@ def test_what_the_paper_asks_of_uncertainty():
     ("options", "message"),
     [
         ({"metric": "mae"}, "METRIC"),
-        ({"reduction": "mean"}, "REDUCTION.: no 'mean'; closest: element"),
+        ({"reduction": "mean"}, "REDUCTION: no 'mean'; closest: element"),
         ({"uncertainty": "joint"}, "UNCERTAINTY"),
         ({"prune_percentile": 101}, "from 0 to 100"),
         ({"edge_eps": -1.0}, "EDGE_EPS"),
@@ -386,21 +386,181 @@ def test_relations_under_autocast_are_those_of_the_logits():
         _, losses = distiller(**batch, epoch=1)
         student = [distiller.student(batch[f"image_{view}"])[0].float() for view in ("weak", "strong")]
         teacher = distiller.teacher(torch.cat([batch["image_weak"], batch["image_strong"]]))[0].float().chunk(2)
-    vertices = [distiller.predict(distiller.adaptor(z)) for z in student] + [distiller.predict(z) for z in teacher]
+    vertices = [(zs_norm(z) / 4).softmax(1) for z in [*map(distiller.adaptor, student), *teacher]]
     torch.testing.assert_close(losses["loss_isv"], 128 * vrm_loss(*vertices)[0])
+
+
+# The ablations
+
+
+def vertices_of(distiller, batch, fields=("image_weak", "image_strong")):
+    """Of student and teacher, for each view; the adaptor is the identity at the start."""
+    networks = (distiller.student, distiller.teacher)
+    return [[(zs_norm(net(batch[field])[0]) / 4).softmax(1) for field in fields] for net in networks]
+
+
+# Each key with a value that must change the loss, and what else must be set for that.
+SWITCHES = {
+    "ALPHA": (64.0, {}),
+    "BETA": (64.0, {}),
+    "VERTEX_WEIGHT": (1.0, {}),
+    "CE_WEIGHT": (0.5, {}),
+    "CE_VIRTUAL_WEIGHT": (0.0, {}),
+    "WARMUP": (10, {}),
+    "LOCATION": ("pooled", {}),
+    "TEMPERATURE": (2.0, {}),
+    "ZSNORM": (False, {}),
+    "ADAPTOR": ("mlp", {}),
+    "GRAPH": ("raw", {}),
+    "RELATION": ("gram", {}),
+    "EDGE_NORM": (False, {}),
+    "METRIC": ("l1", {}),
+    "HUBER_DELTA": (0.1, {"METRIC": "huber"}),
+    "REDUCTION": ("edge", {}),
+    "PRUNE_PERCENTILE": (100.0, {}),
+    "UNCERTAINTY": ("mixture", {"PRUNE_PERCENTILE": 50.0}),
+    "ICV_NORMALIZE": (False, {"PRUNE_PERCENTILE": 50.0}),
+    "EDGE_EPS": (0.9, {}),
+    "JOINT_FORWARD": (True, {}),
+}
+
+
+def test_every_key_is_among_the_switches():
+    assert sorted(SWITCHES) == sorted(distiller_dict["VRM"].defaults)
+
+
+@pytest.mark.parametrize("key", sorted(SWITCHES))
+def test_a_key_changes_the_loss(key):
+    value, base = SWITCHES[key]
+    base = {f"VRM.{name}": setting for name, setting in base.items()}
+    batch = make_batch("VRM")
+    before, after = (total(build("VRM", values), batch) for values in (base, base | {f"VRM.{key}": value}))
+    assert torch.isfinite(after) and before != after
+
+
+@pytest.mark.parametrize("method", ["VRM", "VRM_ONE_VIEW"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"RELATION": "gram"},
+        {"RELATION": "gram", "EDGE_NORM": False, "METRIC": "huber"},
+        {"RELATION": "angle"},
+        {"EDGE_NORM": False},
+        {"METRIC": "cosine", "PRUNE_PERCENTILE": 100.0},
+    ],
+    ids=str,
+)
+def test_relations_are_those_of_the_rules(method, values):
+    """Between samples, and the same of the columns between classes."""
+    distiller, batch = build(method, {f"VRM.{key}": value for key, value in values.items()}), make_batch(method)
+    losses = distiller(**batch, epoch=1)[1]
+    fields = ("image",) * 2 if method == "VRM_ONE_VIEW" else ("image_weak", "image_strong")
+    student, teacher = (torch.stack(views) for views in vertices_of(distiller, batch, fields))
+    rules = graphs.Rules(**{key.lower(): value for key, value in values.items()})
+    shares = student.mT / student.mT.sum(2, keepdim=True)
+    torch.testing.assert_close(losses["loss_isv"].double(), 128 * compare_graphs(student, teacher, student, rules).loss)
+    torch.testing.assert_close(
+        losses["loss_icv"].double(), 32 * compare_graphs(student.mT, teacher.mT, shares, rules).loss
+    )
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(128.0, 0.0), (0.0, 32.0), (0.0, 0.0)])
+def test_a_graph_without_weight_is_not_made(alpha, beta):
+    losses = build("VRM", {"VRM.ALPHA": alpha, "VRM.BETA": beta})(**make_batch("VRM"), epoch=1)[1]
+    assert sorted(losses) == ["loss_ce", "loss_ce_virtual"] + ["loss_icv"] * (beta > 0) + ["loss_isv"] * (alpha > 0)
+
+
+def test_raw_graph_has_all_edges():
+    """2B x 2B edges between samples, and columns of length 2B between classes."""
+    distiller, batch = build("VRM", {"VRM.GRAPH": "raw"}), make_batch("VRM")
+    losses = distiller(**batch, epoch=1)[1]
+    student, teacher = (torch.cat(views) for views in vertices_of(distiller, batch))
+    assert student.shape == (16, 10)
+    for name, weight, columns in (("loss_isv", 128, False), ("loss_icv", 32, True)):
+        s, t = (x.double().T if columns else x.double() for x in (student, teacher))
+        torch.testing.assert_close(losses[name].double(), weight * written_out(s, s, t, t, columns=columns))
+    kept = {name: distiller.monitors[f"kept_{name}"].item() for name in ("isv", "icv")}
+    assert kept["isv"] < 0.95 and kept["icv"] < 0.95  # the diagonals too are gone
+
+
+def test_one_view_has_the_relations_within_it():
+    distiller, batch = build("VRM_ONE_VIEW", {"VRM.PRUNE_PERCENTILE": 100.0}), make_batch("VRM_ONE_VIEW")
+    assert sorted(batch) == ["image", "index", "target"]
+    logits, losses = distiller(**batch, epoch=1)
+    ((student,), (teacher,)) = vertices_of(distiller, batch, ["image"])
+    assert sorted(losses) == ["loss_ce", "loss_icv", "loss_isv"]
+    for name, weight, columns in (("loss_isv", 128, False), ("loss_icv", 32, True)):
+        s, t = (x.double().T if columns else x.double() for x in (student, teacher))
+        expected = weight * written_out(s, s, t, t, columns=columns, prune_percentile=100.0)
+        torch.testing.assert_close(losses[name].double(), expected)
+    assert losses["loss_ce"] == F.cross_entropy(logits, batch["target"])
+    assert distiller.monitors["kept_isv"].item() == pytest.approx(7 / 8)
+
+
+def test_vertices_are_matched_in_both_views():
+    distiller, batch = build("VRM", {"VRM.ALPHA": 0.0, "VRM.BETA": 0.0, "VRM.VERTEX_WEIGHT": 0.5}), make_batch("VRM")
+    losses = distiller(**batch, epoch=1)[1]
+    student, teacher = vertices_of(distiller, batch)
+    divergence = sum((t * (t / s).log()).sum(1).mean() for s, t in zip(student, teacher, strict=True))
+    torch.testing.assert_close(losses["loss_vertices"], 0.5 * 4**2 * divergence)
+    assert "loss_isv" not in losses
+
+
+@pytest.mark.parametrize("zsnorm", [True, False])
+def test_graphs_of_features(zsnorm):
+    """No softmax but for the uncertainties; 64 features of either network."""
+    distiller, batch = build("VRM", {"VRM.LOCATION": "pooled", "VRM.ZSNORM": zsnorm}), make_batch("VRM")
+    losses = distiller(**batch, epoch=1)[1]
+    found = []
+    for network in (distiller.student, distiller.teacher):
+        views = [network(batch[f"image_{view}"])[1]["pooled_feat"] for view in ("weak", "strong")]
+        found.append(torch.stack([zs_norm(f) if zsnorm else f for f in views]).double())
+    student, teacher = found
+    beliefs = (student / 4).softmax(2)
+    shares = beliefs.mT / beliefs.mT.sum(2, keepdim=True)
+    rules = graphs.Rules()
+    isv = compare_graphs(student, teacher, beliefs, rules).loss
+    icv = compare_graphs(student.mT, teacher.mT, shares, rules).loss
+    torch.testing.assert_close(losses["loss_isv"].double(), 128 * isv, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses["loss_icv"].double(), 32 * icv, rtol=1e-5, atol=0)
+
+
+def test_features_of_different_widths():
+    student, teacher = (cifar_model_dict[name][0](num_classes=10) for name in ("resnet8", "resnet8x4"))
+    for kind in ("residual", "mlp"):
+        distiller = build_distiller(config("VRM", {"VRM.LOCATION": "pooled", "VRM.ADAPTOR": kind}), student, teacher)
+        assert distiller.adaptor(torch.zeros(2, 64)).shape == (2, 256)
+        loss = total(distiller.train(), make_batch("VRM"))
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert all(p.grad is not None for p in distiller.adaptor.parameters())
+    with pytest.raises(InputError, match="features have 64 entries, the teacher's 256; set"):
+        build_distiller(config("VRM", {"VRM.LOCATION": "pooled", "VRM.ADAPTOR": "none"}), student, teacher)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"VRM.ADAPTOR": "linear"}, "VRM.ADAPTOR"),
-        ({"VRM.METRIC": "kl"}, "VRM.METRIC"),
+        ({"VRM.METRIC": "kl"}, "VRM.METRIC: no 'kl'"),
+        ({"VRM.GRAPH": "full"}, "VRM.GRAPH: no 'full'"),
+        ({"VRM.LOCATION": "features"}, "VRM.LOCATION: no 'features'"),
         ({"VRM.TEMPERATURE": 0.0}, "VRM.TEMPERATURE"),
+        ({"VRM.WARMUP": -1}, "VRM.WARMUP"),
+        ({"VRM.METRIC": "cosine", "VRM.RELATION": "gram"}, "VRM.METRIC cosine"),
+        ({"VRM.RELATION": "angle", "VRM.EDGE_NORM": False}, "VRM.RELATION angle"),
+        ({"VRM.LOCATION": "pooled", "VRM.VERTEX_WEIGHT": 1.0}, "VRM.VERTEX_WEIGHT compares predictions"),
     ],
 )
 def test_wrong_configurations(values, message):
     with pytest.raises(InputError, match=message):
         build("VRM", values)
+
+
+@pytest.mark.parametrize("values", [{"VRM.GRAPH": "raw"}, {"VRM.JOINT_FORWARD": True}])
+def test_one_view_refuses_what_speaks_of_two(values):
+    with pytest.raises(InputError, match="VRM_ONE_VIEW has one; leave it at"):
+        build("VRM_ONE_VIEW", values)
 
 
 def test_two_classes():

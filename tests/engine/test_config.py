@@ -297,11 +297,37 @@ def test_its_tag_is_its_path_and_its_comment_the_command(path):
 
 @pytest.mark.parametrize("path", [path for path in PAIR_FILES if "cifar100" in path.parts], ids=short)
 def test_the_recipe_on_cifar100(path):
+    """``_lt``: VRM's longer schedule, its Tab. 15."""
     cfg = load_config(path)
-    solver, rate = cfg.SOLVER, 0.01 if cfg.DISTILLER.STUDENT in LIGHT else 0.05
+    light, solver = cfg.DISTILLER.STUDENT in LIGHT, cfg.SOLVER
+    rate, epochs = (0.01 if light else 0.05), 240
+    if path.parent.name == "mlkd":  # its authors' recipe
+        shuffle_from_resnet = path.stem in ("res32x4_shuv1", "res32x4_shuv2")
+        rate, epochs = (0.01, 960 if shuffle_from_resnet else 480) if light else (0.025, 240)
     assert rate == solver.LR
     assert (solver.WEIGHT_DECAY, solver.MOMENTUM, solver.BATCH_SIZE, solver.TYPE) == (5e-4, 0.9, 64, "SGD")
-    assert (solver.EPOCHS, solver.LR_DECAY_STAGES, solver.LR_DECAY_RATE) == (240, [150, 180, 210], 0.1)
+    schedule = (360, [150, 180, 210, 270]) if path.parent.name.endswith("_lt") else (epochs, [150, 180, 210])
+    assert schedule == (solver.EPOCHS, solver.LR_DECAY_STAGES)
+    assert solver.LR_DECAY_RATE == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("dist/r34_r18", (100, 256, 0.1, "SGD", 1e-4, "step", 0.0, 0.0, 0)),
+        ("dist_plus_b2/r50_r18", (450, 768, 0.048, "RMSProp", 1e-5, "exponential", 0.1, 0.9999, 2)),
+        ("dist_plus_b3/r50_r18", (300, 1024, 5e-4, "AdamW", 5e-2, "cosine", 0.1, 0.0, 2)),
+    ],
+    ids=["B1", "B2", "B3"],
+)
+def test_the_strategies_of_dist_plus(name, expected):
+    """Tab. 2."""
+    cfg = load_config(CONFIGS / "imagenet" / f"{name}.yaml")
+    solver, data = cfg.SOLVER, cfg.DATASET
+    found = (solver.EPOCHS, solver.BATCH_SIZE, solver.LR, solver.TYPE, solver.WEIGHT_DECAY, solver.LR_SCHEDULE)
+    assert (*found, data.LABEL_SMOOTHING, solver.EMA_DECAY, data.RANDAUGMENT) == expected
+    assert bool(data.RANDOM_ERASING) == bool(data.RANDAUGMENT)
+    assert bool(data.MIXUP_ALPHA and data.CUTMIX_ALPHA and data.COLOR_JITTER) == (solver.TYPE == "AdamW")
 
 
 def test_no_two_configs_share_a_folder():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_runner import ROOT, run_tool
-from method_cases import TEACHER_METHODS
+from method_cases import FALLING, TEACHER_METHODS, weights
 from runs import same_state, teacher_file
 
 from mdistiller.engine import trainer
@@ -75,3 +75,27 @@ def terminated_at(step, original):
         return original(*args)
 
     return to_batch
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A resnet20 that has seen all training images twice."""
+    folder = tmp_path_factory.mktemp("teacher")
+    options = {"LOG.PREFIX": folder, "SOLVER.EPOCHS": 2, "SOLVER.LR_DECAY_STAGES": [], "SOLVER.DEVICE": "cpu"}
+    config = ROOT / "configs" / "digits" / "vanilla" / "res20.yaml"
+    assert run_tool("train", ["--cfg", config, *(part for item in options.items() for part in item)]).code == 0
+    return folder / "digits" / "vanilla,res20" / "student_last"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS, ids=[path.parent.name for path in CONFIGS])
+def test_own_terms_fall_in_a_run(config, tmp_path, teacher):
+    method = CONFIGS[config]
+    options = {"DISTILLER.TEACHER_CKPT": teacher, "LOG.PREFIX": tmp_path, "EXPERIMENT.NAME": "a"}
+    options |= {"SOLVER.EPOCHS": 15, "SOLVER.LR": 0.02, "SOLVER.DEVICE": "cpu"}
+    options |= weights(method, ce=0.0, own=1.0) | FALLING.get(method, {})
+    outcome = run_tool("train", ["--cfg", config, *(part for item in options.items() for part in item)])
+    assert (outcome.code, outcome.err) == (0, "")
+    with (tmp_path / "digits" / "a" / "metrics.csv").open() as file:
+        losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
+    assert min(losses[-3:]) < 0.8 * losses[0]

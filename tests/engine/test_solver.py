@@ -9,6 +9,7 @@ from torch import nn
 
 from mdistiller.distillers import Vanilla
 from mdistiller.engine.solver import build_optimizer, learning_rate
+from mdistiller.registry import InputError
 
 
 def solver(tmp_path, **values):
@@ -55,6 +56,14 @@ def test_optimisers_take_their_settings(tmp_path, kind, cls):
         assert group["momentum"] == 0.7
 
 
+def test_exponential_decays_every_so_many_epochs(tmp_path):
+    """As in EfficientNet's recipe: 0.97 every 2.4 epochs."""
+    values = {"SOLVER__LR_SCHEDULE": "exponential", "SOLVER__LR_DECAY_RATE": 0.97, "SOLVER__LR_DECAY_EPOCHS": 2.4}
+    solver = tiny_config(tmp_path, SOLVER__EPOCHS=20, SOLVER__LR=1.0, **values).SOLVER
+    falls = [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4]  # 2.4, 4.8, 7.2, 9.6 epochs are behind at epochs 4, 6, 9, 11
+    assert [learning_rate(solver, epoch) for epoch in range(1, 12)] == pytest.approx([0.97**n for n in falls])
+
+
 def test_groups_keep_their_share_of_the_rate_and_no_parameter_comes_twice(tmp_path):
     class Two(Vanilla):
         def parameter_groups(self, cfg):
@@ -64,3 +73,19 @@ def test_groups_keep_their_share_of_the_rate_and_no_parameter_comes_twice(tmp_pa
     first, second = optimizer.param_groups
     assert (first["lr"], first["lr_scale"], second["lr_scale"]) == (0.01, pytest.approx(0.1), 1.0)
     assert len(second["params"]) == 1
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("linear", 4.0), ("sqrt", 2.0)])
+def test_rates_grow_with_the_batch(tmp_path, rule, factor):
+    """Every rate of the schedule does, the groups' own too."""
+    values = {"BATCH_SIZE": 256, "EPOCHS": 10, "LR": 0.1, "LR_SCHEDULE": "cosine", "LR_MIN": 0.01, "WARMUP_EPOCHS": 2}
+    plain, grown = solver(tmp_path, **values), solver(tmp_path, **values, LR_RULE=rule)
+    for at in ((1, 0.5), (3, 0.0), (10, 1.0)):
+        assert learning_rate(grown, *at) == pytest.approx(factor * learning_rate(plain, *at))
+    cfg = tiny_config(tmp_path, SOLVER__BATCH_SIZE=256, SOLVER__LR=0.1, SOLVER__LR_RULE=rule)
+    assert build_optimizer(cfg, Vanilla(nn.Linear(2, 2))).param_groups[0]["lr"] == pytest.approx(0.1 * factor)
+
+
+def test_an_unknown_rule(tmp_path):
+    with pytest.raises(InputError, match=r"SOLVER.LR_RULE: no rule named 'root'"):
+        solver(tmp_path, LR_RULE="root")

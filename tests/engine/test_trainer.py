@@ -50,10 +50,20 @@ def outcome(trainer):
         {},
         {"SOLVER__AMP": "bf16", "SOLVER__CHANNELS_LAST": True},
         {"SOLVER__EMA_DECAY": 0.9, "SOLVER__TYPE": "AdamW"},
-        {"DISTILLER__TYPE": "DIST_PLUS"},
-        {"DISTILLER__TYPE": "DCD"},
+        {
+            "SOLVER__TYPE": "RMSProp",
+            "SOLVER__LR": 1e-3,
+            "SOLVER__LR_SCHEDULE": "exponential",
+            "SOLVER__EMA_DECAY": 0.99,
+            "DATASET__COLOR_JITTER": 0.4,
+            "DATASET__RANDAUGMENT": 1,
+            "DATASET__RANDOM_ERASING": 0.5,
+            "DATASET__MIXUP_ALPHA": 0.8,
+            "DATASET__CUTMIX_ALPHA": 1.0,
+            "DATASET__LABEL_SMOOTHING": 0.1,
+        },
     ],
-    ids=["float32", "bf16", "ema-adamw", "trained teacher", "learned scale"],
+    ids=["float32", "bf16", "ema-adamw", "strong recipe"],
 )
 @pytest.mark.parametrize("step", [4, 6], ids=["between epochs", "inside an epoch"])
 def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, values, step):
@@ -174,6 +184,18 @@ def test_every_view_counts_as_an_image_seen(tmp_path):
     trainer = make_trainer(tmp_path, **KD, SOLVER__EPOCHS=1, DISTILLER__TEACHER_CKPT=teacher_file(tmp_path))
     trainer.train()
     assert trainer.results["images_seen"] == 60
+
+
+@pytest.mark.parametrize(("kd_weight", "of_one"), [(2.0, 4), (0.0, 1)])
+def test_every_copy_that_the_method_makes_counts_as_an_image_seen(tmp_path, kd_weight, of_one):
+    values = {"MDR__ANGLE_WEIGHT": 0.0, "MDR__LENGTH_WEIGHT": 0.0, "MDR__KD_WEIGHT": kd_weight, "SOLVER__EPOCHS": 1}
+    trainer = make_trainer(tmp_path, DISTILLER__TYPE="MDR", DISTILLER__TEACHER_CKPT=teacher_file(tmp_path), **values)
+    shown = []
+    trainer.distiller.student.register_forward_hook(
+        lambda module, args, output: shown.append(len(args[0]) * module.training)
+    )
+    trainer.train()
+    assert trainer.results["images_seen"] == of_one * 30 == sum(shown)
 
 
 def test_non_finite_loss_stops_and_names_step_terms_rate_and_images(tmp_path):

@@ -45,6 +45,14 @@ def test_summaries_come_in_the_plans_order():
     assert rows[1] == Summary("KD", "q", [95.0, 96.0, 97.0], [1.0, 2.0, 3.0], 1200)
 
 
+def test_a_stage_before_training_counts_as_training():
+    run = {"last": {"top1": 90.0}, "seconds": {"train": 5.0}, "images_seen": 1200}
+    with_stage = run | {"preparation": {"seconds": 7.0, "from_file": True}}
+    plan = make_plan()
+    results = {(m, p, s): with_stage if m == "KD" else run for m in ("KD", "plain") for p in "pq" for s in (0, 1, 2)}
+    assert [row.seconds for row in summarize(plan, results)] == 2 * [[12.0] * 3] + 2 * [[5.0] * 3]
+
+
 ROWS = [row("KD", [90.0, 92.0, 97.0], seconds=(10.0, 11.0, 12.4)), row("plain", [80.0])]
 
 

@@ -1,0 +1,203 @@
+"""CRD: tell the pair of an image's two embeddings from pairs with other images, by noise-contrastive estimation.
+
+Tian, Krishnan, Isola. Contrastive Representation Distillation. ICLR 2020. arXiv:1910.10699. Shapes: B images of N, D
+embedding, K negatives of each.
+
+The pooled features of each network are projected to ``FEAT.DIM`` dimensions and normalised. Two banks hold such an
+embedding of every training image, one for each network. An image's student embedding is compared with the teacher's
+bank, and the reverse: with its own entry, the positive, and with those of ``NCE.K`` images of other classes (Eq. 18,
+Sec. 3; :func:`nce_loss`). Then the image's entries move: half of what they were, half of the new embedding.
+
+The density ratio behind Eq. 19 is ``exp(similarity / TEMPERATURE) / Z``. As in the authors' code, Z is estimated once,
+from the first batch, and kept; both projections are trained.
+
+Departs from mdistiller: the loss is computed from log-densities; with several processes Z and the entries of all of
+them are exchanged, so that every process has the same banks; ``FEAT.STUDENT_DIM`` and ``FEAT.TEACHER_DIM`` need not be
+given, as the networks tell. ``MODE`` and the negatives: ``mdistiller/dataset/negatives.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.functional import at_least_float32
+from mdistiller.functional.gather import gather_rows
+from mdistiller.registry import InputError
+
+from ._base import Distiller, register_distiller
+from ._common import pooled_width
+
+DEFAULTS = {
+    "MODE": "exact",  # the positive: exact: the image itself; relax: any of its class
+    "FEAT": {"DIM": 128, "STUDENT_DIM": 256, "TEACHER_DIM": 256},  # the last two: see pooled_dim
+    "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.8},
+    "NCE": {"K": 16384, "MOMENTUM": 0.5, "TEMPERATURE": 0.07},
+}
+PAPER = "Tian et al., arXiv:1910.10699"
+
+EPS = 1e-7  # added to the noise's density, as in the authors' code
+WHOLE_BANK = 16  # times the negatives: up to which bank size comparing with all of it is cheaper than picking rows
+
+
+def nce_loss(log_ratio: Tensor, num_data: int) -> Tensor:
+    """Noise-contrastive estimation: is a pair drawn from the data, or one of K times as many from the noise? (Eq. 18)
+
+    With the density ratio r and the noise's density ``c = K / num_data + eps``, ``-log(r / (r + c))`` for the positive
+    plus ``-log(K / num_data / (r + c))`` for each negative: logistic losses of ``log r - log c``.
+
+    Args:
+        log_ratio: ``(B, K + 1)``, the positive first; gradient flows.
+        num_data: N, the number of images the noise draws from, each with the same probability.
+
+    Returns:
+        Scalar ``()``: sum over the row, mean over the batch.
+    """
+    count = log_ratio.shape[1] - 1
+    noise = count / num_data
+    odds = log_ratio - math.log(noise + EPS)
+    per_image = F.softplus(-odds[:, 0]) + F.softplus(odds[:, 1:]).sum(1) + count * math.log1p(EPS / noise)
+    return per_image.mean()
+
+
+def similarities(embedding: Tensor, bank: Tensor, index: Tensor) -> Tensor:
+    """Products of each embedding with its rows of a bank, which may be written to afterwards.
+
+    Where the bank isn't much larger than the rows, the product with all of it, which reads it once for all images, is
+    cheaper than picking ``B (K + 1)`` rows of it.
+
+    Args:
+        embedding: ``(B, D)``; gradient flows.
+        bank: ``(N, D)``; constant.
+        index: ``(B, K + 1)`` rows of the bank.
+
+    Returns:
+        ``(B, K + 1)``.
+    """
+    if len(bank) <= WHOLE_BANK * index.shape[1]:
+        return (embedding @ bank.clone().T).gather(1, index)
+    return (bank[index] @ embedding[:, :, None]).squeeze(2)
+
+
+class Embed(nn.Module):
+    """Linear projection ``(B, width)`` to rows ``(B, dim)`` of length 1."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, dim)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return F.normalize(self.linear(at_least_float32(pooled).flatten(1)), dim=1)
+
+
+class ContrastMemory(nn.Module):
+    """The banks of both networks, with mdistiller's names in the state dict.
+
+    Args:
+        dim: D.
+        num_data: N.
+        num_negatives: K.
+        temperature: divides the similarities.
+        momentum: what an entry keeps of itself when it is written to.
+    """
+
+    def __init__(self, dim: int, num_data: int, num_negatives: int, temperature: float, momentum: float) -> None:
+        super().__init__()
+        self.temperature, self.momentum = temperature, momentum
+        # mdistiller's layout: the last is the momentum; the two in front of it are the student's and the teacher's Z,
+        # below 0 until the first batch has set them.
+        self.register_buffer("params", torch.tensor([num_negatives, temperature, -1.0, -1.0, momentum]))
+        bound = 1 / math.sqrt(dim / 3)
+        self.register_buffer("memory_v1", torch.empty(num_data, dim).uniform_(-bound, bound))  # the student's
+        self.register_buffer("memory_v2", torch.empty(num_data, dim).uniform_(-bound, bound))  # the teacher's
+
+    def forward(self, embed_s: Tensor, embed_t: Tensor, index: Tensor, contrastive_index: Tensor) -> list[Tensor]:
+        """Log density ratios of the student's and of the teacher's embeddings; then the banks are written to.
+
+        Args:
+            embed_s: ``(B, D)``; gradient flows.
+            embed_t: ``(B, D)``; gradient flows.
+            index: ``(B,)`` positions of the images.
+            contrastive_index: ``(B, K + 1)``, see :func:`nce_loss`.
+
+        Returns:
+            Two ``(B, K + 1)``.
+        """
+        ratios = []
+        for place, embedding, other in ((2, embed_s, self.memory_v2), (3, embed_t, self.memory_v1)):
+            scores = similarities(embedding, other, contrastive_index) / self.temperature
+            ratios.append(scores - self._z(place, scores).log())
+        index = gather_rows(index)
+        for memory, embedding in ((self.memory_v1, embed_s), (self.memory_v2, embed_t)):
+            mixed = self.momentum * memory[index] + (1 - self.momentum) * gather_rows(embedding)
+            memory.index_copy_(0, index, F.normalize(mixed, dim=1))
+        return ratios
+
+    @torch.no_grad()
+    def _z(self, place: int, scores: Tensor) -> Tensor:
+        """The constant at ``place``; the first batch's scores set it. The device is not waited for."""
+        z = gather_rows(scores.exp().mean(1)).mean() * len(self.memory_v1)
+        self.params[place] = torch.where(self.params[place] < 0, z, self.params[place])
+        return self.params[place].clone()
+
+
+@register_distiller("CRD", DEFAULTS, paper=PAPER, family="feature")
+class CRD(Distiller):
+    """Cross-entropy on the labels plus :func:`nce_loss` from the student's side and from the teacher's."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, num_data: int) -> None:
+        super().__init__(student, teacher)
+        feat, nce = cfg.CRD.FEAT, cfg.CRD.NCE
+        self.ce_weight, self.feat_weight = cfg.CRD.LOSS.CE_WEIGHT, cfg.CRD.LOSS.FEAT_WEIGHT
+        for key, value in (("FEAT.DIM", feat.DIM), ("NCE.K", nce.K), ("NCE.TEMPERATURE", nce.TEMPERATURE)):
+            if not value > 0:
+                raise InputError(f"CRD.{key} must be above 0, got {value}")
+        if not 0 <= nce.MOMENTUM < 1:
+            raise InputError(f"CRD.NCE.MOMENTUM must be 0 or more and below 1, got {nce.MOMENTUM}")
+        self.num_data = num_data
+        self.embed_s = Embed(pooled_dim(student, "student", feat.STUDENT_DIM), feat.DIM)
+        self.embed_t = Embed(pooled_dim(teacher, "teacher", feat.TEACHER_DIM), feat.DIM)
+        self.contrast = ContrastMemory(feat.DIM, num_data, nce.K, nce.TEMPERATURE, nce.MOMENTUM)
+
+    def get_extra_parameters(self) -> int:
+        """The projections' elements and, as mdistiller counts, those of the banks."""
+        return super().get_extra_parameters() + sum(buffer.numel() for buffer in self.contrast.buffers())
+
+    def forward_train(
+        self, image: Tensor, target: Tensor, index: Tensor, contrastive_index: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, features_student = self.student(image)
+        with torch.no_grad():
+            _, features_teacher = self.teacher(image)
+        with torch.autocast(image.device.type, enabled=False):
+            embed_s = self.embed_s(features_student["pooled_feat"])
+            embed_t = self.embed_t(features_teacher["pooled_feat"])
+            ratios = self.contrast(embed_s, embed_t, index, contrastive_index)
+            loss = sum(nce_loss(log_ratio, self.num_data) for log_ratio in ratios)
+        return logits_student, {
+            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.feat_weight * loss,
+        }
+
+
+def pooled_dim(network: nn.Module, role: str, given: int) -> int:
+    """The width of a network's pooled features, which its classifier tells.
+
+    Args:
+        network: whose.
+        role: ``"student"`` or ``"teacher"``.
+        given: ``CRD.FEAT.STUDENT_DIM`` or ``TEACHER_DIM``; it counts for networks without a linear layer, and must be
+            right unless it is left at its default.
+
+    Raises:
+        InputError: another width is given.
+    """
+    key = f"{role.upper()}_DIM"
+    width = pooled_width(network, role, otherwise=given)
+    if given not in (width, DEFAULTS["FEAT"][key]):
+        raise InputError(f"CRD.FEAT.{key} is {given}, and the {role}'s pooled features have {width}; leave it out")
+    return width

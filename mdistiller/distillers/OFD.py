@@ -1,0 +1,143 @@
+"""OFD: match the teacher's maps before the ReLU, where they will matter behind it.
+
+Heo, Kim, Yun, Park, Kwak, Choi. A Comprehensive Overhaul of Feature Distillation. ICCV 2019. arXiv:1904.01866. Shapes:
+B images, maps ``(B, C, H, W)``.
+
+The student's map passes a 1x1 convolution and a batch norm. The teacher's passes a margin ReLU ``max(x, m)`` (Eq. 2),
+where the margin ``m < 0`` of each channel is what its negative responses are on average, computed from the batch norm
+that the map comes from (Eq. 4; :func:`margins`). The partial L2 distance (Eq. 3; :func:`ofd_loss`) asks nothing where
+the student is below a teacher that is below 0. Stages count half as much as the next deeper one.
+
+The teacher's batch norms use the statistics of the batch, as the student's do (Sec. 3.4;
+``TEACHER_BATCH_STATISTICS``). Departs from mdistiller: their running statistics do not move meanwhile.
+
+Which maps: all but the first (in most networks the stem's), matched from the deep end, as many as both networks and the
+teacher's list of batch norms have. A student without such maps (MobileNetV2, whose stages end without an activation)
+gives its maps as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.functional import at_least_float32
+from mdistiller.registry import InputError
+
+from ._base import Distiller, register_distiller
+from ._common import batch_statistics, preact_maps
+
+DEFAULTS = {
+    "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.001},
+    "CONNECTOR": {"KERNEL_SIZE": 1},
+    "TEACHER_BATCH_STATISTICS": True,  # False: the teacher's running ones, as it was trained to be used
+}
+PAPER = "Heo et al., arXiv:1904.01866"
+
+NEVER = 0.001  # a channel that is negative with at most this probability has the margin -3 deviations
+
+
+def ofd_loss(f_s: Tensor, f_t: Tensor, margin: Tensor) -> Tensor:
+    """Partial L2 distance to the margin ReLU of the teacher's map (Eq. 2 and 3).
+
+    Args:
+        f_s: ``(B, C, H, W)``, behind the connector; gradient flows.
+        f_t: ``(B, C, H, W)``, before the teacher's ReLU; constant.
+        margin: of each channel, ``(1, C, 1, 1)``, negative.
+
+    Returns:
+        Scalar ``()``: sum over ``C, H, W``, mean over the batch.
+    """
+    f_s, f_t = at_least_float32(f_s), at_least_float32(f_t)
+    wanted = torch.maximum(f_t, margin)
+    counts = (f_s > wanted) | (f_t > 0)
+    return ((f_s - wanted).square() * counts).sum() / len(f_s)
+
+
+def margins(weight: Tensor, bias: Tensor) -> Tensor:
+    """The mean of the negative part of ``N(bias, |weight|)`` for each channel (Eq. 4).
+
+    Args:
+        weight: ``(C,)`` of a batch norm; its size is the deviation of what the batch norm gives.
+        bias: ``(C,)``, the mean.
+
+    Returns:
+        ``(C,)``; ``-3 |weight|`` where a value below 0 is rarer than ``NEVER``.
+    """
+    dtype, weight, bias = weight.dtype, weight.double(), bias.double()
+    deviation = weight.abs()
+    share = torch.special.ndtr(-bias / deviation)
+    density = torch.exp(-0.5 * (bias / deviation).square()) / math.sqrt(2 * math.pi)
+    return torch.where(share > NEVER, bias - deviation * density / share, -3 * deviation).to(dtype)
+
+
+def connector(student_channels: int, teacher_channels: int, kernel_size: int) -> nn.Sequential:
+    """Convolution and batch norm to the teacher's width; He's initialisation by the outgoing connections."""
+    conv = nn.Conv2d(student_channels, teacher_channels, kernel_size, padding=(kernel_size - 1) // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(teacher_channels))
+
+
+class Connectors(nn.Module):
+    """The connectors of all stages, shallow to deep, under mdistiller's names in the state dict.
+
+    Args:
+        student_channels: widths of the student's maps.
+        teacher_channels: widths of the teacher's, as many.
+        kernel_size: of the convolutions, odd.
+    """
+
+    def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int], kernel_size: int) -> None:
+        super().__init__()
+        pairs = zip(student_channels, teacher_channels, strict=True)
+        self.connectors = nn.ModuleList(connector(s, t, kernel_size) for s, t in pairs)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        return [connect(f) for connect, f in zip(self.connectors, maps, strict=True)]
+
+
+@register_distiller("OFD", DEFAULTS, paper=PAPER, family="feature")
+class OFD(Distiller):
+    """Cross-entropy on the labels plus :func:`ofd_loss` on the stages' maps."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        self.ce_weight, self.feat_weight = cfg.OFD.LOSS.CE_WEIGHT, cfg.OFD.LOSS.FEAT_WEIGHT
+        self.teacher_batch_statistics = cfg.OFD.TEACHER_BATCH_STATISTICS
+        kernel_size = cfg.OFD.CONNECTOR.KERNEL_SIZE
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise InputError(f"OFD.CONNECTOR.KERNEL_SIZE must be odd, to keep the maps' size, got {kernel_size}")
+        pair = f"{cfg.DISTILLER.TEACHER} -> {cfg.DISTILLER.STUDENT}"
+        try:
+            norms = teacher.get_bn_before_relu()
+        except (NotImplementedError, AttributeError) as error:
+            raise InputError(f"OFD cannot be used with {pair}: {error}") from None
+        widths_s, widths_t = student.get_stage_channels()[1:], teacher.get_stage_channels()[1:]
+        self.stages = min(len(norms), len(widths_s), len(widths_t))
+        norms = norms[-self.stages :]
+        self.connectors = Connectors(widths_s[-self.stages :], widths_t[-self.stages :], kernel_size)
+        # Follow from the teacher: they move to the device with the rest, and are not saved.
+        for i, norm in enumerate(norms):
+            margin = margins(norm.weight.detach(), norm.bias.detach())[None, :, None, None]
+            self.register_buffer(f"margin_{i}", margin, persistent=False)
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, features_student = self.student(image)
+        with torch.no_grad(), batch_statistics(self.teacher) if self.teacher_batch_statistics else nullcontext():
+            _, features_teacher = self.teacher(image)
+        maps_student = self.connectors(preact_maps(features_student)[-self.stages :])
+        maps_teacher = preact_maps(features_teacher)[-self.stages :]
+        total = 0.0
+        for i, (f_s, f_t) in enumerate(zip(maps_student, maps_teacher, strict=True)):
+            loss = ofd_loss(f_s, F.adaptive_avg_pool2d(f_t, f_s.shape[2:]), getattr(self, f"margin_{i}"))
+            total = total + loss / 2 ** (self.stages - 1 - i)
+        return logits_student, {
+            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.feat_weight * total,
+        }

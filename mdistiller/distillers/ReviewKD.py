@@ -1,0 +1,199 @@
+"""ReviewKD: each stage of the teacher teaches the student's stages up to that depth.
+
+Chen, Liu, Zhao, Jia. Distilling Knowledge via Knowledge Review. CVPR 2021. arXiv:2104.09044. Shapes: B images, maps
+``(B, C, H, W)``; a network's levels are its maps and, deepest, the pooled features as a 1x1 map.
+
+From the deepest level up, an attention-based fusion (:class:`ABF`, Sec. 3.4) merges a student's level with what the
+deeper ones pass on, and turns it into the shape of the teacher's level. The results are compared with the teacher's
+maps before their activation by the hierarchical context loss (:func:`hcl_loss`), at full size and pooled to 4x4, 2x2
+and 1x1.
+
+Levels are matched from the deep end; the teacher's are all its maps but the first, and the student's as many. Widths
+and sizes follow from the networks. ``SHAPES``, ``OUT_SHAPES``, ``IN_CHANNELS`` and ``OUT_CHANNELS`` (mdistiller's keys,
+sizes deepest first, widths shallowest first) may be given, and must fit then; left at their defaults, which are those
+of resnet32x4 and resnet8x4, they say nothing.
+
+Departs from the paper: what the authors' code does where the text is silent (the first map is left out, the teacher's
+maps are taken before their activation, the weight rises over ``WARMUP_EPOCHS``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.functional import at_least_float32
+from mdistiller.registry import InputError
+
+from ._base import Distiller, register_distiller
+from ._common import pooled_width, preact_maps, warmup
+
+DEFAULTS = {
+    "CE_WEIGHT": 1.0,
+    "REVIEWKD_WEIGHT": 1.0,
+    "WARMUP_EPOCHS": 20,  # in which REVIEWKD_WEIGHT rises linearly
+    "SHAPES": [1, 8, 16, 32],  # sides of the student's levels, deepest first
+    "OUT_SHAPES": [1, 8, 16, 32],  # and of the teacher's
+    "IN_CHANNELS": [64, 128, 256, 256],  # widths of the student's levels, shallowest first
+    "OUT_CHANNELS": [64, 128, 256, 256],  # and of the teacher's
+    "MAX_MID_CHANNEL": 512,  # bound of the fusions' width
+    "STU_PREACT": False,  # take the student's maps before their activation too
+}
+PAPER = "Chen et al., arXiv:2104.09044"
+
+POOLED_SIDES = (4, 2, 1)
+
+
+def hcl_loss(maps_student: Sequence[Tensor], maps_teacher: Sequence[Tensor]) -> Tensor:
+    """Hierarchical context loss (Sec. 3.4): mean squared error at full size and pooled, summed over the levels.
+
+    The weights of a level's sizes are 1, 1/2, 1/4, 1/8 in the order of use, divided by their sum; pooling to a side
+    that is not smaller than the map's height is left out.
+
+    Args:
+        maps_student: ``(B, C, H, W)`` for each level; gradient flows.
+        maps_teacher: of the same shapes; constant.
+
+    Returns:
+        Scalar ``()``.
+    """
+    total = 0.0
+    for f_s, f_t in zip(maps_student, maps_teacher, strict=True):
+        difference = at_least_float32(f_s) - at_least_float32(f_t)  # pooling is linear
+        loss, weight, weights = difference.square().mean(), 1.0, 1.0
+        for side in POOLED_SIDES:
+            if side < difference.shape[2]:
+                weight /= 2
+                weights += weight
+                loss = loss + weight * F.adaptive_avg_pool2d(difference, side).square().mean()
+        total = total + loss / weights
+    return total
+
+
+class ABF(nn.Module):
+    """Attention-based fusion of a student's map with the deeper levels', and its projection to the teacher's shape.
+
+    Args:
+        in_channels: of the student's map.
+        mid_channels: in which the two are fused.
+        out_channels: of the teacher's map.
+        fuse: whether there is a deeper level.
+    """
+
+    def __init__(self, in_channels: int, mid_channels: int, out_channels: int, fuse: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(in_channels, mid_channels, 1, bias=False), nn.BatchNorm2d(mid_channels))
+        self.conv2 = nn.Sequential(
+            nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels)
+        )
+        self.att_conv = nn.Sequential(nn.Conv2d(2 * mid_channels, 2, 1), nn.Sigmoid()) if fuse else None
+        for conv in (self.conv1[0], self.conv2[0]):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+
+    def forward(self, x: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What is compared with the teacher's map, and what goes up to the next level.
+
+        Args:
+            x: ``(B, in_channels, H, W)``.
+            deeper: ``(B, mid_channels, H', W')`` from the level below; ``None`` without one.
+            size: of the teacher's map, ``(H_t, W_t)``.
+
+        Returns:
+            ``(B, out_channels, H_t, W_t)`` and ``(B, mid_channels, H_t, W_t)``.
+        """
+        x = self.conv1(x)
+        if self.att_conv is not None:
+            x = self._fuse(x, deeper)
+        if x.shape[2:] != torch.Size(size):
+            x = F.interpolate(x, tuple(size), mode="nearest")
+        return self.conv2(x), x
+
+    def _fuse(self, x: Tensor, deeper: Tensor) -> Tensor:
+        """``x * a + up(deeper) * b``, with ``a, b = att_conv(cat(x, up(deeper)))``.
+
+        A 1x1 convolution commutes with nearest upsampling, so that only its two channels are upsampled for the
+        attention; and where the size is a multiple, each entry of ``deeper`` is spread over its block instead of being
+        copied. Neither the upsampled nor the concatenated map is written out.
+        """
+        conv, squash = self.att_conv
+        of_x, of_deeper = conv.weight.split([x.shape[1], deeper.shape[1]], dim=1)
+        logits = F.conv2d(x, of_x, conv.bias) + F.interpolate(F.conv2d(deeper, of_deeper), x.shape[2:], mode="nearest")
+        a, b = squash(logits).split(1, dim=1)
+        (height, width), (rows, columns) = x.shape[2:], deeper.shape[2:]
+        if height % rows or width % columns:
+            return x * a + F.interpolate(deeper, x.shape[2:], mode="nearest") * b
+        b = b.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
+        spread = deeper[:, :, :, None, :, None] * b
+        return x * a + spread.flatten(4, 5).flatten(2, 3)
+
+
+@register_distiller("REVIEWKD", DEFAULTS, paper=PAPER, family="feature")
+class ReviewKD(Distiller):
+    """Cross-entropy on the labels plus :func:`hcl_loss` on fused levels."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        own = cfg.REVIEWKD
+        self.ce_weight, self.reviewkd_weight, self.warmup_epochs = own.CE_WEIGHT, own.REVIEWKD_WEIGHT, own.WARMUP_EPOCHS
+        self.stu_preact = own.STU_PREACT
+        self.pair = f"{cfg.DISTILLER.TEACHER} -> {cfg.DISTILLER.STUDENT}"
+        if self.warmup_epochs < 0:
+            raise InputError(f"REVIEWKD.WARMUP_EPOCHS must be 0 or more epochs, got {self.warmup_epochs}")
+        if own.MAX_MID_CHANNEL < 1:
+            raise InputError(f"REVIEWKD.MAX_MID_CHANNEL must be at least 1, got {own.MAX_MID_CHANNEL}")
+        widths_t = [*teacher.get_stage_channels()[1:], pooled_width(teacher, "teacher")]
+        widths_s = [*student.get_stage_channels(), pooled_width(student, "student")]
+        count = min(len(widths_t), len(widths_s))
+        given = {key: list(own[key]) for key in ("IN_CHANNELS", "OUT_CHANNELS", "SHAPES", "OUT_SHAPES")}
+        given = {key: value for key, value in given.items() if value != DEFAULTS[key]}
+        lengths = {len(value) for value in given.values()}
+        if len(lengths) > 1 or any(not 1 <= length <= count for length in lengths):
+            found = ", ".join(f"{key} {value}" for key, value in given.items())
+            raise InputError(
+                f"REVIEWKD: {self.pair} has {count} levels; what is given must have one entry for each of them or of "
+                f"the deepest ones, got {found}; leave these keys out and they follow from the networks"
+            )
+        self.levels = lengths.pop() if lengths else count
+        self.shapes = {key: given[key] for key in ("SHAPES", "OUT_SHAPES") if key in given}
+        for key, widths in (("IN_CHANNELS", widths_s), ("OUT_CHANNELS", widths_t)):
+            self._check(key, given.get(key), widths[-self.levels :])
+        widths_s, widths_t = widths_s[-self.levels :], widths_t[-self.levels :]
+        mid = min(own.MAX_MID_CHANNEL, widths_s[-1])
+        deepest = self.levels - 1
+        abfs = [ABF(s, mid, t, fuse=i < deepest) for i, (s, t) in enumerate(zip(widths_s, widths_t, strict=True))]
+        self.abfs = nn.ModuleList(abfs[::-1])
+
+    def forward_train(
+        self, image: Tensor, target: Tensor, epoch: int = 1, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, features_student = self.student(image)
+        with torch.no_grad():
+            _, features_teacher = self.teacher(image)
+        maps_student = preact_maps(features_student) if self.stu_preact else features_student["feats"]
+        levels_student = self._levels(maps_student, features_student)
+        levels_teacher = self._levels(preact_maps(features_teacher), features_teacher)
+        self._check("SHAPES", self.shapes.get("SHAPES"), [f.shape[2] for f in levels_student])
+        self._check("OUT_SHAPES", self.shapes.get("OUT_SHAPES"), [f.shape[2] for f in levels_teacher])
+        results, deeper = [], None
+        for abf, level, like in zip(self.abfs, levels_student, levels_teacher, strict=True):
+            result, deeper = abf(level, deeper, like.shape[2:])
+            results.append(result)
+        rise = warmup(epoch, self.warmup_epochs)
+        return logits_student, {
+            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.reviewkd_weight * rise * hcl_loss(results, levels_teacher),
+        }
+
+    def _levels(self, maps: list[Tensor], features: dict[str, Any]) -> list[Tensor]:
+        """Deepest first."""
+        return [*maps, features["pooled_feat"][:, :, None, None]][: -self.levels - 1 : -1]
+
+    def _check(self, key: str, given: list[int] | None, needed: list[int]) -> None:
+        if given is not None and given != needed:
+            raise InputError(
+                f"REVIEWKD.{key} is {given}, and {self.pair} has {needed}; leave it out, it follows from the networks"
+            )

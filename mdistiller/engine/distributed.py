@@ -1,0 +1,236 @@
+"""Several processes that train as one: what the engine needs of ``torch.distributed``, trivial in one process.
+
+``torchrun`` starts the processes and tells each, in its environment, its rank and where the others are. Each holds all
+of the networks and, at every step, a share of the batch. The process of rank 0, the *first*, alone writes files and
+talks. Tensors on GPUs travel by NCCL; everything else, such as decisions, by gloo, so that no decision waits for a GPU.
+
+All functions that talk to other processes are collective: every process must call them, in one order. What may fail in
+one process alone stands within :func:`together`, so that the others learn of it instead of waiting for a message that
+never comes. A process that dies ends the job: the others see the connection break, or torchrun stops them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mdistiller.functional.gather import this_process
+from mdistiller.registry import InputError
+
+T = TypeVar("T")
+
+# After which a process that waits for one that lives, but does not answer, gives up. Reading and downloading data,
+# writing checkpoints on a slow disk and compiling kernels must fit in.
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def start() -> None:
+    """Join the other processes where torchrun started several; nothing in one process, or if that is done already.
+
+    From then on, only the first process's standard output is shown. A process takes the GPU of its local rank.
+    """
+    if not dist.is_available() or dist.is_initialized():
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"  # NCCL starts with the first tensor on a GPU
+        if local_rank() < torch.cuda.device_count():
+            torch.cuda.set_device(local_rank())
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the rest of the process's life
+
+
+def stop() -> None:
+    """Part from the other processes, at the end of a run; all must do so."""
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # a trainer that is left over keeps gloo's threads, which may crash the interpreter as it ends
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return this_process()[0]
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return this_process()[1]
+
+
+def local_rank() -> int:
+    """This process's number on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this process writes and talks."""
+    return rank() == 0
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse a device on which the processes would get into each other's way.
+
+    Raises:
+        InputError: one GPU for all, or fewer GPUs than processes.
+    """
+    if world_size() == 1 or device.type != "cuda":
+        return
+    if device.index is not None:
+        raise InputError(
+            f"SOLVER.DEVICE {device} would put all {world_size()} processes on one GPU; give cuda or auto, and each "
+            "takes its own"
+        )
+    if local_rank() >= torch.cuda.device_count():
+        raise InputError(
+            f"process {rank()} finds no GPU of its own: there are {torch.cuda.device_count()} on this machine; start "
+            "as many processes with torchrun --nproc_per_node, or choose them by CUDA_VISIBLE_DEVICES"
+        )
+
+
+def highest(value: int) -> int:
+    """The highest of all processes' values."""
+    if world_size() == 1:
+        return int(value)
+    tensor = torch.tensor([int(value)])
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+class Poll:
+    """The highest of all processes' values, one call late, so that nobody waits: asked once a step.
+
+    In one process it is the value itself, at once.
+    """
+
+    def __init__(self) -> None:
+        self._asked: tuple[Any, Tensor] | None = None
+
+    def __call__(self, value: int) -> int:
+        if world_size() == 1:
+            return value
+        before = self.answer()
+        tensor = torch.tensor([value])
+        self._asked = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True), tensor
+        return before
+
+    def answer(self) -> int:
+        """What was asked last, 0 at the beginning; waits for it."""
+        if self._asked is None:
+            return 0
+        (work, tensor), self._asked = self._asked, None
+        work.wait()
+        return int(tensor)
+
+    def close(self) -> None:
+        """Ask nothing more; other processes may be dead."""
+        with suppress(RuntimeError):
+            self.answer()
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over processes."""
+    if world_size() == 1:
+        return tensor
+    tensor = tensor.clone()
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every process's value, by rank; what can be pickled."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: T) -> T:
+    """The first process's value; what can be pickled."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+@torch.no_grad()
+def broadcast_state(module: torch.nn.Module) -> None:
+    """Give every process the parameters and saved buffers that the module has in the first."""
+    if world_size() > 1:
+        for value in module.state_dict().values():
+            sent = value.contiguous()
+            dist.broadcast(sent, 0)
+            value.copy_(sent)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Around what each process does by itself: an error in one is raised in all. Nothing in it may be collective.
+
+    Where several fail, it is the error of the lowest rank. In the other processes it has an attribute
+    ``told_elsewhere``.
+    """
+    if world_size() == 1:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if not highest(error is not None):
+        return
+    errors = gather_objects(None if error is None else _portable(error))
+    teller = next(number for number, found in enumerate(errors) if found is not None)
+    if teller == rank():
+        raise error
+    foreign = errors[teller]
+    foreign.told_elsewhere = True
+    raise foreign
+
+
+def first(function: Callable[[], T]) -> T:
+    """Run ``function`` in the first process; all get its result, or its error."""
+    result: Any = None
+    with together():
+        if is_first():
+            result = function()
+    return broadcast_object(result)
+
+
+def one_by_machine(function: Callable[[], T]) -> T:
+    """Run ``function`` in every process, on each machine in one process before the others: it may download files."""
+    result: Any = None
+    with together():
+        if local_rank() == 0:
+            result = function()
+    if world_size() > 1:
+        with together():
+            if local_rank() != 0:
+                result = function()
+    return result
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one of its text where it cannot travel."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+        if str(copy) == str(error):
+            return error
+    except Exception:  # constructors of exceptions may ask for anything
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,406 @@
+"""The distiller as several processes train it together.
+
+Each process computes the losses of its share of the batch, and DistributedDataParallel averages the gradients. Losses
+that are means over images then have the gradient of the global batch; where the last batch of an epoch does not divide
+evenly, each process's losses are weighted by its share.
+
+Losses that relate images to each other see the process's own images only, unless ``SOLVER.GATHER`` is on. Then every
+process's images are gathered, the method gets the global batch, and only the networks' work is shared: what a method
+gives to its student or teacher is cut down to the process's images before, and what comes out is made whole after. So
+the method computes what it would compute in one process, whatever it is, on equal numbers in all processes: losses,
+memories of earlier batches, BatchNorm in its adapters. What that costs: the images and the logits travel, of the
+features those that the method looks at, and what the method computes on top of the networks is computed by each
+process. It cannot take gradients with respect to images.
+
+``SOLVER.BATCH_NORM`` says whether BatchNorm takes its statistics from the process's own images (``local``) or from
+those of all processes (``sync``).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from mdistiller.functional import at_least_float32
+from mdistiller.functional.gather import batch_of_processes, join_rows
+
+from . import distributed
+from .utils import log_msg
+
+BATCH_NORMS = ("local", "sync")  # what SOLVER.BATCH_NORM takes
+# What DistributedDataParallel's option of that meaning is called; newer versions of torch have renamed it.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+KEEP_BUFFERS = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+
+
+def shares(images: int, processes: int) -> list[int]:
+    """How many of a batch's images each process gets: equally many, the first ones one more where they don't divide."""
+    return [len(part) for part in torch.arange(images).tensor_split(processes)]
+
+
+class Parallel:
+    """Runs a distiller's training steps and averages their gradients; in one process it has nothing to do.
+
+    Args:
+        distiller: on its device. All processes get the first one's weights.
+        gather: ``SOLVER.GATHER``.
+        batch_norm: ``SOLVER.BATCH_NORM``.
+        overlap: gradients are averaged during the backward pass, of which a step has one. Otherwise, after each.
+    """
+
+    def __init__(self, distiller: nn.Module, gather: bool, batch_norm: str, overlap: bool = True) -> None:
+        self.distiller = distiller
+        self.gather = gather
+        self.overlap = overlap
+        self.world = distributed.world_size()
+        self.wrapper: DistributedDataParallel | None = None
+        self.weight = 1.0
+        if self.world == 1:
+            return
+        if batch_norm == "sync":
+            # With SOLVER.GATHER, what stands behind the networks sees the global batch in every process.
+            for part in _networks(distiller) if gather else [distiller]:
+                synchronize_batch_norm(part)
+        self.local_batch_norm = batch_norm == "local"
+        self.replica = Replica(distiller, gather)
+        self.leaves_unused = self.first_step = False
+        self.in_backward = self.averaged = False  # gradients of the step under way
+        self._wrap()
+
+    def _wrap(self) -> None:
+        # One that searches for parameters without gradient walks through the graph of every step, and says so if it
+        # finds none.
+        self.wrapper = DistributedDataParallel(self.replica, find_unused_parameters=self.leaves_unused, **KEEP_BUFFERS)
+
+    def begin_epoch(self) -> None:
+        """The next step finds out which parameters the method uses now: terms may come and go with the epochs."""
+        self.first_step = self.world > 1
+
+    def __call__(self, given: dict[str, Any], images: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The method's ``forward_train`` in one of several processes: logits of its own images, and the losses.
+
+        Args:
+            given: what of the batch the method takes, the process's share.
+            images: in the batch of all processes.
+        """
+        counts = shares(images, self.world)
+        self.weight = 1.0 if self.gather else self.world * counts[distributed.rank()] / images
+        self.in_backward = self.overlap and not self.first_step
+        with nullcontext() if self.in_backward else self.wrapper.no_sync():
+            return self.wrapper(counts, given)
+
+    def weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses as this process is to minimise them, so that the mean over processes is that of the batch."""
+        return losses if self.weight == 1 else {name: self.weight * loss for name, loss in losses.items()}
+
+    def after_backward(self) -> None:
+        """To be called after each backward pass: averages what was not averaged in it."""
+        if self.world == 1:
+            return
+        if not self.in_backward:
+            lacking = average_gradients(self.distiller)
+            if self.overlap and lacking and not self.leaves_unused:
+                self.leaves_unused = True
+                self.wrapper = None  # takes its hooks off the parameters, before the next one puts its own on
+                self._wrap()
+            self.first_step = False
+        self.averaged = True
+
+    def end_step(self) -> None:
+        """Make sure that the step's gradients were averaged; a trainer may have an ``update`` of its own.
+
+        Raises:
+            RuntimeError: they were not.
+        """
+        if self.world > 1 and not self.averaged:
+            raise RuntimeError("a trainer's update() must call self.parallel.after_backward() after each backward()")
+        self.in_backward = self.averaged = False
+
+    def average_statistics(self, *modules: nn.Module) -> None:
+        """Give all processes the mean of their BatchNorm statistics, in the distiller and in ``modules``.
+
+        The running statistics are linear in those of the batches, so it does not matter how often this is done.
+        """
+        if self.world == 1 or not self.local_batch_norm:
+            return
+        teacher = getattr(self.distiller, "teacher", None)
+        fixed = set() if teacher is None else set(teacher.modules())
+        for part in (self.distiller, *modules):
+            for module in part.modules():
+                if isinstance(module, _BatchNorm) and module not in fixed and module.running_mean is not None:
+                    for statistic in (module.running_mean, module.running_var):
+                        dist.all_reduce(statistic)
+                        statistic /= self.world
+
+    def warn_of_differing_buffers(self) -> None:
+        """Say so if a method keeps something, such as a memory of features, that each process fills differently."""
+        if self.world == 1:
+            return
+        teacher = getattr(self.distiller, "teacher", None)
+        fixed = set() if teacher is None else {id(buffer) for buffer in teacher.buffers()}
+        buffers = {name: b for name, b in self.distiller.named_buffers() if b.numel() and id(b) not in fixed}
+        if not buffers:
+            return
+        sums = torch.stack([buffer.detach().double().sum().cpu() for buffer in buffers.values()])
+        low, high = -_highest(-sums), _highest(sums)
+        differing = [name for name, same in zip(buffers, (low == high).tolist(), strict=True) if not same]
+        if differing:
+            print(
+                log_msg(
+                    f"WARNING: processes do not agree on {', '.join(differing[:4])}, which the method fills from the "
+                    "images that it sees; what is saved is the first process's. With SOLVER.GATHER True every "
+                    "process sees all images of the batch",
+                    "INFO",
+                ),
+                flush=True,
+            )
+
+
+def _highest(values: Tensor) -> Tensor:
+    values = values.clone()
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
+@torch.no_grad()
+def average_gradients(module: nn.Module) -> bool:
+    """Replace every gradient by the mean over processes; one that a process lacks counts as zero there.
+
+    Returns:
+        Whether a process lacked any.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    found = distributed.total(torch.tensor([p.grad is not None for p in parameters]).long())
+    groups: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
+    for parameter, processes in zip(parameters, found.tolist(), strict=True):
+        if processes:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    for group in groups.values():
+        flat = torch.cat([p.grad.reshape(-1) for p in group])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for parameter, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
+    return bool((found < dist.get_world_size()).any())
+
+
+class Replica(nn.Module):
+    """The distiller's training pass in one process, with its share of the batch; see the top of the file.
+
+    Args:
+        distiller: the method.
+        gather: let it see the batch of all processes.
+    """
+
+    def __init__(self, distiller: nn.Module, gather: bool) -> None:
+        super().__init__()
+        self.distiller = distiller
+        self.gather = gather
+
+    def forward(self, counts: list[int], given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        with batch_of_processes(counts, gathered=self.gather):
+            logits, losses = self._whole_batch(counts, given) if self.gather else self.distiller(**given)
+        return logits.detach(), losses  # or the search for unused parameters would count what only logits use
+
+    def _whole_batch(self, counts: list[int], given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        rank = distributed.rank()
+        whole = {
+            name: join_rows(value, counts) if _has_rows(value, counts[rank]) else value for name, value in given.items()
+        }
+        with ExitStack() as stack:
+            for network in _networks(self.distiller):
+                stack.enter_context(_work_shared(network, counts))
+            logits, losses = self.distiller(**whole)
+        return logits.split(counts)[rank], losses
+
+
+@contextmanager
+def _work_shared(network: nn.Module, counts: Sequence[int]) -> Iterator[None]:
+    """Within it, a pass through the network is divided among the processes; hooks on the network see all of it.
+
+    What is no batch of views of the images is not divided: each process computes all of it.
+    """
+    # A network that was compiled in place is called by the compiled function, which must not see any of this.
+    name = "forward" if network._compiled_call_impl is None else "_compiled_call_impl"
+    own, forward = vars(network).get(name), getattr(network, name)
+
+    def shared(*args: Any, **kwargs: Any) -> Any:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+        count = len(given[0]) if given else 0
+        if not count or count % sum(counts):
+            return forward(*args, **kwargs)
+        rows = _Rows(count, counts)
+
+        def cut(value: Any) -> Any:
+            return rows.of_this_process(value) if _has_rows(value, count) else value
+
+        return _whole(forward(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()}), rows)
+
+    setattr(network, name, shared)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(network, name)
+        else:
+            setattr(network, name, own)
+
+
+def _has_rows(value: Any, count: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
+
+
+class _Rows:
+    """Which rows of ``(count, ...)`` belong to which process: those of views of its images.
+
+    A method may put several views into one pass, one after the other: ``count`` is a multiple of the batch then.
+    """
+
+    def __init__(self, count: int, counts: Sequence[int]) -> None:
+        self.count, self.images, self.rank = count, tuple(counts), distributed.rank()
+        self.views = count // sum(counts)
+        self.counts = [self.views * images for images in counts]
+
+    def of_this_process(self, tensor: Tensor) -> Tensor:
+        if self.views == 1:
+            return tensor.split(self.counts)[self.rank]
+        return tensor[_by_process(self.count, self.images, tensor.device)[0].split(self.counts)[self.rank]]
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        if not _has_rows(tensor, self.counts[self.rank]):
+            return tensor
+        with torch.set_grad_enabled(tensor.requires_grad):  # features may be looked at later, within no_grad
+            gathered = join_rows(tensor, self.counts, same_losses=True)
+            return gathered if self.views == 1 else gathered[_by_process(self.count, self.images, tensor.device)[1]]
+
+
+@functools.lru_cache(maxsize=64)
+def _by_process(count: int, images: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rows in the order of the processes that have them, and how to undo that."""
+    parts = torch.arange(count).view(-1, sum(images)).split(images, dim=1)
+    order = torch.cat([part.flatten() for part in parts])
+    return order.to(device), order.argsort().to(device)
+
+
+def _whole(output: Any, rows: _Rows) -> Any:
+    """A network's output of all processes: logits at once, of features what is looked at."""
+    if isinstance(output, Tensor):
+        return rows.whole(output)
+    if isinstance(output, tuple):
+        return tuple(_whole(part, rows) for part in output)
+    if isinstance(output, Mapping):
+        return _Features(output, rows)
+    if isinstance(output, list):
+        return _Maps(output, rows)
+    return output
+
+
+class _Features(Mapping):
+    """A network's features, each gathered when it is asked for."""
+
+    def __init__(self, own: Mapping[str, Any], rows: _Rows) -> None:
+        self.own, self.rows = own, rows
+        self.gathered: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.gathered:
+            self.gathered[key] = _whole(self.own[key], self.rows)
+        return self.gathered[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.own)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+
+class _Maps(Sequence):
+    """A list of feature maps, each gathered when it is asked for. A slice of it is a plain list."""
+
+    def __init__(self, own: list[Any], rows: _Rows) -> None:
+        self.own, self.rows = own, rows
+        self.gathered: dict[int, Any] = {}
+
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        number = range(len(self))[place]
+        if number not in self.gathered:
+            self.gathered[number] = _whole(self.own[number], self.rows)
+        return self.gathered[number]
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+
+def synchronize_batch_norm(part: nn.Module) -> None:
+    """Let every BatchNorm take the statistics of its batches from all processes. Names and weights stay."""
+    on_gpu = next(part.parameters()).is_cuda
+    for module in part.modules():
+        if isinstance(module, _BatchNorm):
+            module.__class__ = nn.SyncBatchNorm if on_gpu else SyncBatchNorm  # in place: a method may hold it
+            module.process_group = None
+
+
+def _networks(distiller: nn.Module) -> list[nn.Module]:
+    return [net for net in (distiller.student, getattr(distiller, "teacher", None)) if net is not None]
+
+
+class SyncBatchNorm(_BatchNorm):
+    """``nn.SyncBatchNorm``, which is for GPUs, on the CPU."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any dimension: it stands in for all kinds of BatchNorm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or distributed.world_size() == 1:
+            return super().forward(input)
+        given, input = input, at_least_float32(input)
+        dims = [0, *range(2, input.ndim)]
+        count = torch.tensor([float(input.numel() // input.shape[1])], dtype=input.dtype)
+        sums = _sum_over_processes(torch.cat([input.sum(dims), count]))
+        mean = sums[:-1] / sums[-1]
+        centred = input - _as_channels(mean, input)
+        squares = _sum_over_processes(centred.square().sum(dims))
+        variance = squares / sums[-1]
+        if self.track_running_stats:
+            self.num_batches_tracked += 1
+            share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), share)
+            unbiased = squares.detach() / (sums[-1].detach() - 1).clamp(min=1)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
+        output = centred * _as_channels((variance + self.eps).rsqrt(), input)
+        if self.affine:
+            output = output * _as_channels(self.weight, input) + _as_channels(self.bias, input)
+        return output.to(given.dtype)
+
+
+def _as_channels(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(1, -1, *[1] * (like.ndim - 2))
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes; a process's gradient is the sum of all processes' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return distributed.total(tensor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return distributed.total(gradient.contiguous())
+
+
+_sum_over_processes = _Sum.apply

@@ -1,0 +1,140 @@
+"""The page of all methods: what each needs of batch and teacher, what it adds, what it costs.
+
+Everything is read off the code or measured: which of the teacher's outputs a method depends on is found by disturbing
+one after the other, costs come from the reports of ``tools/bench.py step`` and ``memory``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.dataset import batch_fields
+from mdistiller.dataset.fields import wants_negatives
+from mdistiller.engine.build import build_distiller, needs_teacher
+from mdistiller.engine.cfg import CFG
+from mdistiller.models import cifar_model_dict
+from mdistiller.registry import InputError, distiller_dict
+
+OUTPUTS = {"logits": "logits", "feats": "maps", "preact_feats": "maps before ReLU", "pooled_feat": "pooled features"}
+GOLDEN_NAMES = {"MLKD": "mlld"}  # where the reference values have another name than the method
+COLUMNS = ("method", "paper", "family", "batch", "of the teacher", "extra parameters", "step", "memory", "golden cases")
+INTRODUCTION = """# The methods
+
+Made by `{command}` from the code, from the reference values in `tests/golden` and from two measurements of
+`tools/bench.py`; do not edit by hand.
+
+- batch: the views of each image that a step takes, and what else beside the labels.
+- of the teacher: the outputs on which the losses depend.
+- extra parameters: trained beside the student's, for resnet32x4 to resnet8x4 with 100 classes.
+- step: time of a training step divided by that of KD with as many views; memory: what training adds to a process,
+  divided by KD's. {measured}
+- golden cases: sets of reference values, computed by the papers' own or mdistiller's code, that the tests compare with.
+"""
+
+
+def write_methods_page(path: Path, step: Path, memory: Path, golden: Path, command: str) -> None:
+    """Write the page.
+
+    Args:
+        path: of the Markdown file.
+        step: report of ``tools/bench.py step --json``.
+        memory: report of ``tools/bench.py memory --json``.
+        golden: folder of the reference values.
+        command: as which the page was asked for.
+
+    Raises:
+        InputError: a report that cannot be read.
+    """
+    reports = [_report(step), _report(memory)]
+    costs = [{row["name"]: row["ratio"]["median"] for row in report["rows"]} for report in reports]
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    for name in sorted(distiller_dict):
+        step_ratio, memory_ratio = (f"{cost[name]:.2f}" if name in cost else "-" for cost in costs)
+        lines.append([*facts(name), step_ratio, memory_ratio, str(golden_cases(name, golden) or "-")])
+    measured = "; ".join(
+        f"{report['what']}: {report['teacher'].split(',')[0]} to {report['student']}, {report['data']}, "
+        f"{report['precision']}, {report['machine']['processor']}, {report['date'][:10]}"
+        for report in reports
+    )
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    path.write_text(INTRODUCTION.format(command=command, measured=f"Measured as {measured}.") + "\n" + table + "\n")
+
+
+def facts(name: str) -> list[str]:
+    """The columns that are read off the code."""
+    cls = distiller_dict[name]
+    fields = [field.removeprefix("image_") if field != "image" else "one view" for field in batch_fields(cls)]
+    batch = fields + (["negatives"] if wants_negatives(cls) else [])
+    cfg = CFG.clone()
+    cfg.merge_from_list(["DISTILLER.TYPE", name])
+    extra = _build(cfg, "resnet32x4", "resnet8x4", 100).get_extra_parameters()
+    used = ", ".join(OUTPUTS[key] for key in teacher_outputs(cfg)) if needs_teacher(cfg) else ""
+    return [
+        f"`{name}`", getattr(cls, "paper", "") or "-", getattr(cls, "family", "") or "-", ", ".join(batch), used or "-",
+        f"{extra:,}",
+    ]  # fmt: skip
+
+
+def teacher_outputs(cfg: Any) -> list[str]:
+    """Which outputs of the teacher move the losses of the method that ``cfg`` names, found by disturbing each."""
+    found = []
+    reference = _losses(cfg, "")
+    for key in OUTPUTS:
+        if not torch.equal(_losses(cfg, key), reference):
+            found.append(key)
+    return found
+
+
+def golden_cases(name: str, golden: Path) -> int:
+    """How many sets of reference values there are for the method in ``golden``."""
+    cases = json.loads((golden / "losses" / "losses.json").read_text())
+    return sum(case["method"] == GOLDEN_NAMES.get(name, name.lower()) for case in cases)
+
+
+def _losses(cfg: Any, disturbed: str) -> Tensor:
+    """The losses on one small random batch, the teacher's output ``disturbed`` with noise on it."""
+    distiller = _build(cfg, "resnet14", "resnet8", 10)
+
+    def disturb(module: nn.Module, args: Any, output: Any) -> Any:
+        logits, features = output
+        generator = torch.Generator().manual_seed(1)
+
+        def noisy(value: Any) -> Any:
+            if isinstance(value, list):
+                return [noisy(part) for part in value]
+            return value + torch.randn(value.shape, generator=generator)
+
+        given = {"logits": logits, **features}
+        given = {key: noisy(value) if key == disturbed else value for key, value in given.items()}
+        return given.pop("logits"), given
+
+    distiller.teacher.register_forward_hook(disturb)
+    generator = torch.Generator().manual_seed(0)
+    cls, images = type(distiller), 8
+    batch = {field: torch.randn(images, 3, 16, 16, generator=generator) for field in batch_fields(cls)}
+    batch |= {"target": torch.arange(images), "index": torch.arange(images)}
+    if wants_negatives(cls):
+        batch["contrastive_index"] = torch.arange(images).repeat(images, 1)
+    torch.manual_seed(0)
+    _, losses = distiller(**batch, epoch=1)
+    return torch.stack([loss.detach().mean() for loss in losses.values()])
+
+
+def _build(cfg: Any, teacher: str, student: str, classes: int) -> nn.Module:
+    torch.manual_seed(0)
+    networks = [cifar_model_dict[name][0](num_classes=classes) for name in (student, teacher)]
+    return build_distiller(cfg, *networks, num_data=50).train()
+
+
+def _report(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot read the measurement {path}: {error}; make it with tools/bench.py --json {path}"
+        ) from None

@@ -5,7 +5,7 @@ Yun et al. CutMix: Regularization Strategy to Train Strong Classifiers with Loca
 arXiv:1905.04899.
 
 As in views, the draws are functions of seed, epoch, image index and name. Other than a view, the result depends on
-the batch: an image's partner is one of those it comes with.
+the batch: an image's partner is one of those it comes with, of its own process where several train.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from mdistiller.dataset import dataset_dict
-from mdistiller.engine.acceleration import check_compiler, keep_freed_memory
+from mdistiller.engine.acceleration import check_compiler
 from mdistiller.engine.build import needs_teacher
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.precision import Precision
@@ -174,7 +174,10 @@ def train(settings: Settings, folder: Path) -> list[Row]:
 
 
 class OldRun:
-    """Epochs of the old loop, with ``DATASET.NUM_WORKERS`` worker processes that each epoch starts anew."""
+    """Epochs of the old loop, with ``DATASET.NUM_WORKERS`` worker processes that each epoch starts anew.
+
+    It shares the process with our own runs, hence the memory that they keep, which flatters it.
+    """
 
     def __init__(self, cfg: Any, folder: Path) -> None:
         subject: Subject = build_subject(cfg, folder, num_batches=1)
@@ -197,7 +200,6 @@ class OldRun:
 
     def epoch(self) -> None:
         self.number += 1
-        keep_freed_memory(self.device, keep=False)
         old_loop.train_epoch(self.distiller, self.train, self.optimizer, self.number, self.device)
         old_loop.validate(self.distiller, self.test, self.device)
         torch.save({"model": self.distiller.state_dict(), "optimizer": self.optimizer.state_dict()}, self.latest)
@@ -221,7 +223,6 @@ class OwnRun:
         return output
 
     def epoch(self) -> None:
-        keep_freed_memory(self.trainer.precision.device)
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):  # each evaluation prints a line
             self.trainer.run_epoch()

@@ -54,11 +54,11 @@ def accelerate(distiller: nn.Module, cfg: Any) -> None:
         distiller.student.compile(**options)
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 NEVER = 2**31 - 1  # bytes: of what is free at the heap's end, only more than that is given back
 
 
-def keep_freed_memory(device: torch.device, keep: bool = True) -> None:
+def keep_freed_memory(device: torch.device) -> None:
     """Have the C library keep freed memory for the next step instead of giving it back to the system.
 
     Without it, each map of more than 32 MB is fetched from the system anew, page by page, and zeroed: a third of the
@@ -66,15 +66,13 @@ def keep_freed_memory(device: torch.device, keep: bool = True) -> None:
 
     Args:
         device: where the networks run.
-        keep: ``False``: as the C library does by itself once it has seen large tensors come and go.
     """
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0 if keep else 2**16)
-        mallopt(M_MMAP_THRESHOLD, 2**25)
-        mallopt(M_TRIM_THRESHOLD, NEVER if keep else 2**26)
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, NEVER)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -24,7 +24,8 @@ from .mixing import LabelMixing
 from .negatives import Negatives
 from .views import Draws, View, apply_view, name_key, normalize
 
-Request = tuple[int, Tensor]
+# Epoch and indices. With a third entry, of the batch that they make the images in these places are wanted only.
+Request = tuple[int, Tensor] | tuple[int, Tensor, Tensor]
 Batch = dict[str, Tensor]
 
 
@@ -75,7 +76,21 @@ class BatchedImages(Dataset):
 
         If wanted, also ``"index"``, ``(B,)`` int64, and ``"contrastive_index"``, ``(B, K + 1)`` int64.
         """
-        epoch, index = request
+        epoch, index, *wanted = request
+        if wanted:
+            return self._part_of_mixed(epoch, index, *wanted)
+        batch = self._unmixed(epoch, index)
+        return batch if self.mixing is None else self.mixing(batch, epoch, index)
+
+    def _part_of_mixed(self, epoch: int, index: Tensor, places: Tensor) -> Batch:
+        """What the images in these places become in their batch: made of them and their partners."""
+        partners, count = self.mixing.partners(epoch, index)[places], len(places)
+        index = index[torch.cat([places, partners])]
+        partner = torch.arange(count, 2 * count, device=index.device).repeat(2)  # of the partners, nothing is kept
+        mixed = self.mixing(self._unmixed(epoch, index), epoch, index, partner)
+        return {name: value[:count] for name, value in mixed.items()}
+
+    def _unmixed(self, epoch: int, index: Tensor) -> Batch:
         images = self.split.images.index_select(0, index)
         batch = {}
         for field, (name, view) in self.views.items():
@@ -86,7 +101,7 @@ class BatchedImages(Dataset):
             batch["index"] = index
         if self.negatives is not None:
             batch["contrastive_index"] = self.negatives.draw(epoch, index)
-        return batch if self.mixing is None else self.mixing(batch, epoch, index)
+        return batch
 
 
 class EpochSampler(Sampler[Request]):
@@ -102,6 +117,7 @@ class EpochSampler(Sampler[Request]):
         device: torch.device,
         share: tuple[int, int] = (0, 1),
         in_turn: bool = False,
+        mixed: bool = False,
     ) -> None:
         self.num_data = num_data
         self.batch_size = batch_size
@@ -111,6 +127,7 @@ class EpochSampler(Sampler[Request]):
         self.device = device
         self.share = share
         self.in_turn = in_turn
+        self.mixed = mixed
         self.epoch = 1
         self.start_step = 0
 
@@ -130,6 +147,9 @@ class EpochSampler(Sampler[Request]):
         rank, processes = self.share
         if self.in_turn:
             batches = batches[rank::processes]
+        elif processes > 1 and self.mixed:
+            places = [torch.arange(len(b), device=self.device).tensor_split(processes)[rank] for b in batches]
+            return iter([(self.epoch, indices, own) for indices, own in zip(batches, places, strict=True)])
         elif processes > 1:
             batches = [indices.tensor_split(processes)[rank] for indices in batches]
         return iter([(self.epoch, indices) for indices in batches])
@@ -176,7 +196,10 @@ class Loader:
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_data = len(dataset)
-        self.sampler = EpochSampler(self.num_data, batch_size, shuffle, seed, drop_last, dataset.device, share, in_turn)
+        mixed = dataset.mixing is not None and dataset.mixing.needs_partners
+        self.sampler = EpochSampler(
+            self.num_data, batch_size, shuffle, seed, drop_last, dataset.device, share, in_turn, mixed
+        )
         self._batches = _start_workers(dataset, self.sampler, num_workers) if num_workers else None
         if num_workers:
             # Python ends what is left of them by SIGTERM, to which they are deaf: end them before, in torch's way.

@@ -5,7 +5,7 @@ Yun et al. CutMix: Regularization Strategy to Train Strong Classifiers with Loca
 arXiv:1905.04899.
 
 As in views, the draws are functions of seed, epoch, image index and name. Other than a view, the result depends on
-the batch: an image's partner is one of those it comes with.
+the batch: an image's partner is one of those it comes with, of its own process where several train.
 """
 
 from __future__ import annotations
@@ -104,20 +104,32 @@ class LabelMixing:
         self.num_classes, self.seed = num_classes, seed
         self.mixup, self.cutmix, self.smoothing = mixup, cutmix, smoothing
 
-    def __call__(self, batch: dict[str, Tensor], epoch: int, index: Tensor) -> dict[str, Tensor]:
+    @property
+    def needs_partners(self) -> bool:
+        """Whether an image depends on others, rather than only its label being smoothed."""
+        return bool(self.mixup or self.cutmix)
+
+    def partners(self, epoch: int, index: Tensor) -> Tensor:
+        """``(B,)`` int64: for each image of a batch, the place in the batch of the one that is mixed in."""
+        return draw_partners(Draws.of_view("mixing", self.seed, epoch, index))
+
+    def __call__(
+        self, batch: dict[str, Tensor], epoch: int, index: Tensor, partner: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The batch mixed.
 
         Args:
             batch: ``image...`` in floating point and ``target``.
             epoch: from 1.
             index: ``(B,)``, which draws an image has.
+            partner: ``(B,)``; where not given, :meth:`partners`.
         """
         target = F.one_hot(batch["target"], self.num_classes).float()
         target = (1 - self.smoothing) * target + self.smoothing / self.num_classes
-        if not (self.mixup or self.cutmix):
+        if not self.needs_partners:
             return {**batch, "target": target}
         rng = Draws.of_view("mixing", self.seed, epoch, index)
-        partner, cut = draw_partners(rng), self._cut(rng.skip(1))
+        partner, cut = self.partners(epoch, index) if partner is None else partner, self._cut(rng.skip(1))
         fields = [name for name in batch if name.startswith("image")]
         inside, left = _rectangles(batch[fields[0]], rng.skip(2), self.cutmix) if self.cutmix else (None, None)
         share = draw_shares(rng.skip(2), self.mixup) if self.mixup else left

@@ -75,6 +75,8 @@ class _ScaledGradient(torch.autograd.Function):
 class CTKD(Distiller):
     """Cross-entropy on the labels plus :func:`~mdistiller.distillers.KD.kd_loss` at a learned temperature."""
 
+    mixed_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
         own = cfg.CTKD

@@ -123,6 +123,8 @@ def mlkd_losses(
 class MLKD(Distiller):
     """Cross-entropy on both views plus :func:`mlkd_losses` on their logits."""
 
+    mixed_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
         own = cfg.KD

@@ -106,6 +106,8 @@ class Connectors(nn.Module):
 class OFD(Distiller):
     """Cross-entropy on the labels plus :func:`ofd_loss` on the stages' maps."""
 
+    mixed_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
         self.ce_weight, self.feat_weight = cfg.OFD.LOSS.CE_WEIGHT, cfg.OFD.LOSS.FEAT_WEIGHT

@@ -135,6 +135,8 @@ class ABF(nn.Module):
 class ReviewKD(Distiller):
     """Cross-entropy on the labels plus :func:`hcl_loss` on fused levels."""
 
+    mixed_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
         own = cfg.REVIEWKD

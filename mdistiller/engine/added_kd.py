@@ -7,7 +7,8 @@ to, and the logits of the batch's views are taken from them:
   :func:`~mdistiller.distillers.KD.kd_loss`; a view that the student is never shown has none;
 - images that the method adds of its own (rotated or mixed copies) are left out, also where one call holds both;
 - of several calls with one view the first that has a gradient counts for the student, and the first for the teacher;
-- the teacher is asked again only for views that the method did not show it; its logits are constant.
+- the teacher is asked again only for views that the method did not show it, or not in eval mode (OFD normalises by the
+  batch); its logits are constant.
 
 Where in the calls a view lies is found by comparing images, once for each set of batch sizes: a method must call its
 networks alike in all steps with equal batches.
@@ -59,7 +60,7 @@ class AddedKD:
         self._stop()  # after a step that failed
         if distiller.training:
             for role in ("student", "teacher"):
-                keep = partial(_keep, self.calls.setdefault(role, []))
+                keep = partial(_keep, self.calls.setdefault(role, []), role == "teacher")
                 self.handles.append(getattr(distiller, role).register_forward_hook(keep, with_kwargs=True))
 
     def add(self, distiller: nn.Module, args: Any, kwargs: dict[str, Tensor], output: Any) -> Any:
@@ -103,7 +104,12 @@ class AddedKD:
             return _logits_of(distiller.teacher(view))
 
 
-def _keep(calls: list[Call], network: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+def _keep(
+    calls: list[Call], in_eval_mode: bool, network: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+) -> None:
+    """Note a call; of a network that should be in eval mode only if it is."""
+    if in_eval_mode and any(module.training for module in network.modules()):
+        return
     given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     calls.append((given, _logits_of(output)))
 

@@ -6,6 +6,7 @@ import torch
 from mdistiller.dataset import Split
 from mdistiller.dataset.cifar100 import CIFAR100
 from mdistiller.dataset.loader import BatchedImages, Loader
+from mdistiller.dataset.mixing import LabelMixing
 
 SPLIT = Split(
     torch.randint(0, 256, (53, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
@@ -134,6 +135,18 @@ def test_processes_with_workers_together_see_what_one_sees():
     whole = make_loader()
     whole.set_epoch(3)
     assert_same(undivided, whole)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_partners_of_mixed_images_come_from_the_batch_of_all_processes(num_workers):
+    mixing = LabelMixing(5, mixup=0.8, cutmix=1.0, smoothing=0.1, seed=3)
+
+    def mixed(**options):
+        dataset = BatchedImages(SPLIT, TWO_VIEWS, CIFAR100.mean, CIFAR100.std, 0, with_index=True, mixing=mixing)
+        return Loader(dataset, 8, shuffle=True, **options)
+
+    parts = [mixed(share=(rank, 2), num_workers=num_workers) for rank in range(2)]
+    assert_same(joined(parts), mixed())
 
 
 def test_processes_take_whole_batches_in_turn():

@@ -66,15 +66,22 @@ def test_losses_and_gradient_are_the_methods_plus_kd(method):
 
 @pytest.mark.parametrize("method", TEACHER_METHODS)
 def test_no_network_runs_more_often(method):
-    counts = []
+    counts, batch = [], make_batch(method)
     for values in ({}, ADDED):
-        distiller, passes = build(method, values), []
-        for network in (distiller.student, distiller.teacher):
-            network.register_forward_hook(lambda module, args, output, passes=passes: passes.append(len(args[0])))
-        for _ in range(2):
-            distiller(**make_batch(method), epoch=1)
+        distiller, passes = build(method, values), {"student": [], "teacher": []}
+        for role, found in passes.items():
+
+            def count(network, args, output, found=found, role=role):
+                in_eval = not any(module.training for module in network.modules())
+                found.extend([len(args[0])] * (role == "student" or in_eval))
+
+            getattr(distiller, role).register_forward_hook(count)
+        distiller(**batch, epoch=1)
         counts.append(passes)
-    assert counts[0] == counts[1]
+    without, with_kd = counts
+    assert with_kd["student"] == without["student"]
+    # A teacher that was never in eval mode is asked once for each view.
+    assert with_kd["teacher"] == (without["teacher"] or [len(view) for view in views_of(batch)])
 
 
 def test_kd_beside_dcd_and_beside_kd():

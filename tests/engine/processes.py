@@ -24,6 +24,7 @@ from torch import nn
 from mdistiller.distillers import Distiller
 from mdistiller.engine import distributed, hooks
 from mdistiller.engine.build import build_distiller
+from mdistiller.engine.dot import DOT
 from mdistiller.engine.evaluate import evaluate
 from mdistiller.engine.parallel import Parallel, SyncBatchNorm, average_gradients, shares
 from mdistiller.engine.run import run
@@ -320,24 +321,6 @@ def networks(method):
     return distiller.student, distiller.teacher
 
 
-class TwoPasses(BaseTrainer):
-    """A backward pass for each loss, as DOT has."""
-
-    backward_passes = 2
-
-    def update(self, losses):
-        found = []
-        for loss in losses.values():
-            self.optimizer.zero_grad()
-            loss.backward(retain_graph=True)
-            self.parallel.after_backward()
-            found.append([p.grad for p in self.distiller.parameters()])
-        for p, gradients in zip(self.distiller.parameters(), zip(*found, strict=True), strict=True):
-            given = [gradient for gradient in gradients if gradient is not None]
-            p.grad = sum(given) if given else None
-        self.optimizer.step()
-
-
 class Forgetful(BaseTrainer):
     """Knows nothing of several processes."""
 
@@ -358,9 +341,9 @@ def trainer_of(cls, folder):
 
 def trainers(rank, folder):
     distributed.first(lambda: teacher_file(folder))
-    two = trainer_of(TwoPasses, folder / "two")
-    two.train()
-    return {"two": two.distiller.student.state_dict(), "forgetful": raised(trainer_of(Forgetful, folder / "two").train)}
+    dot = trainer_of(DOT, folder / "two")  # with two backward passes
+    dot.train()
+    return {"dot": dot.distiller.student.state_dict(), "forgetful": raised(trainer_of(Forgetful, folder / "two").train)}
 
 
 # Runs

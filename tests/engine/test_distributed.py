@@ -162,12 +162,12 @@ def test_what_a_method_keeps_differently_is_named(found):
         assert "do not agree on seen" in result["fickle"]["warned"]
 
 
-def test_a_trainer_of_its_own_with_two_backward_passes(place, found):
-    expected = processes.trainer_of(processes.TwoPasses, place / "one")
+def test_dot_with_its_two_backward_passes(place, found):
+    expected = processes.trainer_of(processes.DOT, place / "one")
     expected.train()
     for result in of_task(found, "trainers"):
         for name, value in expected.distiller.student.state_dict().items():
-            torch.testing.assert_close(result["two"][name], value, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(result["dot"][name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_a_trainer_that_forgets_to_average_is_told(found):

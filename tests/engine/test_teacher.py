@@ -218,6 +218,9 @@ def test_code_that_cannot_be_traced_stays() -> None:
     assert "forward" not in vars(net)
 
 
+BATCH_STATISTICS = {"OFD"}  # the teacher's batch norms use the batch's, so there is nothing to fold
+
+
 @pytest.mark.parametrize("method", method_cases.TEACHER_METHODS)
 def test_every_method_gives_the_same_losses(method) -> None:
     plain = method_cases.build(method)
@@ -225,7 +228,8 @@ def test_every_method_gives_the_same_losses(method) -> None:
     speed_up_teacher(fast.teacher)
     batch = method_cases.make_batch(method)
     (_, expected), (_, found) = plain(**batch, epoch=1), fast(**batch, epoch=1)
-    assert isinstance(fast.teacher.forward, FoldedForward) and fast.teacher.forward.calls
+    assert isinstance(fast.teacher.forward, FoldedForward)
+    assert bool(fast.teacher.forward.calls) == (method not in BATCH_STATISTICS)
     for name, loss in expected.items():
         torch.testing.assert_close(found[name], loss, rtol=1e-3, atol=1e-4)  # some weights are in the thousands
     for losses in (expected, found):

@@ -65,7 +65,7 @@ PLUS_DEFAULTS = {
     "ACCLIMATE_LR": 0.0,  # 0: a tenth of SOLVER.LR
     "ACCLIMATE_MODULES": [],  # of the teacher; empty: its last convolution and its classifier
 }
-PAPER = "Huang et al., Knowledge Distillation from A Stronger Teacher, arXiv:2205.10536"
+PAPER = "Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, arXiv:2205.10536"
 PLUS_PAPER = "Huang et al., DIST+: Knowledge Distillation from A Stronger Adaptive Teacher"
 
 RELATIONS = ("pearson", "cosine", "kl")

@@ -19,7 +19,9 @@ What the paper leaves open; these are our readings:
   batches, with gradient;
 - ``RELATION`` kl (Tab. 9): with rows only it is KD; columns are taken as they stand, not normalised to sum 1;
 - ``L_ta`` has the student's ``TAU`` and ``EPS``, but not the factor ``TAU ** 2``; with mixed labels ``(B, C)`` the
-  target is the likeliest class;
+  target is the likeliest class. Its rows are divided by their sums, which changes nothing but what ``EPS`` weighs: as
+  they stand in the softmax over all classes, they are tiny where both networks are sure of the target, and beside
+  ``EPS`` the loss would fade (at a probability of 0.9999, 100 classes and ``TAU`` 1, to a few per cent);
 - ``ACCLIMATE_MODULES``: by default the teacher's last ``nn.Conv2d`` and last ``nn.Linear``; of modules that are named,
   BatchNorm's scale and shift stay as they are;
 - ``ACCLIMATE_LR``: a tenth of the student's, on the same schedule, and no weight decay, which would erode the teacher
@@ -139,8 +141,8 @@ def acclimation_loss(
         logits_t: ``(B, C)`` raw scores; gradient flows.
         target: class numbers ``(B,)``, or ``(B, C)`` shares of mixed labels, of which the largest counts.
         tau: temperature above 0.
-        kind: ``"nontarget"``: without the target's column (what is left needs no new sum, the distance is blind to
-            scale); ``"all"``: all classes; ``"kl"``: KL(student || teacher) over all classes.
+        kind: ``"nontarget"``: the softmax over all classes but the target, whose logit neither counts nor learns;
+            ``"all"``: all classes; ``"kl"``: KL(student || teacher) over all classes.
         eps: see :func:`pearson_distance`.
 
     Returns:
@@ -149,13 +151,12 @@ def acclimation_loss(
     z_s, z_t = at_least_float32(logits_s.detach()) / tau, at_least_float32(logits_t) / tau
     if kind == "kl":
         return F.kl_div(z_t.log_softmax(1), z_s.log_softmax(1), reduction="batchmean", log_target=True)
-    p_s, p_t = z_s.softmax(1), z_t.softmax(1)
     if _known("kind", kind, ACCLIMATIONS[:2]) == "nontarget":
         target = target.argmax(1) if target.ndim == 2 else target
-        columns = torch.arange(p_s.shape[1] - 1, device=target.device)
+        columns = torch.arange(z_s.shape[1] - 1, device=target.device)
         others = columns + (columns >= target[:, None]).long()
-        p_s, p_t = p_s.gather(1, others), p_t.gather(1, others)
-    return pearson_distance(p_s, p_t, 1, eps).mean()
+        z_s, z_t = z_s.gather(1, others), z_t.gather(1, others)
+    return pearson_distance(z_s.softmax(1), z_t.softmax(1), 1, eps).mean()
 
 
 def channel_relation_loss(f_s: Tensor, f_t: Tensor, relation: str = "pearson", eps: float = EPS) -> Tensor:
@@ -349,7 +350,12 @@ def same_size(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _last_layers(network: nn.Module) -> list[nn.Module]:
-    """The last convolution and the last linear layer in the order in which the network registers them."""
+    """The last convolution and the last linear layer in the order in which the network registers them.
+
+    What is wanted are the last ones that are called. In all registered networks these are the same (tested), and to
+    find out for others would take a pass through the network on images whose size is not known here; such a network
+    takes ``ACCLIMATE_MODULES``.
+    """
     found = []
     for kind in (nn.Conv2d, nn.Linear):
         layers = [module for module in network.modules() if isinstance(module, kind)]

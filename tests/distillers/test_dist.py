@@ -23,7 +23,7 @@ from mdistiller.distillers.DIST import (
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.engine.build import build_distiller
 from mdistiller.engine.solver import build_optimizer
-from mdistiller.models import cifar_model_dict
+from mdistiller.models import cifar_model_dict, imagenet_model_dict
 from mdistiller.registry import InputError
 
 # Written out with Python floats
@@ -249,7 +249,7 @@ def test_acclimation_equals_the_formula(tau):
     target = torch.tensor([0, 5, 2, 2, 3])
     p_s, p_t = ([probabilities(row, tau) for row in z.tolist()] for z in (student, teacher))
     rows = list(zip(p_s, p_t, target.tolist(), strict=True))
-    nontarget = sum(pearson(s[:k] + s[k + 1 :], t[:k] + t[k + 1 :]) for s, t, k in rows) / 5
+    nontarget = sum(pearson(*([x / (1 - p[k]) for x in p[:k] + p[k + 1 :]] for p in (s, t))) for s, t, k in rows) / 5
     every = sum(pearson(s, t) for s, t, _ in rows) / 5
     divergence = sum(kl(s, t) for s, t, _ in rows) / 5
     assert acclimation_loss(student, teacher, target, tau).item() == pytest.approx(nontarget, rel=1e-9)
@@ -274,6 +274,23 @@ def test_acclimation_ignores_the_target():
     torch.testing.assert_close(
         acclimation_loss(student, raised, target), acclimation_loss(student, teacher, target), rtol=1e-5, atol=0
     )
+
+
+def test_acclimation_does_not_depend_on_the_targets_logit():
+    """As they stand in the softmax over all classes, rows of networks that are sure are tiny beside EPS."""
+    student, teacher = logits(5, 100)
+    target, rows = torch.arange(5), torch.arange(5)
+    teacher.requires_grad_()
+    expected = acclimation_loss(student, teacher, target)
+    gradient = torch.autograd.grad(expected, teacher)[0]
+    assert not gradient[rows, target].any()
+    for logit in (-1e3, 0.0, 30.0, 1e3):
+        sure = teacher.detach().index_put((rows, target), torch.full((5,), logit).double()).requires_grad_()
+        loss = acclimation_loss(student, sure, target)
+        assert loss == expected and torch.equal(torch.autograd.grad(loss, sure)[0], gradient)
+        assert acclimation_loss(student.index_put((rows, target), sure[rows, target]), teacher, target) == expected
+    exact = acclimation_loss(student, teacher, target, eps=0.0)
+    torch.testing.assert_close(expected, exact, rtol=1e-6, atol=0)
 
 
 def test_acclimation_with_mixed_labels_and_at_the_ends():
@@ -501,9 +518,16 @@ def test_other_widths_and_sizes(student, teacher):
     assert distiller.align.weight.grad.any() and all(p.grad is not None for p in distiller.teacher_parameters())
 
 
-@pytest.mark.parametrize("name", sorted(cifar_model_dict))
-def test_the_last_layers_registered_are_the_last_ones_called(name):
-    network, calls = cifar_model_dict[name][0](num_classes=10).eval(), []
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(table[name][0] if table is cifar_model_dict else table[name], id=f"{table.kind.split()[0]}-{name}")
+        for table in (cifar_model_dict, imagenet_model_dict)
+        for name in sorted(table)
+    ],
+)
+def test_the_last_layers_registered_are_the_last_ones_called(make):
+    network, calls = make(num_classes=10).eval(), []
     for module in network.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
             module.register_forward_hook(lambda module, *_: calls.append(module))

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from mdistiller.engine.utils import processor_name
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -89,7 +91,7 @@ def ratios(samples: list[Sample], baseline: list[Sample], clock: str) -> Spread:
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on."""
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # others at work: above threads
@@ -99,15 +101,3 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
-
-
-def _processor() -> str:
-    """Its name, and the instructions on which the speed of half precision depends."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            facts = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = {key.strip(): value.strip() for key, value in facts.items()}
-    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
-    return f"{facts.get('model name', platform.machine())} ({', '.join(flags)})" if flags else platform.machine()

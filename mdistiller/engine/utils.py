@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,9 +82,12 @@ def adjust_learning_rate(epoch: int, cfg: Any, optimizer: torch.optim.Optimizer)
 
 
 def processor_name() -> str:
-    """The product name of the CPU, as far as the system tells it."""
+    """The CPU's name, as far as the system tells it, and which of the instructions for half precision it has."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
+        first = ""
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
+    return f"{name} ({', '.join(flags)})" if flags else name

@@ -188,6 +188,16 @@ def feature_relation_loss(
     return channel.mean(), cosine_distance(f_s.sum(1).flatten(1), f_t.sum(1).flatten(1), 1, eps).mean()
 
 
+def channel_relation_loss(f_s: Tensor, f_t: Tensor, relation: str = "pearson", eps: float = EPS) -> Tensor:
+    """The first of :func:`feature_relation_loss`, ``()``."""
+    return feature_relation_loss(f_s, f_t, relation, eps)[0]
+
+
+def spatial_relation_loss(f_s: Tensor, f_t: Tensor, relation: str = "pearson", eps: float = EPS) -> Tensor:
+    """The second of :func:`feature_relation_loss`, ``()``."""
+    return feature_relation_loss(f_s, f_t, relation, eps)[1]
+
+
 class _ChannelRelation(torch.autograd.Function):
     """``pearson_distance(f_s, f_t, 1, eps)`` and both means over channels, each ``(B, H, W)``.
 

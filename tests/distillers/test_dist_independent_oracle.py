@@ -13,10 +13,11 @@ from oracles.stubs import Outputs
 
 from mdistiller.distillers.DIST import (
     acclimation_loss,
+    channel_relation_loss,
     cosine_distance,
     dist_loss,
-    feature_relation_loss,
     pearson_distance,
+    spatial_relation_loss,
 )
 from mdistiller.engine.build import build_distiller
 
@@ -114,9 +115,10 @@ def test_feature_relations_are_equations_15_and_16(shape, kind):
         student[0], teacher[-1] = 0.7, -2.0
     if kind == "relu":
         student, teacher = np.maximum(student, 0), np.maximum(teacher - 0.5, 0)
-    for which, loops in enumerate((oracle.channel_relation_loss, oracle.spatial_relation_loss)):
+    pairs = (channel_relation_loss, oracle.channel_relation_loss), (spatial_relation_loss, oracle.spatial_relation_loss)
+    for function, loops in pairs:
         assert_agree(
-            lambda s, t, i=which: feature_relation_loss(s, t)[i],
+            function,
             lambda s, t, f=loops: f(s, constant(t)),
             student,
             teacher,

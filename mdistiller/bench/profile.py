@@ -237,14 +237,16 @@ def draw(report: dict[str, Any], path: Path) -> None:
     rows = report["rows"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     figure, panels = plt.subplots(
-        len(methods), 1, figsize=(9, 0.5 + 3.2 * len(methods)), squeeze=False, layout="constrained"
+        len(methods), 1, figsize=(9, 0.3 + 3.1 * len(methods)), squeeze=False, layout="constrained"
     )
     setting = f"{report['teacher'].split(',')[0]} teaches {report['student']}, {report['data']}"
+    clock = "CPU" if report["clock"] == "cpu" else "wall"
     for panel, method in zip(panels[:, 0], methods, strict=True):
         _draw_method(panel, {row["part"]: row for row in rows if row["method"] == method}, plt.get_cmap("tab10").colors)
         panel.set_title(f"A step of {method}: {setting}", fontsize=11, loc="left")
-        panel.set_xlabel(f"{'CPU' if report['clock'] == 'cpu' else 'wall'} milliseconds a step")
-    figure.supxlabel(f"old loop: float32, Pillow; ours: {report['precision']}", fontsize=9)
+        panel.set_xlabel(
+            f"{clock} milliseconds a step; old loop: float32, Pillow; ours: {report['precision']}", fontsize=9
+        )
     figure.savefig(path, format="png", dpi=110)
     plt.close(figure)
 
@@ -264,10 +266,10 @@ def _draw_method(panel: Any, rows: dict[str, dict[str, Any]], colors: Any) -> No
         speed = f", {1 / whole['ratio']['median']:.1f} times as fast" if place else ""
         end = f"{_short(whole[key]['median'])} ms{speed}"
         panel.text(left + 0.01 * longest, place, end, va="center", weight="bold")
-    panel.set(yticks=[0, 1], yticklabels=[OLD, OURS], xlim=(0, 1.35 * longest))
+    panel.set(yticks=[0, 1], yticklabels=[OLD, OURS], xlim=(0, 1.25 * longest))
     panel.invert_yaxis()
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(loc="upper center", bbox_to_anchor=(0.45, -0.35), ncols=2, frameon=False, fontsize=9)
+    panel.legend(loc="upper left", bbox_to_anchor=(0, -0.25), ncols=2, frameon=False, fontsize=9)
 
 
 def _short(milliseconds: float) -> str:

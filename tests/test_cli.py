@@ -225,6 +225,7 @@ REFUSED = [
     ("eval", "-m resnet14 -d digits -c resnet14 --against resnet9", "no CIFAR model named 'resnet9'"),
     ("eval", "-m resnet8 -d digits -c resnet14 -bs 0", "DATASET.TEST.BATCH_SIZE must be at least 1, got 0"),
     ("eval", "-m resnet8 -d digits -c resnet14 SOLVER.DEVICE", "'SOLVER.DEVICE' has no value"),
+    ("eval", "-m resnet14 -d digits -c resnet14 --against-ckpt resnet8", "--against-ckpt without --against would"),
     ("list", "model", "no section named 'model'; closest: models"),
     ("reproduce", "", "the following arguments are required: --plan"),
     ("reproduce", "--plan configs/plans/demonstration.yaml", "no plan configs/plans/demonstration.yaml", "demo.yaml"),

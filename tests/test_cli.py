@@ -458,3 +458,4 @@ def test_list_names_everything_there_is():
     for path in ("cifar100/kd/res32x4_res8x4.yaml", "digits/vanilla/res8.yaml", "plans/demo.yaml"):
         assert f"configs/{path}" in words
     assert succeed("list", "datasets models").startswith("DATA SET")
+    assert "`" not in succeed("list", "methods")  # docstrings without their markup

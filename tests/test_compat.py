@@ -172,7 +172,8 @@ def test_a_training_script_in_mdistillers_manner(tmp_path, method, capsys):
     folder = tmp_path / "cifar100_baselines" / "kd,res56,res20"
     assert load_checkpoint(folder / "latest")["epoch"] == 2
     assert {"latest", "best", "student_latest", "student_best", "worklog.txt"} <= {p.name for p in folder.iterdir()}
-    assert "Resuming from" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Resuming from {folder / 'latest'}: 1 epoch and " in out
 
 
 # Batches and forward_train

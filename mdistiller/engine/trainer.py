@@ -245,7 +245,8 @@ class BaseTrainer:
                 continue
             for problem in problems:
                 print(log_msg(f"WARNING: {problem}; going on from {path} instead", "INFO"), flush=True)
-            done = f"{self.epoch - 1} epochs and {self.step_in_epoch} of {self.steps_per_epoch} steps"
+            epochs = f"{self.epoch - 1} epoch{'' if self.epoch == 2 else 's'}"
+            done = f"{epochs} and {self.step_in_epoch} of {self.steps_per_epoch} steps"
             print(log_msg(f"Resuming from {path}: {done} are done", "INFO"), flush=True)
             return
         raise CheckpointError("cannot resume: " + "; and ".join(problems))

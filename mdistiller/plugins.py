@@ -7,7 +7,8 @@ name is loaded. No other file is touched.
 
 A file declares a name by its own name without ``.py``, by a class in it, or by registering it
 (``@register_distiller("X")``, ``distiller_dict["X"] = ...``); the name in capitals does too, because mdistiller's
-table does so with its own (``REVIEWKD`` is ``ReviewKD``). The library's own names are never taken over.
+table does so with its own (``REVIEWKD`` is ``ReviewKD``). Names that are registered already are never taken over,
+whatever their letter case.
 
 Loaded as a module of ``mdistiller.distillers``, a file may say ``from ._base import Distiller`` or
 ``from .KD import kd_loss``. A helper that lies beside it and that the package lacks (``from .loss import ...``) is
@@ -44,7 +45,7 @@ class MethodFile:
     Args:
         path: where it lies.
         methods: the names under which ``distiller_dict`` holds its classes.
-        taken: names that it declares and that belong to another method.
+        taken: names that it declares and that belong to another method, letter case aside.
         reads: the configuration keys that its text reads, ``cfg.A.B`` as ``"A.B"``.
         required: by class, those of them that its constructor reads in any case.
     """
@@ -92,8 +93,9 @@ def load_methods(paths: Iterable[str], name: str) -> MethodFile | None:
     """
     for file in [load_method_file(path) for path in paths]:
         if name in file.taken:
+            owner = next(cls for known, cls in distiller_dict.items() if known.upper() == name.upper())
             raise InputError(
-                f"DISTILLER.TYPE {name}: {file.path} has a method of that name, and {distiller_dict[name].__module__} "
+                f"DISTILLER.TYPE {name}: {file.path} has a method of that name, and {owner.__module__} "
                 f"too; copy the file to a name that is free, my_{name}.py, and ask for my_{name}"
             )
     if name not in distiller_dict:
@@ -147,12 +149,15 @@ def _load(path: Path, registered: dict[str, Any]) -> MethodFile:
     ]
     reads, required = _config_reads(tree)
     own = {name: cls for name, cls in distiller_dict.items() if name not in registered}
-    taken = []
+    owners = {name.upper(): cls for name, cls in registered.items()}
+    taken = [name for name, cls in own.items() if owners.get(name.upper(), cls) is not cls]
+    for name in taken:  # registered by the file itself, beside ours of other letter case
+        del distiller_dict[name], own[name]
     for name, cls in _names(classes, path.stem):
-        if name not in distiller_dict:
+        if name not in distiller_dict and name.upper() not in owners:
             distiller_dict.add(name, cls)
             own[name] = cls
-        elif distiller_dict[name] is not cls:
+        elif distiller_dict.get(name) is not cls and name not in taken:
             taken.append(name)
     if classes and not own:
         raise InputError(

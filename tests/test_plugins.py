@@ -143,6 +143,33 @@ def test_the_librarys_own_names_stay(tmp_path):
     assert distiller_dict["KD"] is own
 
 
+@pytest.mark.parametrize(
+    ("stem", "name", "taken"), [("ReviewKD", "ReviewKD", "ReviewKD, REVIEWKD"), ("Kd", "kD", "kD, KD, Kd")]
+)
+def test_the_librarys_own_names_stay_in_any_letter_case(tmp_path, stem, name, taken):
+    registered = dict(distiller_dict)
+    text = f"from mdistiller.distillers import Distiller\nclass {name}(Distiller): ...\n"
+    with pytest.raises(InputError, match=rf"names are taken \({taken}\); copy it to .* my_{stem}\.py"):
+        load_method_file(write(tmp_path, stem, text))
+    assert dict(distiller_dict) == registered
+    path = write(tmp_path, stem, f"{text}class Other(Distiller): ...")
+    with pytest.raises(InputError, match=rf"DISTILLER.TYPE {name}: .* has a method of that name, and mdistiller\.dist"):
+        load_config(options=["DISTILLER.PLUGINS", str(path), "DISTILLER.TYPE", name])
+
+
+def test_a_name_that_a_file_registers_beside_the_librarys_own(tmp_path):
+    text = """
+        from mdistiller.distillers import Distiller, register_distiller
+
+        @register_distiller("reviewkd")
+        class FitNet(Distiller): ...
+    """
+    before = set(distiller_dict)
+    file = load_method_file(write(tmp_path, "mine", text))
+    assert file.methods.keys() == distiller_dict.keys() - before == {"mine", "MINE"}
+    assert file.taken == ("reviewkd", "FitNet", "FITNET")
+
+
 def test_helpers_beside_the_file_and_imports_that_are_not_used(tmp_path, caplog):
     write(tmp_path, "smoothing", SMOOTHING)
     file = load_method_file(write(tmp_path, "WeakStrong", TWO_VIEWS))

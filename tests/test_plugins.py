@@ -202,6 +202,12 @@ def test_a_missing_file():
 # Configured
 
 
+def test_files_on_the_command_line_as_a_bare_list(tmp_path):
+    paths = [write(tmp_path, "hints", FEATURE), write(tmp_path, "Stated", WITH_DEFAULTS)]
+    cfg = load_config(options=["DISTILLER.PLUGINS", f"[{paths[0]}, {paths[1]}]", "DISTILLER.TYPE", "STATED"])
+    assert cfg.DISTILLER["PLUGINS"] == [str(path) for path in paths]
+
+
 def test_a_yaml_with_the_file_and_its_section_merges_in_one_go(tmp_path):
     path = write(tmp_path, "hints", FEATURE)
     given = {"DISTILLER": {"TYPE": "HintPlus", "PLUGINS": [str(path)]}, "HintPlus": FEATURE_SETTINGS}

@@ -108,6 +108,8 @@ class ConfigNode(CfgNode):
         tree = word if default is None else _literal(word)  # without a default, it is read when it is merged
         if isinstance(word, str) and not isinstance(tree, str) and isinstance(default, str):
             tree = word  # a text that looks like a number or a list: NAME 1e3
+        if isinstance(tree, str) and isinstance(default, (list, tuple)):
+            tree = _bare_list(tree)
         for part in reversed(key.split(".")):
             tree = {part: tree}
         return tree
@@ -197,6 +199,16 @@ def _literal(value: Any) -> Any:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return value
+
+
+def _bare_list(word: str) -> Any:
+    """``[a, b]``, a list of texts without quotes as YAML has it; any other word as it is."""
+    if not (word.startswith("[") and word.endswith("]")):
+        return word
+    try:
+        return yaml.load(word, _Loader)
+    except yaml.YAMLError:
+        return word
 
 
 def _keys_nearby(key: str, root: CfgNode) -> str:

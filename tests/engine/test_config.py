@@ -93,6 +93,22 @@ def test_a_text_on_the_command_line_stays_what_was_typed(word):
     assert name == word
 
 
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("[a/B.py, ../c d.py]", ["a/B.py", "../c d.py"]),
+        ("['a/B.py', \"c.py\"]", ["a/B.py", "c.py"]),
+        ("a/B.py", ["a/B.py"]),
+        ("[a]/B.py", ["[a]/B.py"]),
+        ("[a: [b]", ["[a: [b]"]),  # no list
+    ],
+)
+def test_a_list_of_texts_needs_no_quotes_on_the_command_line(word, expected):
+    node = ConfigNode({"FILES": []})
+    node.merge_from_list(["FILES", word])
+    assert node["FILES"] == expected
+
+
 def test_words_that_old_yaml_takes_for_booleans(tmp_path):
     """``AMP: off`` was once read as ``False`` and refused."""
     path = tmp_path / "a.yaml"

@@ -16,9 +16,8 @@ from mdistiller.analysis.consistency import (
     target_class_consistency,
 )
 from mdistiller.dataset import build_loaders, dataset_dict
-from mdistiller.engine.build import build_student, build_teacher
+from mdistiller.engine.build import build_student, build_teacher, load_network, model_table
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.checkpoint import load_into
 from mdistiller.engine.cli import command
 from mdistiller.engine.evaluate import collect_logits, evaluate
 from mdistiller.engine.precision import Precision
@@ -45,8 +44,8 @@ def main() -> None:
 
     cfg = config_of(args, args.model)
     precision = Precision.from_cfg(cfg)
-    model = network(cfg, args.ckpt)
-    other = network(config_of(args, args.against), args.against_ckpt) if args.against else None
+    model = network(cfg, args.ckpt, "-c")
+    other = network(config_of(args, args.against), args.against_ckpt, "--against-ckpt") if args.against else None
     images = build_loaders(cfg, precision.device).test
     result = evaluate(precision.place(model), images, precision)
     print(
@@ -64,13 +63,15 @@ def config_of(args: argparse.Namespace, model: str) -> Any:
     return load_config(options=[part for pair in given.items() for part in pair] + args.opts)
 
 
-def network(cfg: Any, checkpoint: str) -> nn.Module:
-    """The network with its weights."""
+def network(cfg: Any, checkpoint: str, option: str) -> nn.Module:
+    """The network with its weights; ``option`` is what names their file."""
     num_classes = dataset_dict[cfg.DATASET.TYPE].num_classes
+    name = cfg.DISTILLER.STUDENT
+    model_table(cfg)[name]  # an unknown name comes from the command line here, not from a key of the configuration
     if checkpoint in ("", "pretrain"):
-        return build_teacher(cfg, num_classes)
+        return build_teacher(cfg, num_classes, option)
     model = build_student(cfg, num_classes)
-    load_into(model, checkpoint, f"model {cfg.DISTILLER.STUDENT}")
+    load_network(model, checkpoint, f"model {name}", cfg, "name the data set that it was trained on with -d")
     return model
 
 

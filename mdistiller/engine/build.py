@@ -12,13 +12,14 @@ from torch import nn
 
 import mdistiller.models  # noqa: F401  fills the model tables
 from mdistiller.distillers import distiller_dict
-from mdistiller.registry import MODEL_FAMILIES, Registry, dataset_dict
+from mdistiller.registry import MODEL_FAMILIES, Registry, UnknownName, dataset_dict
 
 from .added_kd import add_kd
-from .checkpoint import CheckpointError, check_fit, load_weights
+from .checkpoint import CheckpointError, check_fit, load_weights, not_a_folder
 from .precision import hard_coded_cuda_explained, resolve_device
 
 TEACHER_RELEASE = "https://github.com/megvii-research/mdistiller/releases/tag/checkpoints"
+TEACHER_OPTION = "DISTILLER.TEACHER_CKPT"
 
 
 def model_table(cfg: Any) -> Registry:
@@ -39,9 +40,22 @@ def build_model(table: Registry, name: str, num_classes: int) -> nn.Module:
 
 def build_student(cfg: Any, num_classes: int) -> nn.Module:
     """The network that ``DISTILLER.STUDENT`` names. Its weights depend on ``EXPERIMENT.SEED`` alone, so that
-    methods are compared from one start."""
+    methods are compared from one start.
+
+    Raises:
+        InputError: no such model; the closest names are given.
+    """
+    _model_entry(cfg, "STUDENT")
     torch.manual_seed(cfg.EXPERIMENT.SEED)
     return build_model(model_table(cfg), cfg.DISTILLER.STUDENT, num_classes)
+
+
+def _model_entry(cfg: Any, key: str) -> Any:
+    """The table's entry of the model that ``DISTILLER.<key>`` names."""
+    try:
+        return model_table(cfg)[cfg.DISTILLER[key]]
+    except UnknownName as error:
+        raise UnknownName(f"DISTILLER.{key}: {error}") from None
 
 
 def needs_teacher(cfg: Any) -> bool:
@@ -49,34 +63,65 @@ def needs_teacher(cfg: Any) -> bool:
     return "teacher" in constructor_arguments(distiller_dict[cfg.DISTILLER.TYPE]).values()
 
 
-def build_teacher(cfg: Any, num_classes: int) -> nn.Module:
+def build_teacher(cfg: Any, num_classes: int, option: str = TEACHER_OPTION) -> nn.Module:
     """The network that ``DISTILLER.TEACHER`` names, with the weights of ``DISTILLER.TEACHER_CKPT`` or, where that
     is empty, of the model's public checkpoint.
+
+    Args:
+        cfg: the configuration.
+        num_classes: of the data set.
+        option: how another file is named, for messages.
 
     Raises:
         InputError: no such model; no weights, with how to get or train them; weights that don't fit.
     """
     name, table = cfg.DISTILLER.TEACHER, model_table(cfg)
-    path = teacher_checkpoint(cfg)
+    path = teacher_checkpoint(cfg, option)
     if path is None:
         return table[name](pretrained=True)
     teacher = build_model(table, name, num_classes)
-    state = load_weights(path)
-    _check_class_count(teacher, state, path, cfg)
-    check_fit(teacher.state_dict(), state, f"checkpoint {path} for teacher {name}")
-    teacher.load_state_dict(state)
+    load_network(teacher, path, f"teacher {name}", cfg, "a teacher must be trained on the same classes")
     return teacher
 
 
-def teacher_checkpoint(cfg: Any) -> Path | None:
+def load_network(model: nn.Module, path: str | Path, what: str, cfg: Any, advice: str) -> None:
+    """Load a file's weights into a network for ``DATASET.TYPE``, all or nothing.
+
+    Args:
+        model: takes the weights.
+        path: see :func:`load_weights`.
+        what: what the model is, for messages: ``"teacher resnet20"``.
+        cfg: the configuration.
+        advice: what to do about a file of another number of classes.
+
+    Raises:
+        CheckpointError: the file cannot be read, is of another number of classes or does not fit.
+    """
+    state, own = load_weights(path), model.state_dict()
+    differing = [k for k in own if k in state and own[k].shape != state[k].shape]
+    # A checkpoint of another data set differs in the classifier alone; say that instead of listing shapes.
+    if own.keys() == state.keys() and differing and all(own[k].shape[1:] == state[k].shape[1:] for k in differing):
+        raise CheckpointError(
+            f"{what} in {path} has {len(state[differing[0]])} classes, data set "
+            f"{cfg.DATASET.TYPE} has {len(own[differing[0]])}; {advice}"
+        )
+    check_fit(own, state, f"checkpoint {path} for {what}")
+    model.load_state_dict(state)
+
+
+def teacher_checkpoint(cfg: Any, option: str = TEACHER_OPTION) -> Path | None:
     """Where the teacher's weights lie; ``None``: torchvision fetches them.
+
+    Args:
+        cfg: the configuration.
+        option: see :func:`build_teacher`.
 
     Raises:
         InputError: nowhere; says which file, how to get it and how to train it.
     """
     name = cfg.DISTILLER.TEACHER
     given = cfg.DISTILLER.TEACHER_CKPT
-    entry = model_table(cfg)[name]
+    entry = _model_entry(cfg, "TEACHER")
     if not given and not isinstance(entry, tuple):
         return None
     public = entry[1] if dataset_dict[cfg.DATASET.TYPE].public_teachers else None
@@ -84,11 +129,12 @@ def teacher_checkpoint(cfg: Any) -> Path | None:
     if (given or public) and path.is_file():
         return path
     if given:
+        not_a_folder(path)
         problem = f"teacher {name}: DISTILLER.TEACHER_CKPT {given} does not exist (seen from {Path.cwd()})"
     elif public:
         problem = f"teacher {name}: its public checkpoint {path} does not exist"
     else:
-        problem = f"teacher {name} has no public checkpoint for {cfg.DATASET.TYPE} and DISTILLER.TEACHER_CKPT is empty"
+        problem = f"teacher {name} has no public checkpoint for {cfg.DATASET.TYPE} and {option} names no file"
     ways = []
     if public:
         collection = Path(public).parent.parent.name
@@ -104,7 +150,7 @@ def teacher_checkpoint(cfg: Any) -> Path | None:
             f"train it: python tools/train.py DISTILLER.STUDENT {name} DATASET.TYPE {cfg.DATASET.TYPE}, "
             "which writes student_last into its folder"
         )
-    ways.append("or name another file with DISTILLER.TEACHER_CKPT FILE")
+    ways.append(f"or name another file with {option} FILE")
     raise CheckpointError("; ".join([problem, *ways]))
 
 
@@ -115,17 +161,6 @@ def training_recipe(dataset: str, student: str) -> Path | None:
         if content.get("DISTILLER", {}).get("STUDENT") == student:
             return path
     return None
-
-
-def _check_class_count(model: nn.Module, state: dict[str, torch.Tensor], path: Path, cfg: Any) -> None:
-    """A checkpoint of another data set differs in the classifier alone; say that instead of listing shapes."""
-    own = model.state_dict()
-    differing = [k for k in own if k in state and own[k].shape != state[k].shape]
-    if own.keys() == state.keys() and differing and all(own[k].shape[1:] == state[k].shape[1:] for k in differing):
-        raise CheckpointError(
-            f"teacher {cfg.DISTILLER.TEACHER} in {path} has {len(state[differing[0]])} classes, data set "
-            f"{cfg.DATASET.TYPE} has {len(own[differing[0]])}; a teacher must be trained on the same classes"
-        )
 
 
 CONSTRUCTOR = ("student", "teacher", "cfg", "num_data")  # what a method may ask for, in mdistiller's order

@@ -229,6 +229,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
         CheckpointError: no such file, a damaged one, or one that would execute code when loaded.
     """
     path = Path(path)
+    not_a_folder(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint {path}")
     try:
@@ -247,6 +248,18 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
         raise
     except Exception as error:  # damaged bytes end in anything: a wrong compression method, a huge allocation
         raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint: {error}") from None
+
+
+def not_a_folder(path: Path) -> None:
+    """Refuse a folder where a checkpoint is asked for.
+
+    Raises:
+        CheckpointError: names the final student in it, if it is a run's folder.
+    """
+    if path.is_dir():
+        student = path / "student_last"
+        hint = f"use {student}" if student.is_file() else "name a file in it"
+        raise CheckpointError(f"checkpoint {path} is a folder; {hint}")
 
 
 def _explain_unpickling(path: Path, error: Exception) -> str:

@@ -145,7 +145,7 @@ REFUSED = [
     # names
     ("train", "DISTILLER.TYPE kd", "DISTILLER.TYPE: no method named 'kd'; closest: KD"),
     ("train", "DATASET.TYPE digit", "DATASET.TYPE: no data set named 'digit'; closest: digits"),
-    ("train", f"{PLAIN} DISTILLER.STUDENT resnet9", "DISTILLER.STUDENT: no CIFAR model named 'resnet9'", "; closest: res"),
+    ("train", f"{PLAIN} DISTILLER.STUDENT resnet9", "DISTILLER.STUDENT: no CIFAR model named 'resnet9'; closest: "),
     ("train", f"{KD} DISTILLER.TEACHER resnet9", "DISTILLER.TEACHER: no CIFAR model named 'resnet9'; closest: resnet8"),
     ("train", "SOLVER.TYPE sgd", "SOLVER.TYPE: no optimiser named 'sgd'; closest: SGD"),
     ("train", "SOLVER.LR_SCHEDULE cos", "SOLVER.LR_SCHEDULE: no schedule named 'cos'; closest: cosine"),

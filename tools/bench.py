@@ -5,13 +5,17 @@ python tools/bench.py step --methods VRM --cfg configs/digits/vrm/res20_res8.yam
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mdistiller.bench.commands import COMMANDS, TRAIN_VARIANTS, Settings, check, render, run_command
+from mdistiller.bench.profile import draw
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.cli import command
+from mdistiller.engine.utils import pyplot
 from mdistiller.registry import InputError
 
 ABOUT = "\n".join(f"  {name:8} {function.__doc__}" for name, function in COMMANDS.items())
@@ -32,6 +36,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU; default: 1")
     parser.add_argument("--compile", action="store_true", help="teacher: compiled, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="profile: also draw the parts there, as PNG")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="settings, as for tools/train.py")
     args = parser.parse_args()
     if args.threads < 1:
@@ -42,13 +47,23 @@ def main() -> None:
         load_config(args.cfg, given), tuple(args.methods), args.rounds, args.steps, tuple(args.variants), args.compile
     )
     check(settings)
+    if args.picture is not None:
+        if args.what != "profile":
+            raise InputError(f"--picture draws what profile measures, not {args.what}; leave it out")
+        pyplot("pictures")  # rather now than after the measurement
     report = run_command(args.what, settings)
     print(render(report))
     if args.json is not None:
-        try:
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {args.json}: {error.strerror or error}") from None
+        written(args.json, lambda: args.json.write_text(json.dumps(report, indent=1) + "\n"))
+    if args.picture is not None:
+        written(args.picture, lambda: draw(report, args.picture))
+
+
+def written(path: Path, write: Callable[[], Any]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

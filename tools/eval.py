@@ -22,6 +22,7 @@ from mdistiller.engine.checkpoint import load_into
 from mdistiller.engine.cli import command
 from mdistiller.engine.evaluate import collect_logits, evaluate
 from mdistiller.engine.precision import Precision
+from mdistiller.registry import InputError
 
 
 def main() -> None:
@@ -34,11 +35,13 @@ def main() -> None:
         help="a checkpoint, or 'pretrain' for the model's public weights (default)",
     )
     parser.add_argument("--against", default="", metavar="MODEL", help="compare with this network's predictions")
-    parser.add_argument("--against-ckpt", default="pretrain", metavar="CKPT", help="its weights, as -c")
+    parser.add_argument("--against-ckpt", default="", metavar="CKPT", help="its weights, as -c")
     parser.add_argument("-d", "--dataset", default="cifar100", help="default: cifar100")
     parser.add_argument("-bs", "--batch-size", type=int, default=64, help="default: 64")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="further settings, for example SOLVER.DEVICE cpu")
     args = parser.parse_intermixed_args()
+    if args.against_ckpt and not args.against:
+        raise InputError("--against-ckpt without --against would do nothing; name its network by --against MODEL")
 
     cfg = config_of(args, args.model)
     precision = Precision.from_cfg(cfg)
@@ -64,7 +67,7 @@ def config_of(args: argparse.Namespace, model: str) -> Any:
 def network(cfg: Any, checkpoint: str) -> nn.Module:
     """The network with its weights."""
     num_classes = dataset_dict[cfg.DATASET.TYPE].num_classes
-    if checkpoint == "pretrain":
+    if checkpoint in ("", "pretrain"):
         return build_teacher(cfg, num_classes)
     model = build_student(cfg, num_classes)
     load_into(model, checkpoint, f"model {cfg.DISTILLER.STUDENT}")

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def methods() -> list[tuple[str, ...]]:
     rows = [("METHOD", "FAMILY", "PAPER", "SUMMARY")]
     for name, cls in sorted(distiller_dict.items()):
-        summary = re.sub(r":\w+:`(\w+)`", r"\1", (cls.__doc__ or "").strip().split("\n")[0])
+        summary = re.sub(r"(?::\w+:)?`+~?(?:\w+\.)*(.+?)`+", r"\1", (cls.__doc__ or "").strip().split("\n")[0])
         rows.append((name, getattr(cls, "family", "") or "-", getattr(cls, "paper", "") or "-", summary))
     return rows
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import io
 import multiprocessing
 import shlex
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 
 from mdistiller.dataset import dataset_dict
 from mdistiller.engine.acceleration import check_compiler
@@ -27,8 +24,10 @@ from mdistiller.engine.teacher import speed_up_teacher
 from mdistiller.registry import InputError, distiller_dict, suggestion
 
 from . import old_loop
+from .epochs import OLD, PLAIN, OldRun, OwnRun, with_epochs
 from .measure import Sample, Spread, interleaved, machine, ratios
-from .subjects import Subject, baseline_of, build_subject, loss_alone, settle, teacher_variants, with_options
+from .profile import parts_of_steps, table_of_parts
+from .subjects import baseline_of, build_subject, loss_alone, settle, teacher_variants, with_options
 
 Row = dict[str, Any]
 
@@ -138,9 +137,8 @@ def data(settings: Settings, folder: Path) -> list[Row]:
     return rows
 
 
-OLD = "old loop"
 TRAIN_VARIANTS: dict[str, dict[str, Any]] = {
-    "float32": {"SOLVER__AMP": "off", "SOLVER__CHANNELS_LAST": False},
+    "float32": PLAIN,
     "bf16": {"SOLVER__AMP": "bf16", "SOLVER__CHANNELS_LAST": True},
     # Of methods with one view, with DATASET.VIEW_WEAK plain; the pass that fills the memory is not counted.
     "bf16, cached teacher": {"SOLVER__AMP": "bf16", "SOLVER__CHANNELS_LAST": True, "SOLVER__CACHE_TEACHER": True},
@@ -154,11 +152,8 @@ def train(settings: Settings, folder: Path) -> list[Row]:
     rows = []
     variants = settings.variants or ("float32", "bf16")
     for number, name in enumerate(settings.methods or (settings.cfg.DISTILLER.TYPE,)):
-        cfg = with_options(settings.cfg, DISTILLER__TYPE=name, DATASET__LOADER="device")
-        cfg = with_options(cfg, SOLVER__EPOCHS=settings.rounds + 2, LOG__PROGRESS="off", LOG__TENSORBOARD_FREQ=0)
-        old = OldRun(
-            with_options(cfg, **TRAIN_VARIANTS["float32"], SOLVER__FAST_TEACHER=False), folder / f"{number}_old"
-        )
+        cfg = with_epochs(settings.cfg, name, settings.rounds + 2)
+        old = OldRun(cfg, folder / f"{number}_old")
         runs = {v: OwnRun(with_options(cfg, **TRAIN_VARIANTS[v]), folder / f"{number}_{v}") for v in variants}
         cases = {f"{name}: {OLD}": old.epoch, **{f"{name}: {v}": run.epoch for v, run in runs.items()}}
         try:
@@ -175,73 +170,13 @@ def train(settings: Settings, folder: Path) -> list[Row]:
     return rows
 
 
-class OldRun:
-    """Epochs of the old loop, with ``DATASET.NUM_WORKERS`` worker processes that each epoch starts anew.
-
-    It shares the process with our own runs, hence the memory that they keep, which flatters it.
-    """
-
-    def __init__(self, cfg: Any, folder: Path) -> None:
-        subject: Subject = build_subject(cfg, folder, num_batches=1)
-        trainer, data = subject.trainer, subject.loaders.train.dataset
-        kind, workers = dataset_dict[cfg.DATASET.TYPE], cfg.DATASET.NUM_WORKERS
-        self.device, self.distiller, self.number = trainer.precision.device, trainer.distiller, 0
-        solver = cfg.SOLVER
-        self.optimizer = torch.optim.SGD(
-            self.distiller.get_learnable_parameters(), solver.LR, solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY
-        )
-        pictures = old_loop.Pictures(data.split, data.views, kind.mean, kind.std)
-        tests = old_loop.Pictures(subject.loaders.test.dataset.split, {"image": ("test", ())}, kind.mean, kind.std)
-        self.train = DataLoader(
-            pictures, solver.BATCH_SIZE, shuffle=True, num_workers=workers, drop_last=solver.DROP_LAST
-        )
-        self.test = DataLoader(tests, cfg.DATASET.TEST.BATCH_SIZE, num_workers=min(workers, 1))
-        self.images_per_epoch = len(pictures)
-        self.latest = folder / "latest"
-        self.latest.parent.mkdir(parents=True, exist_ok=True)
-
-    def epoch(self) -> None:
-        self.number += 1
-        old_loop.train_epoch(self.distiller, self.train, self.optimizer, self.number, self.device)
-        old_loop.validate(self.distiller, self.test, self.device)
-        torch.save({"model": self.distiller.state_dict(), "optimizer": self.optimizer.state_dict()}, self.latest)
-
-
-class OwnRun:
-    """Epochs of a run, with all its hooks; knows which share of them was spent outside the steps."""
-
-    def __init__(self, cfg: Any, folder: Path) -> None:
-        self.trainer = build_subject(cfg, folder, num_batches=1).trainer
-        self.trainer.folder.mkdir(parents=True)
-        self.trainer._call("before_train")
-        self.in_steps = self.total = 0.0
-        self.run_step, self.trainer.run_step = self.trainer.run_step, self._timed_step
-        self.evaluation = next(hook for hook in self.trainer.hooks if type(hook).__name__ == "Evaluate")
-
-    def _timed_step(self, batch: dict[str, torch.Tensor]) -> Any:
-        start = time.perf_counter()
-        output = self.run_step(batch)
-        self.in_steps += time.perf_counter() - start
-        return output
-
-    def epoch(self) -> None:
-        start = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()):  # each evaluation prints a line
-            self.trainer.run_epoch()
-        self.total += time.perf_counter() - start
-
-    @property
-    def outside_steps(self) -> float:
-        """Share of the epochs' time that was spent on anything but steps and evaluation: data, meters, files."""
-        return 1 - (self.in_steps + self.evaluation.clock.seconds["evaluation"]) / self.total
-
-    @property
-    def waiting_for_data(self) -> float:
-        return self.evaluation.clock.seconds["data"] / self.total
-
-    def close(self) -> None:
-        for hook in self.trainer.hooks:
-            hook.close()
+def profile(settings: Settings, folder: Path) -> list[Row]:
+    """Where a step's time goes: its parts in a loop as they are usually written, and in ours."""
+    rows = []
+    for number, name in enumerate(settings.methods or (settings.cfg.DISTILLER.TYPE,)):
+        cfg = with_epochs(settings.cfg, name, settings.rounds + 2)
+        rows += parts_of_steps(cfg, folder / str(number), settings.rounds, settings.clock)
+    return rows
 
 
 def memory(settings: Settings, folder: Path) -> list[Row]:
@@ -286,7 +221,15 @@ def _resident_megabytes(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-COMMANDS = {"loss": loss, "step": step, "data": data, "teacher": teacher, "train": train, "memory": memory}
+COMMANDS = {
+    "loss": loss,
+    "step": step,
+    "data": data,
+    "teacher": teacher,
+    "train": train,
+    "profile": profile,
+    "memory": memory,
+}
 
 
 def run_command(what: str, settings: Settings) -> dict[str, Any]:
@@ -325,6 +268,8 @@ def render(report: dict[str, Any]) -> str:
     if report["what"] == "memory":
         header = ("", "MB", "times KD's")
         body = [(row["name"], f"{row['megabytes']:.1f}", f"{row['ratio']['median']:.2f}") for row in rows]
+    elif report["what"] == "profile":
+        header, *body = table_of_parts(rows, report["clock"])
     else:
         header = (
             "",

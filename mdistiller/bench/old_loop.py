@@ -165,6 +165,14 @@ def accuracy(output: Tensor, target: Tensor) -> list[float]:
     return [100 * found[:k].any(0).float().mean().item() for k in (1, 5)]
 
 
+def to_device(
+    images: dict[str, Tensor], target: Tensor, index: Tensor, device: torch.device | str
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """A batch, where the networks are."""
+    images = {field: image.float().to(device) for field, image in images.items()}
+    return images, target.to(device), index.to(device)
+
+
 def train_epoch(
     distiller: nn.Module,
     batches: Iterable[Any],
@@ -178,8 +186,7 @@ def train_epoch(
     distiller.train()
     for images, target, index in batches:
         optimizer.zero_grad()
-        images = {field: image.float().to(device) for field, image in images.items()}
-        target, index = target.to(device), index.to(device)
+        images, target, index = to_device(images, target, index, device)
         logits, losses = distiller(**images, target=target, index=index, epoch=epoch)
         loss = sum(term.mean() for term in losses.values())
         loss.backward()

@@ -36,7 +36,7 @@ DEFAULTS = {
     "STAGES": "matched",  # matched, skip_first (mdistiller's): see stage_offset in _common.py
     "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1000.0},
 }
-PAPER = "Zagoruyko and Komodakis, arXiv:1612.03928"
+PAPER = "Zagoruyko and Komodakis, ICLR 2017, arXiv:1612.03928"
 
 
 def attention_map(feat: Tensor, p: int) -> Tensor:

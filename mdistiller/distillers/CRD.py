@@ -38,7 +38,7 @@ DEFAULTS = {
     "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.8},
     "NCE": {"K": 16384, "MOMENTUM": 0.5, "TEMPERATURE": 0.07},
 }
-PAPER = "Tian et al., arXiv:1910.10699"
+PAPER = "Tian et al., ICLR 2020, arXiv:1910.10699"
 
 EPS = 1e-7  # added to the noise's density, as in the authors' code
 WHOLE_BANK = 16  # times the negatives: up to which bank size comparing with all of it is cheaper than picking rows

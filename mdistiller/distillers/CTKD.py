@@ -34,7 +34,7 @@ DEFAULTS = {
     "DECAY_LOOPS": 10,
     "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9},
 }
-PAPER = "Li et al., arXiv:2211.16231"
+PAPER = "Li et al., AAAI 2023, arXiv:2211.16231"
 
 
 def learned_temperature(g: Tensor, t_start: float, t_end: float, lambda_: float) -> Tensor:

@@ -56,7 +56,7 @@ DEFAULTS = {
     "DETACH_TARGET": False,
     "GATHER": True,  # compare with the images of all processes, not only the own ones
 }
-PAPER = "Giakoumoglou and Stathaki, arXiv:2407.11802"
+PAPER = "Giakoumoglou and Stathaki, 2024, arXiv:2407.11802"
 
 BELOW = 1e-6  # how far below ln(MAX_TAU) theta is held
 

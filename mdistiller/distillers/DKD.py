@@ -32,7 +32,7 @@ DEFAULTS = {
     "T": 4.0,
     "WARMUP": 20,  # epochs in which both rise linearly
 }
-PAPER = "Zhao et al., arXiv:2203.08679"
+PAPER = "Zhao et al., CVPR 2022, arXiv:2203.08679"
 
 
 def dkd_loss(

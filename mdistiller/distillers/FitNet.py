@@ -34,7 +34,7 @@ DEFAULTS = {
     "INPUT_SIZE": (32, 32),  # of the images, which the regressors' shapes follow from
     "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 100.0},
 }
-PAPER = "Romero et al., arXiv:1412.6550"
+PAPER = "Romero et al., ICLR 2015, arXiv:1412.6550"
 
 
 def hint_loss(f_s: Tensor, f_t: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ._base import Distiller, register_distiller
 from ._common import wants_standardised_logits
 
 DEFAULTS = {"TEMPERATURE": 4.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
-PAPER = "Hinton et al., arXiv:1503.02531"
+PAPER = "Hinton et al., NIPS 2014 workshop, arXiv:1503.02531"
 
 
 def kd_loss(

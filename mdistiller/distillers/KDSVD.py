@@ -39,7 +39,7 @@ DEFAULTS = {
     "STAGES": "matched",  # matched, skip_first (mdistiller's): see stage_offset in _common.py
     "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
 }
-PAPER = "Lee et al., arXiv:1807.06819"
+PAPER = "Lee et al., ECCV 2018, arXiv:1807.06819"
 
 SPARE = 3  # directions of the student beyond k, among which the teacher's look for their likes
 

@@ -28,7 +28,7 @@ DEFAULTS = {
     "STAGES": "matched",  # matched, skip_first (mdistiller's): see stage_offset in _common.py
     "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 50.0},
 }
-PAPER = "Huang and Wang, arXiv:1707.01219"
+PAPER = "Huang and Wang, 2017, arXiv:1707.01219"
 
 
 def kernel_mean(a: Tensor, b: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ DEFAULTS = {
     "CONNECTOR": {"KERNEL_SIZE": 1},
     "TEACHER_BATCH_STATISTICS": True,  # False: the teacher's running ones, as it was trained to be used
 }
-PAPER = "Heo et al., arXiv:1904.01866"
+PAPER = "Heo et al., ICCV 2019, arXiv:1904.01866"
 
 NEVER = 0.001  # a channel that is negative with at most this probability has the margin -3 deviations
 

@@ -24,7 +24,7 @@ from mdistiller.functional import at_least_float32
 from ._base import Distiller, register_distiller
 
 DEFAULTS = {"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 30000.0}}
-PAPER = "Passalis and Tefas, arXiv:1803.10837"
+PAPER = "Passalis and Tefas, ECCV 2018, arXiv:1803.10837"
 
 
 def neighbour_probabilities(embed: Tensor, eps: float = 1e-7) -> Tensor:

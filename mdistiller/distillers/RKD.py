@@ -33,7 +33,7 @@ DEFAULTS = {
     "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},  # FEAT_WEIGHT: of both
     "PDIST": {"EPSILON": 1e-12, "SQUARED": False},  # least squared distance; compare squared distances
 }
-PAPER = "Park et al., arXiv:1904.05068"
+PAPER = "Park et al., CVPR 2019, arXiv:1904.05068"
 
 
 def differences(embed: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ DEFAULTS = {
     "MAX_MID_CHANNEL": 512,  # bound of the fusions' width
     "STU_PREACT": False,  # take the student's maps before their activation too
 }
-PAPER = "Chen et al., arXiv:2104.09044"
+PAPER = "Chen et al., CVPR 2021, arXiv:2104.09044"
 
 POOLED_SIDES = (4, 2, 1)
 

@@ -22,7 +22,7 @@ from mdistiller.functional import at_least_float32, unit
 from ._base import Distiller, register_distiller
 
 DEFAULTS = {"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 3000.0}}
-PAPER = "Tung and Mori, arXiv:1907.09682"
+PAPER = "Tung and Mori, ICCV 2019, arXiv:1907.09682"
 
 
 def similarity_matrix(feat: Tensor) -> Tensor:

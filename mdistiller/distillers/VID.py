@@ -36,7 +36,7 @@ DEFAULTS = {
     "INPUT_SIZE": (32, 32),  # of the image that asks the networks for their maps
     "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
 }
-PAPER = "Ahn et al., arXiv:1904.05835"
+PAPER = "Ahn et al., CVPR 2019, arXiv:1904.05835"
 
 
 def predicted_variance(log_scale: Tensor, eps: float) -> Tensor:

@@ -62,7 +62,7 @@ def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str,
         def enter() -> bool:
             _make(folder)
             stack.enter_context(_alone_in(folder))
-            return check_folder(folder, cfg, resume, overwrite)  # again: another run may have been faster
+            return check_folder(folder, cfg, resume, overwrite, quiet=True)  # again: another run may have been faster
 
         resumed = distributed.first(enter)
         if resumed:
@@ -153,8 +153,8 @@ def run_folder(cfg: Any) -> Path:
     return Path(cfg.LOG.PREFIX) / experiment_name(cfg)
 
 
-def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool) -> bool:
-    """Refuse to mix two runs; returns whether there is something to resume.
+def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool, quiet: bool = False) -> bool:
+    """Refuse to mix two runs; returns whether there is something to resume. Notices are printed unless ``quiet``.
 
     Raises:
         InputError: the folder holds another run, or something that is no run.
@@ -166,7 +166,7 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool) -> bool:
     except OSError as error:
         raise _unusable(folder, error) from None
     if not filled:
-        if resume:
+        if resume and not quiet:
             print(log_msg(f"nothing to resume in {folder}; starting from the beginning", "INFO"))
         return False
     if not (folder / "config.yaml").is_file():
@@ -174,7 +174,9 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool) -> bool:
             f"{folder} exists and is no run's folder (it holds no config.yaml); name another with EXPERIMENT.NAME"
         )
     if resume:
-        _check_same_experiment(folder, cfg)
+        changes = _check_same_experiment(folder, cfg)
+        for change in [] if quiet else changes:
+            print(log_msg(f"resuming although {change}", "INFO"))
         latest = folder / "latest"
         return latest.is_file() or previous(latest).is_file()
     if not overwrite:
@@ -185,15 +187,15 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool) -> bool:
     return False
 
 
-def _check_same_experiment(folder: Path, cfg: Any) -> None:
+def _check_same_experiment(folder: Path, cfg: Any) -> list[str]:
+    """Refuse to resume another experiment; returns the changes that are allowed."""
     content = read_yaml(folder / "config.yaml")
     if not isinstance(content, dict):
         raise InputError(f"{folder / 'config.yaml'} holds no configuration; replace the run by --overwrite")
     fatal, harmless = changed_keys(content, relevant_part(cfg), distiller_dict[cfg.DISTILLER.TYPE].section)
     if fatal:
         raise InputError(f"{folder} holds another experiment and cannot be resumed as this one: {', '.join(fatal)}")
-    for change in harmless:
-        print(log_msg(f"resuming although {change}", "INFO"))
+    return harmless
 
 
 def _check_rest(trainer: BaseTrainer, facts: dict[str, Any], folder: Path) -> None:

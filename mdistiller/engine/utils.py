@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mdistiller.registry import InputError
+
 from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluate import evaluate, hits_at
 from .solver import learning_rate
@@ -21,6 +23,7 @@ __all__ = [
     "load_checkpoint",
     "log_msg",
     "processor_name",
+    "pyplot",
     "save_checkpoint",
     "validate",
 ]
@@ -91,3 +94,22 @@ def processor_name() -> str:
     name = facts.get("model name") or platform.processor() or platform.machine()
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
     return f"{name} ({', '.join(flags)})" if flags else name
+
+
+def pyplot(what: str) -> Any:
+    """``matplotlib.pyplot`` for files, no windows.
+
+    Args:
+        what: who needs it, for the message: ``"the learning curves"``.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError(f"{what} need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot

@@ -22,7 +22,17 @@ from mdistiller.registry import InputError, distiller_dict
 
 OUTPUTS = {"logits": "logits", "feats": "maps", "preact_feats": "maps before ReLU", "pooled_feat": "pooled features"}
 GOLDEN_NAMES = {"MLKD": "mlld"}  # where the reference values have another name than the method
-COLUMNS = ("method", "paper", "family", "batch", "of the teacher", "extra parameters", "step", "memory", "golden cases")
+COLUMNS = (
+    "method",
+    "paper and venue",
+    "family",
+    "batch",
+    "of the teacher",
+    "extra parameters",
+    "step",
+    "memory",
+    "golden cases",
+)
 INTRODUCTION = """# The methods
 
 Made by `{command}` from the code, from the reference values in `tests/golden` and from two measurements of

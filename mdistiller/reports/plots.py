@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from mdistiller.registry import InputError
+from mdistiller.engine.utils import pyplot
 
 from .plan import Plan
 
@@ -17,13 +17,7 @@ def learning_curves(plan: Plan, path: Path) -> None:
     Raises:
         InputError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("the learning curves need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot("the learning curves")
     figure, panels = plt.subplots(
         1, len(plan.pairs), figsize=(1.5 + 5.5 * len(plan.pairs), 4.5), squeeze=False, layout="constrained"
     )

@@ -93,6 +93,7 @@ def test_memory_in_a_process_of_its_own(tmp_path):
         (["step", "--rounds", "0"], "--rounds must be 1 or more, got 0"),
         (["step", "--steps", "-1"], "--steps must be 1 or more, got -1"),
         (["step", "--threads", "0"], "--threads must be 1 or more, got 0"),
+        (["step", "--picture", "step.png"], "--picture draws what profile measures, not step"),
         (["step", "--set", "SOLVER.AMB", "off"], "SOLVER.AMP"),
         (["step", "--set", "SOLVER.AMP"], ""),
         (["step", "--cfg", "nowhere.yaml"], "nowhere.yaml"),
@@ -110,4 +111,4 @@ def test_variants_are_settings_of_a_run():
     for values in TRAIN_VARIANTS.values():
         options = [part for key, value in values.items() for part in (key.replace("__", "."), value)]
         load_config(options=["DISTILLER.TYPE", "KD", "DATASET.VIEW_WEAK", "plain", *options])
-    assert set(COMMANDS) == {"loss", "step", "data", "teacher", "train", "memory"}
+    assert set(COMMANDS) == {"loss", "step", "data", "teacher", "train", "profile", "memory"}

@@ -13,17 +13,17 @@ from method_cases import build, config, make_batch, total
 
 from mdistiller.distillers.DIST import (
     acclimation_loss,
-    channel_relation_loss,
     cosine_distance,
     dist_loss,
+    feature_relation_loss,
     pearson_distance,
     same_size,
-    spatial_relation_loss,
 )
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.engine.build import build_distiller
 from mdistiller.engine.solver import build_optimizer
-from mdistiller.models import cifar_model_dict
+from mdistiller.functional import at_least_float32
+from mdistiller.models import cifar_model_dict, imagenet_model_dict
 from mdistiller.registry import InputError
 
 # Written out with Python floats
@@ -222,10 +222,10 @@ def test_half_precision_is_computed_in_float32(dtype):
     maps = [z.to(dtype) for z in logits(2, 6, shape=(3, 3))]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = [*dist_loss(student, teacher, 4.0), acclimation_loss(student, teacher, target, 4.0)]
-        found += [loss(*maps) for loss in (channel_relation_loss, spatial_relation_loss)]
+        found += feature_relation_loss(*maps)
     student, teacher, *maps = (z.float() for z in (student, teacher, *maps))
     expected = [*dist_loss(student, teacher, 4.0), acclimation_loss(student, teacher, target, 4.0)]
-    expected += [loss(*maps) for loss in (channel_relation_loss, spatial_relation_loss)]
+    expected += feature_relation_loss(*maps)
     assert all(loss.dtype == torch.float32 for loss in found)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
@@ -235,7 +235,7 @@ def test_unknown_relations():
     with pytest.raises(InputError, match="relation: no 'pearsson'; closest: pearson"):
         dist_loss(student, teacher, 1.0, "pearsson")
     with pytest.raises(InputError, match="relation"):
-        channel_relation_loss(*logits(shape=(2, 2)), relation="kl")
+        feature_relation_loss(*logits(shape=(2, 2)), relation="kl")
     with pytest.raises(InputError, match="kind"):
         acclimation_loss(student, teacher, torch.arange(5), kind="target")
 
@@ -249,7 +249,7 @@ def test_acclimation_equals_the_formula(tau):
     target = torch.tensor([0, 5, 2, 2, 3])
     p_s, p_t = ([probabilities(row, tau) for row in z.tolist()] for z in (student, teacher))
     rows = list(zip(p_s, p_t, target.tolist(), strict=True))
-    nontarget = sum(pearson(s[:k] + s[k + 1 :], t[:k] + t[k + 1 :]) for s, t, k in rows) / 5
+    nontarget = sum(pearson(*([x / (1 - p[k]) for x in p[:k] + p[k + 1 :]] for p in (s, t))) for s, t, k in rows) / 5
     every = sum(pearson(s, t) for s, t, _ in rows) / 5
     divergence = sum(kl(s, t) for s, t, _ in rows) / 5
     assert acclimation_loss(student, teacher, target, tau).item() == pytest.approx(nontarget, rel=1e-9)
@@ -276,6 +276,23 @@ def test_acclimation_ignores_the_target():
     )
 
 
+def test_acclimation_does_not_depend_on_the_targets_logit():
+    """As they stand in the softmax over all classes, rows of networks that are sure are tiny beside EPS."""
+    student, teacher = logits(5, 100)
+    target, rows = torch.arange(5), torch.arange(5)
+    teacher.requires_grad_()
+    expected = acclimation_loss(student, teacher, target)
+    gradient = torch.autograd.grad(expected, teacher)[0]
+    assert not gradient[rows, target].any()
+    for logit in (-1e3, 0.0, 30.0, 1e3):
+        sure = teacher.detach().index_put((rows, target), torch.full((5,), logit).double()).requires_grad_()
+        loss = acclimation_loss(student, sure, target)
+        assert loss == expected and torch.equal(torch.autograd.grad(loss, sure)[0], gradient)
+        assert acclimation_loss(student.index_put((rows, target), sure[rows, target]), teacher, target) == expected
+    exact = acclimation_loss(student, teacher, target, eps=0.0)
+    torch.testing.assert_close(expected, exact, rtol=1e-6, atol=0)
+
+
 def test_acclimation_with_mixed_labels_and_at_the_ends():
     student, teacher = logits()
     target = torch.tensor([0, 1, 2, 3, 6])
@@ -297,19 +314,79 @@ def test_feature_relations_equal_the_formulas():
     for relation, distance in (("pearson", pearson), ("cosine", cosine)):
         channel = sum(distance(s, t) for s, t in vectors) / len(vectors)
         spatial = sum(distance(s, t) for s, t in zip(*sums, strict=True)) / 3
-        assert channel_relation_loss(student, teacher, relation).item() == pytest.approx(channel, rel=1e-12)
-        assert spatial_relation_loss(student, teacher, relation).item() == pytest.approx(spatial, rel=1e-12)
-    assert channel_relation_loss(student, teacher, "mse") == F.mse_loss(student, teacher)
-    assert spatial_relation_loss(student, teacher, "mse") == F.mse_loss(student.mean(1), teacher.mean(1))
+        found = [loss.item() for loss in feature_relation_loss(student, teacher, relation)]
+        assert found == pytest.approx([channel, spatial], rel=1e-12)
+    expected = F.mse_loss(student, teacher), F.mse_loss(student.mean(1), teacher.mean(1))
+    assert feature_relation_loss(student, teacher, "mse") == expected
 
 
-@pytest.mark.parametrize("loss", [channel_relation_loss, spatial_relation_loss])
+@pytest.mark.parametrize("eps", [1e-8, 0.0, 0.3])
 @pytest.mark.parametrize("relation", ["pearson", "cosine", "mse"])
-def test_feature_relations_gradient(loss, relation):
+def test_feature_relations_gradient(relation, eps):
     student, teacher = (f.requires_grad_() for f in logits(2, 3, shape=(2, 2)))
-    assert torch.autograd.gradcheck(lambda f: loss(f, teacher, relation), (student,))
-    loss(student, teacher, relation).backward()
+    assert torch.autograd.gradcheck(lambda f: feature_relation_loss(f, teacher, relation, eps), (student,))
+    sum(feature_relation_loss(student, teacher, relation, eps)).backward()
     assert teacher.grad is None
+
+
+def plain_feature_relations(f_s, f_t, eps=1e-8):
+    """What the closed form stands for, differentiated by autograd."""
+    f_s, f_t = at_least_float32(f_s), at_least_float32(f_t)
+    sums = f_s.sum(1).flatten(1), f_t.sum(1).flatten(1)
+    return pearson_distance(f_s, f_t, 1, eps).mean(), pearson_distance(*sums, 1, eps).mean()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("eps", [1e-8, 0.0, 0.3])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5), (torch.bfloat16, 1e-2)], ids=str
+)
+@pytest.mark.parametrize("kind", ["random", "near", "relu", "shifted", "tiny", "partly constant"])
+def test_the_closed_form_is_the_plain_one(kind, dtype, tolerance, eps, layout):
+    student, teacher = logits(4, 24, shape=(3, 5), scale=1.0)
+    if kind == "near":
+        student = teacher + 0.1 * student
+    if kind == "relu":
+        student, teacher = student - 1, teacher.relu()
+    if kind == "shifted":
+        student, teacher = student + 20, teacher - 30
+    if kind == "tiny":
+        student, teacher = 1e-4 * student, 1e-3 * teacher
+    if kind == "partly constant":
+        student[0], student[1, :, 0], teacher[2], teacher[3, :, 1, 1] = 0.7, -30.1, 0.0, 0.3
+    student, teacher = (f.to(dtype, memory_format=layout) for f in (student, teacher))
+    results = []
+    for function in (feature_relation_loss, plain_feature_relations):
+        for weights in ((1.0, 0.0), (0.0, 1.0), (2.0, -3.0)):
+            f = student.detach().requires_grad_()
+            losses = function(f, teacher, eps=eps)
+            gradient = torch.autograd.grad(sum(w * loss for w, loss in zip(weights, losses, strict=True)), f)[0]
+            assert gradient.dtype == dtype
+            results.append((torch.stack(losses), gradient.to(losses[0].dtype)))
+    for (losses, gradient), (expected, wanted) in zip(results[:3], results[3:], strict=True):
+        torch.testing.assert_close(losses, expected, rtol=0, atol=min(tolerance, 2e-5))
+        assert (gradient - wanted).abs().max() <= tolerance * wanted.abs().max()
+        if kind == "partly constant":
+            assert not gradient[wanted == 0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e-30, -7e3, 1e20])
+def test_constant_maps_have_distance_1_and_no_gradient(value, eps, dtype):
+    constant = torch.full((2, 37, 3, 3), min(value, torch.finfo(dtype).max), dtype=dtype)
+    other = torch.randn(2, 37, 3, 3).to(dtype)
+    for student, teacher in ((constant, other), (other, constant), (constant, constant)):
+        student = student.clone().requires_grad_()
+        losses = feature_relation_loss(student, teacher, eps=eps)
+        sum(losses).backward()
+        assert all(loss.item() == 1 for loss in losses) and not student.grad.any()
+
+
+def test_maps_that_are_no_numbers_are_not_taken_for_constant():
+    student, teacher = (f.float() for f in logits(2, 6, shape=(2, 2)))
+    student[0, 1, 1, 1] = math.nan
+    assert feature_relation_loss(student, teacher)[0].isnan()
 
 
 def test_feature_relations_without_anything_to_relate():
@@ -317,7 +394,7 @@ def test_feature_relations_without_anything_to_relate():
     for shape in ((2, 3, 2, 2), (2, 1, 2, 2), (2, 3, 1, 1)):
         for student in (torch.zeros(shape), torch.full(shape, 0.7)):
             student.requires_grad_()
-            losses = [f(student, torch.randn(shape)) for f in (channel_relation_loss, spatial_relation_loss)]
+            losses = feature_relation_loss(student, torch.randn(shape))
             sum(losses).backward()
             assert all(loss.item() == 1 for loss in losses) and not student.grad.any()
 
@@ -501,9 +578,16 @@ def test_other_widths_and_sizes(student, teacher):
     assert distiller.align.weight.grad.any() and all(p.grad is not None for p in distiller.teacher_parameters())
 
 
-@pytest.mark.parametrize("name", sorted(cifar_model_dict))
-def test_the_last_layers_registered_are_the_last_ones_called(name):
-    network, calls = cifar_model_dict[name][0](num_classes=10).eval(), []
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(table[name][0] if table is cifar_model_dict else table[name], id=f"{table.kind.split()[0]}-{name}")
+        for table in (cifar_model_dict, imagenet_model_dict)
+        for name in sorted(table)
+    ],
+)
+def test_the_last_layers_registered_are_the_last_ones_called(make):
+    network, calls = make(num_classes=10).eval(), []
     for module in network.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
             module.register_forward_hook(lambda module, *_: calls.append(module))

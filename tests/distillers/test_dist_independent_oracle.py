@@ -115,11 +115,15 @@ def test_feature_relations_are_equations_15_and_16(shape, kind):
         student[0], teacher[-1] = 0.7, -2.0
     if kind == "relu":
         student, teacher = np.maximum(student, 0), np.maximum(teacher - 0.5, 0)
-    for library, loops in (
-        (channel_relation_loss, oracle.channel_relation_loss),
-        (spatial_relation_loss, oracle.spatial_relation_loss),
-    ):
-        assert_agree(library, lambda s, t, f=loops: f(s, constant(t)), student, teacher, wrt=(0, 1))
+    pairs = (channel_relation_loss, oracle.channel_relation_loss), (spatial_relation_loss, oracle.spatial_relation_loss)
+    for function, loops in pairs:
+        assert_agree(
+            function,
+            lambda s, t, f=loops: f(s, constant(t)),
+            student,
+            teacher,
+            wrt=(0, 1),
+        )
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-8, 1e-2])

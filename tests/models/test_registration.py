@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -69,6 +70,15 @@ def test_pretrained_is_torchvision(name: str, monkeypatch: pytest.MonkeyPatch) -
         net = imagenet_model_dict[name](pretrained=True)
     assert asked == ["IMAGENET1K_V1"]
     assert list(net.state_dict()) == list(state)
+
+
+def test_pretrained_without_a_network_says_where_the_file_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_state_dict(weights, *args, **kwargs):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", get_state_dict)
+    with pytest.raises(InputError, match=r"Name or service.*resnet18-\w+\.pth into .*checkpoints.*TEACHER_CKPT"):
+        imagenet_model_dict["ResNet18"](pretrained=True)
 
 
 def test_pretrained_equals_torchvision_in_value() -> None:

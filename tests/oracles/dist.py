@@ -5,7 +5,8 @@ nested lists of numbers. What the paper leaves open is settled as follows:
 
 - ``eps`` is added to the product of the two centred norms, as in the public code;
 - a constant vector has no correlation: rho is 0, without gradient;
-- acclimation drops the label's column from the softmax over all classes and does not renormalise;
+- acclimation's rows are the probabilities of all classes but the label divided by their sum, that is, the softmax of
+  the other logits: without ``eps`` the sum cancels, with it a row's weight must not depend on the label's logit;
 - KL as the relation: of a class's column as it stands, a sum over the images that isn't made a distribution.
 """
 
@@ -64,12 +65,11 @@ def dist_loss(
 def acclimation_loss(
     logits_s: Matrix, logits_t: Matrix, target: Sequence[int], tau: float = 1.0, eps: float = EPS
 ) -> Any:
-    """Eq. 14: Pearson's distance of the probabilities of all classes but the label. The student's are constants."""
+    """Eq. 14: Pearson's distance of the softmax without the label. The student's are constants."""
     distances = []
-    for s, t, label in zip(probabilities(logits_s, tau), probabilities(logits_t, tau), target, strict=True):
-        e_s = [value(p) for j, p in enumerate(s) if j != label]
-        e_t = [p for j, p in enumerate(t) if j != label]
-        distances.append(pearson_distance(e_s, e_t, eps))
+    for s, t, label in zip(logits_s, logits_t, target, strict=True):
+        e_s, e_t = (softmax([z / tau for j, z in enumerate(row) if j != label]) for row in (s, t))
+        distances.append(pearson_distance([value(p) for p in e_s], e_t, eps))
     return mean(distances)
 
 

@@ -28,7 +28,7 @@ def test_which_outputs_of_the_teacher_a_method_depends_on(method, outputs):
 
 def test_facts_of_methods_with_and_without_a_teacher():
     assert facts("KD_TWO_VIEWS") == [
-        "`KD_TWO_VIEWS`", "Hinton et al., arXiv:1503.02531", "logit", "weak, strong", "logits", "0"
+        "`KD_TWO_VIEWS`", "Hinton et al., NIPS 2014 workshop, arXiv:1503.02531", "logit", "weak, strong", "logits", "0"
     ]  # fmt: skip
     assert facts("NONE") == ["`NONE`", "-", "-", "one view", "-", "0"]
     assert facts("CTKD")[-1] == "1"  # its temperature

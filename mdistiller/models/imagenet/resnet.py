@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,7 +65,11 @@ class ResNet(FeatureNet):
 def _resnet(
     name: str, block: type[BasicBlock | Bottleneck], num_blocks: list[int], pretrained: bool, kwargs: Any
 ) -> ResNet:
-    """Build, and load torchvision's first ImageNet weights (``IMAGENET1K_V1``, mdistiller's teachers)."""
+    """Build, and load torchvision's first ImageNet weights (``IMAGENET1K_V1``, mdistiller's teachers).
+
+    Raises:
+        InputError: another number of classes; weights that could not be fetched, with where to put them.
+    """
     net = ResNet(block, num_blocks, **kwargs)
     if pretrained:
         if net.fc.out_features != 1000:
@@ -74,7 +79,14 @@ def _resnet(
             )
         from torchvision.models import get_model_weights
 
-        net.load_state_dict(get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(check_hash=True))
+        weights = get_model_weights(name)["IMAGENET1K_V1"]
+        try:
+            net.load_state_dict(weights.get_state_dict(check_hash=True))
+        except OSError as error:
+            raise InputError(
+                f"{name}: torchvision's weights could not be fetched ({error}); put {weights.url} into "
+                f"{torch.hub.get_dir()}/checkpoints, or name a file of your own with DISTILLER.TEACHER_CKPT FILE"
+            ) from None
     return net
 
 

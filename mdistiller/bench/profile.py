@@ -1,0 +1,276 @@
+"""Where the time of a training step goes: its parts in a loop as they are usually written and in ours, and a picture.
+
+The loops run as they are. What belongs to a part is replaced, while they run, by itself with a clock around it; hooks
+of torch would not do, since a folded teacher stands aside for them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mdistiller.engine import trainer as own_loop
+from mdistiller.engine.utils import pyplot
+
+from . import old_loop
+from .epochs import OLD, OldRun, OwnRun
+from .measure import Spread, cpu_seconds, interleaved
+
+PARTS = {
+    "batch": "making the batch",
+    "teacher": "teacher forward",
+    "student": "student forward",
+    "losses": "losses",
+    "backward": "backward",
+    "update": "optimiser's update",
+    "meters": "meters and all else",
+}
+REST, OUTSIDE = "meters", "outside"  # what no other part claims; what is no part of a step: evaluation, checkpoints
+STEP = "whole step"
+OURS = "ours"
+
+Place = tuple[Any, str, str]  # an object, the name of its attribute that is called, the part that it belongs to
+
+
+class Parts:
+    """Seconds of each part. What runs within another part counts for itself alone, so that all sum to the whole.
+
+    Args:
+        clock: seconds since whenever.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.running = [REST]
+        self.begin()
+
+    def begin(self) -> None:
+        """From zero."""
+        self.seconds = dict.fromkeys([*PARTS, OUTSIDE], 0.0)
+        self.since = self.clock()
+
+    def end(self) -> dict[str, float]:
+        """The seconds since :meth:`begin`."""
+        self._count()
+        return self.seconds
+
+    def _count(self) -> None:
+        now = self.clock()
+        self.seconds[self.running[-1]] += now - self.since
+        self.since = now
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self._count()
+        self.running.append(OUTSIDE if self.running[-1] == OUTSIDE else name)  # an evaluation runs the student, too
+        try:
+            yield
+        finally:
+            self._count()
+            self.running.pop()
+
+    def timed(self, function: Callable, name: str) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        return call
+
+
+class TimedLoader:
+    """A loader whose batches, while they are waited for, count as a part."""
+
+    def __init__(self, loader: Any, parts: Parts) -> None:
+        self.loader, self.parts = loader, parts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = self.parts.timed(iter, "batch")(self.loader)
+        following = self.parts.timed(next, "batch")
+        while (item := following(iterator, None)) is not None:
+            yield item
+
+
+class Profiled:
+    """Epochs of a run whose parts are counted, the first one, which warms up, included.
+
+    Args:
+        run: whose ``epoch`` is called.
+        places: what of it belongs to which part.
+        parts: the clock.
+    """
+
+    def __init__(self, run: OldRun | OwnRun, places: list[Place], parts: Parts) -> None:
+        self.run, self.places, self.parts = run, places, parts
+        self.epochs: list[dict[str, float]] = []
+
+    def epoch(self) -> None:
+        with ExitStack() as stack:
+            for owner, attribute, name in self.places:
+                stack.enter_context(_replaced(owner, attribute, self.parts.timed(getattr(owner, attribute), name)))
+            self.parts.begin()
+            self.run.epoch()
+            self.epochs.append(self.parts.end())
+
+
+@contextmanager
+def _replaced(owner: Any, attribute: str, value: Any) -> Iterator[None]:
+    own = attribute in vars(owner)  # else it is the class's
+    before = getattr(owner, attribute)
+    setattr(owner, attribute, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, attribute, before)
+        else:
+            delattr(owner, attribute)
+
+
+def _places(distiller: nn.Module, optimizer: torch.optim.Optimizer) -> list[Place]:
+    """What both loops have in common."""
+    networks = {"student": distiller.student, "teacher": getattr(distiller, "teacher", None)}
+    return [
+        (distiller, "forward", "losses"),
+        *[(network, _entry(network), part) for part, network in networks.items() if network is not None],
+        (torch.autograd, "backward", "backward"),
+        (optimizer, "step", "update"),
+        (optimizer, "zero_grad", "update"),
+    ]
+
+
+def _entry(network: nn.Module) -> str:
+    """What a call of the network calls; a clock within compiled code would break it in two."""
+    return "forward" if network._compiled_call_impl is None else "_compiled_call_impl"
+
+
+def _profile_old(run: OldRun, parts: Parts) -> Profiled:
+    run.train = TimedLoader(run.train, parts)
+    outside = [(old_loop, "validate", OUTSIDE), (torch, "save", OUTSIDE)]
+    return Profiled(run, [(old_loop, "to_device", "batch"), *_places(run.distiller, run.optimizer), *outside], parts)
+
+
+def _profile_own(run: OwnRun, parts: Parts) -> Profiled:
+    trainer = run.trainer
+    trainer.train_loader = TimedLoader(trainer.train_loader, parts)
+    scaler = [(trainer.scaler, "step", "update"), (trainer.scaler, "update", "update")]
+    outside = [(hook, moment, OUTSIDE) for hook in trainer.hooks for moment in ("after_epoch", "epoch_done")]
+    places = [(own_loop, "to_batch", "batch"), *_places(trainer.distiller, trainer.optimizer), *scaler, *outside]
+    return Profiled(run, places, parts)
+
+
+def parts_of_steps(cfg: Any, folder: Path, rounds: int, clock: str) -> list[dict[str, Any]]:
+    """Milliseconds a step of each part, and of the whole, in turns over whole epochs.
+
+    Args:
+        cfg: of our run; the old loop takes networks, data and optimiser from it.
+        folder: for checkpoints.
+        rounds: how many epochs of each count, after one that does not.
+        clock: ``"cpu"``: the process's CPU seconds; ``"wall"``: each part waits until the device has done it, so that
+            nothing overlaps.
+    """
+    old, own = OldRun(cfg, folder / "old"), OwnRun(cfg, folder / "own")
+    synchronize = own.trainer.precision.synchronize
+
+    def waited() -> float:
+        synchronize()
+        return time.perf_counter()
+
+    parts = Parts(cpu_seconds if clock == "cpu" else waited)
+    profiled = {OLD: _profile_old(old, parts), OURS: _profile_own(own, parts)}
+    try:
+        samples = interleaved({way: run.epoch for way, run in profiled.items()}, rounds, 1, synchronize)
+    finally:
+        own.close()
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for (way, run), steps in zip(profiled.items(), (len(old.train), own.trainer.steps_per_epoch), strict=True):
+        counted = list(zip(run.epochs[1:], samples[way], strict=True))
+        seconds[way] = {part: [epoch[part] / steps for epoch, _ in counted] for part in PARTS}
+        seconds[way][STEP] = [(getattr(sample, clock) - epoch[OUTSIDE]) / steps for epoch, sample in counted]
+    method = cfg.DISTILLER.TYPE
+    return [_row(method, part, seconds[OLD][part], seconds[OURS][part]) for part in (*PARTS, STEP)]
+
+
+def _row(method: str, part: str, old: list[float], own: list[float]) -> dict[str, Any]:
+    return {
+        "name": f"{method}: {PARTS.get(part, part)}",
+        "method": method,
+        "part": part,
+        "old_ms": asdict(Spread.of([1000 * value for value in old])),
+        "own_ms": asdict(Spread.of([1000 * value for value in own])),
+        "ratio": asdict(Spread.of([b / max(a, 1e-9) for a, b in zip(old, own, strict=True)])),
+    }
+
+
+def table_of_parts(rows: list[dict[str, Any]], clock: str) -> list[tuple[str, ...]]:
+    """The header and a line for each row, as text."""
+    unit = "CPU ms" if clock == "cpu" else "wall ms"
+    lines = [("", f"{OLD}, {unit}", f"{OURS}, {unit}", "times as long", "quartiles")]
+    for row in rows:
+        old, own, ratio = row["old_ms"]["median"], row["own_ms"]["median"], row["ratio"]
+        known = old >= 0.005  # as the teacher's pass of a method without teacher is not
+        quartiles = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
+        spread = (f"{ratio['median']:.3f}", quartiles) if known else ("", "")
+        lines.append((row["name"], f"{old:.2f}", f"{own:.2f}", *spread))
+    return lines
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """The steps of ``profile`` as bars to scale, one panel a method. Written to ``path`` as PNG.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    plt = pyplot("pictures")
+    rows = report["rows"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure, panels = plt.subplots(
+        len(methods), 1, figsize=(9, 0.3 + 3.1 * len(methods)), squeeze=False, layout="constrained"
+    )
+    setting = f"{report['teacher'].split(',')[0]} teaches {report['student']}, {report['data']}"
+    clock = "CPU" if report["clock"] == "cpu" else "wall"
+    for panel, method in zip(panels[:, 0], methods, strict=True):
+        _draw_method(panel, {row["part"]: row for row in rows if row["method"] == method}, plt.get_cmap("tab10").colors)
+        panel.set_title(f"A step of {method}: {setting}", fontsize=11, loc="left")
+        panel.set_xlabel(
+            f"{clock} milliseconds a step; old loop: float32, Pillow; ours: {report['precision']}", fontsize=9
+        )
+    figure.savefig(path, format="png", dpi=110)
+    plt.close(figure)
+
+
+def _draw_method(panel: Any, rows: dict[str, dict[str, Any]], colors: Any) -> None:
+    whole = rows[STEP]
+    longest = max(whole[key]["median"] for key in ("old_ms", "own_ms"))
+    for place, key in enumerate(("old_ms", "own_ms")):
+        left = 0.0
+        for part, color in zip(PARTS, colors, strict=False):
+            width, (old, own) = rows[part][key]["median"], (rows[part][k]["median"] for k in ("old_ms", "own_ms"))
+            label = f"{PARTS[part]}: {_short(old)} \N{RIGHTWARDS ARROW} {_short(own)} ms"
+            panel.barh(place, width, left=left, color=color, label=None if place else label)
+            if width > 0.045 * longest:
+                panel.text(left + width / 2, place, _short(width), ha="center", va="center", color="white", fontsize=9)
+            left += width
+        speed = f", {1 / whole['ratio']['median']:.1f} times as fast" if place else ""
+        end = f"{_short(whole[key]['median'])} ms{speed}"
+        panel.text(left + 0.01 * longest, place, end, va="center", weight="bold")
+    panel.set(yticks=[0, 1], yticklabels=[OLD, OURS], xlim=(0, 1.25 * longest))
+    panel.invert_yaxis()
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(loc="upper left", bbox_to_anchor=(0, -0.25), ncols=2, frameon=False, fontsize=9)
+
+
+def _short(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:.1f}"

@@ -3,10 +3,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo evidence test test-slow check format clean
 
 demo: .venv/installed-plots
 	$(BIN)/python tools/reproduce.py --plan configs/plans/demo.yaml
+
+# docs/evidence.md: an hour on two CPU cores.
+evidence: .venv/installed-plots
+	test -f output/shapes/vanilla,res20/student_last || \
+		$(BIN)/python tools/train.py --cfg configs/shapes/vanilla/res20.yaml SOLVER.AMP bf16 SOLVER.CHANNELS_LAST True
+	$(BIN)/python tools/reproduce.py --plan configs/plans/methods_digits.yaml configs/plans/evidence_shapes.yaml \
+		--report docs/evidence.md
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto

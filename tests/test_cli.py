@@ -153,6 +153,10 @@ REFUSED = [
     ("train", "SOLVER.TRAINER bass", "SOLVER.TRAINER: no trainer named 'bass'; closest: base"),
     ("train", "SOLVER.LR_RULE root", "SOLVER.LR_RULE: no rule named 'root'; closest: sqrt"),
     ("train", "DATASET.VIEW_STRONG medium", "DATASET.VIEW_STRONG: data set cifar100 has no recipe 'medium'", "strong"),
+    ("train", f"{KD} SOLVER.CACHE_TEACHER True DATASET.RANDAUGMENT 1", "SOLVER.CACHE_TEACHER needs images that are the",
+     "change: DATASET.RANDAUGMENT 1, DATASET.VIEW_WEAK weak (the same in every epoch: plain)"),
+    ("train", f"{KD} DISTILLER.TYPE OFD DISTILLER.TEACHER resnet14 DISTILLER.TEACHER_CKPT resnet14 DATASET.VIEW_WEAK "
+     "plain SOLVER.CACHE_TEACHER True", "SOLVER.CACHE_TEACHER: OFD runs its teacher on the statistics of the batch"),
     ("train", "LOG.PROGRESS bar", "LOG.PROGRESS: no choice named 'bar'; known: auto, off, on"),
     # values
     ("train", "SOLVER.LR -1", "SOLVER.LR must be above 0, got -1"),

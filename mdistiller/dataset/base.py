@@ -53,7 +53,7 @@ class DataSet:
     public_teachers: ClassVar[bool] = False  # whether the checkpoints in the model table were trained on it
     views: ClassVar[
         dict[str, View]
-    ]  # "weak" is what a method gets that asks for plain "image"; "test" where there is one
+    ]  # "weak": what a method gets that asks for "image"; "plain": the same in each epoch; "test" where there is one
     in_files: ClassVar[bool] = False  # images are decoded batch by batch, instead of lying in memory
     defaults: ClassVar[dict[str, Any]] = {}  # keys of its own, in the section DATASET.<NAME>
 

@@ -43,6 +43,7 @@ class CIFAR100(DataSet):
     model_family = "cifar"
     public_teachers = True
     views: ClassVar[dict[str, View]] = {
+        "plain": (),
         "weak": (RandomCrop(), HorizontalFlip()),
         "strong": (RandomCrop(), HorizontalFlip(), RandAugment(n=2), Cutout()),
         **rotations((RandomCrop(), HorizontalFlip())),

@@ -32,6 +32,7 @@ class Digits(DataSet):
     std = (0.3187, 0.3187, 0.3187)
     model_family = "cifar"
     views: ClassVar[dict[str, View]] = {
+        "plain": (),
         "weak": (RandomCrop(),),
         "strong": (RandomCrop(), RandAugment(n=2), Cutout()),
         **rotations((RandomCrop(),)),

@@ -149,6 +149,7 @@ class ImageNet(DataSet):
     model_family = "imagenet"
     in_files = True
     views: ClassVar[dict[str, View]] = {
+        "plain": (ResizeAndCentreCrop(),),
         "weak": (RandomResizedCrop(), HorizontalFlip()),
         "strong": (RandomResizedCrop(), HorizontalFlip(), RandAugment(n=2), Cutout()),
         **rotations((RandomResizedCrop(), HorizontalFlip())),

@@ -195,6 +195,7 @@ class Loader:
             raise ValueError(f"num_workers={num_workers}, but the images lie on {dataset.device}, which takes 0")
         self.dataset = dataset
         self.batch_size = batch_size
+        self.num_workers = num_workers
         self.num_data = len(dataset)
         mixed = dataset.mixing is not None and dataset.mixing.needs_partners
         self.sampler = EpochSampler(

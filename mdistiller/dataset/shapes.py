@@ -47,6 +47,7 @@ class Shapes(DataSet):
     std = (0.2344, 0.2345, 0.2347)
     model_family = "cifar"
     views: ClassVar[dict[str, View]] = {
+        "plain": (),
         "weak": (RandomCrop(), HorizontalFlip()),
         "strong": (RandomCrop(), HorizontalFlip(), RandAugment(n=2), Cutout()),
         **rotations((RandomCrop(), HorizontalFlip())),

@@ -68,6 +68,11 @@ def apply_view(view: View, images: Tensor, rng: Draws) -> Tensor:
     return images
 
 
+def is_random(view: View) -> bool:
+    """Whether a view's images differ from epoch to epoch: an operation draws numbers."""
+    return any(operation.slots for operation in view)
+
+
 def normalize(
     images: Tensor, mean: Tensor, std: Tensor, layout: torch.memory_format = torch.contiguous_format
 ) -> Tensor:

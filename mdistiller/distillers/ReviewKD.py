@@ -116,19 +116,14 @@ class ABF(nn.Module):
         """``x * a + up(deeper) * b``, with ``a, b = att_conv(cat(x, up(deeper)))``.
 
         A 1x1 convolution commutes with nearest upsampling, so that only its two channels are upsampled for the
-        attention; and where the size is a multiple, each entry of ``deeper`` is spread over its block instead of being
-        copied. Neither the upsampled nor the concatenated map is written out.
+        attention, and the concatenated map is not written out.
         """
         conv, squash = self.att_conv
         of_x, of_deeper = conv.weight.split([x.shape[1], deeper.shape[1]], dim=1)
-        logits = F.conv2d(x, of_x, conv.bias) + F.interpolate(F.conv2d(deeper, of_deeper), x.shape[2:], mode="nearest")
+        size = x.shape[2:]
+        logits = F.conv2d(x, of_x, conv.bias) + F.interpolate(F.conv2d(deeper, of_deeper), size, mode="nearest")
         a, b = squash(logits).split(1, dim=1)
-        (height, width), (rows, columns) = x.shape[2:], deeper.shape[2:]
-        if height % rows or width % columns:
-            return x * a + F.interpolate(deeper, x.shape[2:], mode="nearest") * b
-        b = b.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
-        spread = deeper[:, :, :, None, :, None] * b
-        return x * a + spread.flatten(4, 5).flatten(2, 3)
+        return x * a + F.interpolate(deeper, size, mode="nearest") * b
 
 
 @register_distiller("REVIEWKD", DEFAULTS, paper=PAPER, family="feature")

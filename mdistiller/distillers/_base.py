@@ -18,11 +18,11 @@ Optional: ``parameter_groups(cfg)`` (groups with their own ``lr``), ``teacher_pa
 teacher a method trains), ``on_epoch_start(epoch)``, and a stage of its own before training: ``prepare(batches,
 autocast)``, with ``preparation()`` if the result is to be kept for other runs; ``mdistiller/engine/prepare.py`` says
 what they are given and give back. ``images_of_one``: how many images go through the student for each image of the
-batch, where the method makes rotated or mixed copies, so that ``images_seen`` is true. ``forward_train`` may fill
-``self.monitors`` with scalars to watch that are no losses, detached; the log has their means over an epoch's images as
-``monitor/<name>``. A class method ``logit_stand_options(cfg, base_temp, kd_weight)`` says that the method heeds
-``EXPERIMENT.LOGIT_STAND``, and which ``[KEY, VALUE, ...]`` LSKD's flags stand for; ``base_temp`` is ``None`` where it
-was not given.
+batch, where the method makes rotated or mixed copies, so that ``images_seen`` is true. ``teacher_batch_statistics``:
+whether it runs its teacher on the statistics of the batch. ``forward_train`` may fill ``self.monitors`` with scalars to
+watch that are no losses, detached; the log has their means over an epoch's images as ``monitor/<name>``. A class method
+``logit_stand_options(cfg, base_temp, kd_weight)`` says that the method heeds ``EXPERIMENT.LOGIT_STAND``, and which
+``[KEY, VALUE, ...]`` LSKD's flags stand for; ``base_temp`` is ``None`` where it was not given.
 
 Where several processes train, ``forward_train`` gets the process's own images, or those of all with ``SOLVER.GATHER``.
 What a method always wants of all images it gathers by ``mdistiller/functional/gather.py``.
@@ -84,6 +84,7 @@ class Distiller(nn.Module):
     weights: tuple[str, ...] = ()
     mixed_labels = False
     images_of_one = 1
+    teacher_batch_statistics = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ def accelerate(distiller: nn.Module, cfg: Any) -> None:
         return
     check_compiler(device)
     options = {"mode": solver.COMPILE_MODE, "dynamic": False}
-    if isinstance(teacher, nn.Module):
+    if isinstance(teacher, nn.Module) and not solver.CACHE_TEACHER:  # else it runs for one epoch
         forward = teacher.forward
         if isinstance(forward, FoldedForward):
             forward.run = torch.compile(forward.graph, **options)

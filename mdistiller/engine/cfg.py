@@ -25,6 +25,7 @@ from .build import needs_teacher
 from .config_node import ConfigNode as CN
 from .parallel import BATCH_NORMS
 from .solver import LR_RULES
+from .teacher_cache import check_cacheable
 from .trainer import trainer_dict
 from .utils import log_msg
 
@@ -88,7 +89,7 @@ CFG.DATASET.DOWNLOAD = True  # fetch what is missing, where the data set can be 
 CFG.DATASET.IMAGE_SIZE = 0  # pixels a side; 0: the data set's own
 CFG.DATASET.LOADER = "auto"  # where batches are made: device: where the networks run; workers: on the CPU
 CFG.DATASET.NUM_WORKERS = 2  # processes of LOADER workers; LOADER auto: device on a GPU or where this is 0
-CFG.DATASET.VIEW_WEAK = "weak"  # recipe of the weak view, image and image_weak: strong, or another of the data set's
+CFG.DATASET.VIEW_WEAK = "weak"  # recipe of the weak view, image and image_weak: strong, plain (nothing changed), ...
 CFG.DATASET.VIEW_STRONG = "strong"  # recipe of the strong view, image_strong; views differ even if recipes do not
 CFG.DATASET.STRONG_N = 2  # RandAugment's operations in the strong recipe
 CFG.DATASET.TRAIN_FRACTION = 1.0  # share of the training images that is used, the same of each class
@@ -142,6 +143,7 @@ CFG.SOLVER.DEVICE = "auto"  # auto: the GPU where there is one; else as torch na
 CFG.SOLVER.AMP = "off"  # off: float32; bf16; fp16 (GPU only)
 CFG.SOLVER.CHANNELS_LAST = False  # memory layout NHWC: faster convolutions, above all with AMP
 CFG.SOLVER.FAST_TEACHER = True  # BatchNorms of the frozen teacher folded into its convolutions; equal but for rounding
+CFG.SOLVER.CACHE_TEACHER = False  # its outputs computed once and kept in memory; needs DATASET.VIEW_WEAK plain
 CFG.SOLVER.COMPILE = "off"  # torch.compile: off; teacher; all: student and teacher
 CFG.SOLVER.COMPILE_MODE = "default"  # default; reduce-overhead: CUDA graphs; max-autotune
 CFG.SOLVER.EMA_DECAY = 0.0  # exponential moving average of the student's weights, per step; 0: none
@@ -316,6 +318,8 @@ def check_config(cfg: CN) -> None:
     _each(cfg, ("EXPERIMENT.SEED",), lambda v: 0 <= v < 2**63, "from 0 to 2^63 - 1")
     _each(cfg, ("SOLVER.BETAS",), lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1")
     chosen_recipes(cfg, dataset_dict[cfg.DATASET.TYPE])
+    if cfg.SOLVER.CACHE_TEACHER:
+        check_cacheable(cfg)
     if not (cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG):
         raise InputError("EXPERIMENT.NAME and EXPERIMENT.TAG are both empty; one must name the run")
     if ".." in PurePath(experiment_name(cfg)).parts:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -34,6 +34,7 @@ from mdistiller.functional import at_least_float32
 from mdistiller.functional.gather import batch_of_processes, join_rows
 
 from . import distributed
+from .lazy import lazily
 from .utils import log_msg
 
 BATCH_NORMS = ("local", "sync")  # what SOLVER.BATCH_NORM takes
@@ -245,7 +246,8 @@ def _work_shared(network: nn.Module, counts: Sequence[int]) -> Iterator[None]:
         def cut(value: Any) -> Any:
             return rows.of_this_process(value) if _has_rows(value, count) else value
 
-        return _whole(forward(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()}), rows)
+        output = forward(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
+        return lazily(output, lambda part: rows.whole(part) if isinstance(part, Tensor) else part)
 
     setattr(network, name, shared)
     try:
@@ -291,57 +293,6 @@ def _by_process(count: int, images: tuple[int, ...], device: torch.device) -> tu
     parts = torch.arange(count).view(-1, sum(images)).split(images, dim=1)
     order = torch.cat([part.flatten() for part in parts])
     return order.to(device), order.argsort().to(device)
-
-
-def _whole(output: Any, rows: _Rows) -> Any:
-    """A network's output of all processes: logits at once, of features what is looked at."""
-    if isinstance(output, Tensor):
-        return rows.whole(output)
-    if isinstance(output, tuple):
-        return tuple(_whole(part, rows) for part in output)
-    if isinstance(output, Mapping):
-        return _Features(output, rows)
-    if isinstance(output, list):
-        return _Maps(output, rows)
-    return output
-
-
-class _Features(Mapping):
-    """A network's features, each gathered when it is asked for."""
-
-    def __init__(self, own: Mapping[str, Any], rows: _Rows) -> None:
-        self.own, self.rows = own, rows
-        self.gathered: dict[str, Any] = {}
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self.gathered:
-            self.gathered[key] = _whole(self.own[key], self.rows)
-        return self.gathered[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.own)
-
-    def __len__(self) -> int:
-        return len(self.own)
-
-
-class _Maps(Sequence):
-    """A list of feature maps, each gathered when it is asked for. A slice of it is a plain list."""
-
-    def __init__(self, own: list[Any], rows: _Rows) -> None:
-        self.own, self.rows = own, rows
-        self.gathered: dict[int, Any] = {}
-
-    def __getitem__(self, place: int | slice) -> Any:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
-        number = range(len(self))[place]
-        if number not in self.gathered:
-            self.gathered[number] = _whole(self.own[number], self.rows)
-        return self.gathered[number]
-
-    def __len__(self) -> int:
-        return len(self.own)
 
 
 def synchronize_batch_norm(part: nn.Module) -> None:

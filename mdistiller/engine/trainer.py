@@ -6,6 +6,7 @@ import functools
 import inspect
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .precision import Precision, hard_coded_cuda_explained
 from .prepare import prepare
 from .random_state import random_state, restore_random_state, seed_process
 from .solver import build_optimizer
+from .teacher_cache import cache_teacher
 from .utils import log_msg
 
 trainer_dict = Registry("trainer")
@@ -81,6 +83,9 @@ class BaseTrainer:
         self.distiller = self.precision.place(getattr(distiller, "module", distiller))
         accelerate(self.distiller, cfg)
         self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
+        self.teacher_cache = (
+            cache_teacher(self.distiller, train_loader, cfg, self.precision) if cfg.SOLVER.CACHE_TEACHER else None
+        )
         self.parallel = Parallel(
             self.distiller, cfg.SOLVER.GATHER, cfg.SOLVER.BATCH_NORM, overlap=self.backward_passes == 1
         )
@@ -159,7 +164,8 @@ class BaseTrainer:
         if self.accepted is not None:
             given = {name: value for name, value in given.items() if name in self.accepted}
         begin_step(self.cfg)
-        with self.precision.autocast(), hard_coded_cuda_explained(self.precision.device):
+        known = nullcontext() if self.teacher_cache is None else self.teacher_cache.of(batch)
+        with known, self.precision.autocast(), hard_coded_cuda_explained(self.precision.device):
             if distributed.world_size() == 1:
                 logits, losses = self.distiller(**given)
             else:

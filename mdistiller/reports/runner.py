@@ -95,6 +95,8 @@ def _cores() -> int:
 
 def _run_all(cells: list[Cell], jobs: int, say: Callable[[str], None]) -> None:
     failed, images, start = [], 0, time.perf_counter()
+    if cells:
+        say(f"{len(cells)} to run, {jobs} at a time; {cells[0].console} and its like say how each stands")
     for number, (cell, seconds, problem) in enumerate(_in_processes(cells, jobs), start=1):
         place = f"[{number}/{len(cells)}] {cell.method}, {cell.pair}, seed {cell.seed}"
         if problem:

@@ -109,5 +109,6 @@ def test_bad_arguments_end_with_one_message(tmp_path, monkeypatch, arguments, me
 
 def test_variants_are_settings_of_a_run():
     for values in TRAIN_VARIANTS.values():
-        load_config(options=[part for key, value in values.items() for part in (key.replace("__", "."), value)])
+        options = [part for key, value in values.items() for part in (key.replace("__", "."), value)]
+        load_config(options=["DISTILLER.TYPE", "KD", "DATASET.VIEW_WEAK", "plain", *options])
     assert set(COMMANDS) == {"loss", "step", "data", "teacher", "train", "profile", "memory"}

@@ -7,6 +7,7 @@ from yacs.config import CfgNode
 
 from mdistiller.dataset import Split, build_loaders, dataset_dict, get_dataset, load_splits
 from mdistiller.dataset.base import resize_images
+from mdistiller.dataset.views import is_random
 from mdistiller.registry import MODEL_FAMILIES, InputError, UnknownName, distiller_dict
 
 
@@ -204,7 +205,8 @@ def test_every_data_set_states_its_facts(dataset):
     assert len(dataset.mean) == len(dataset.std) == 3
     assert dataset.num_classes > 1 and dataset.image_size > 0
     assert dataset.model_family in MODEL_FAMILIES
-    assert {"weak", "strong"} <= set(dataset.views)
+    assert {"weak", "strong", "plain"} <= set(dataset.views)
+    assert {name for name, view in dataset.views.items() if not is_random(view)} <= {"plain", "test"}
 
 
 def test_resize():

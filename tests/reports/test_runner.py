@@ -122,7 +122,11 @@ def test_what_is_printed_and_written(printed):
         assert row["std"] == f"{abs(a - b) / 2**0.5:.2f}"
         assert row["images seen"] == "80"
 
-    assert printed.startswith("Tiny: 40 images, two epochs\n[1/1] teacher, res8, seed 0: ")
+    console = OUTPUT / "teacher" / "res8" / "seed0.log"
+    assert printed.startswith(
+        f"Tiny: 40 images, two epochs\n1 to run, 1 at a time; {console} and its like say how each stands\n"
+        "[1/1] teacher, res8, seed 0: "
+    )
     assert all(f"] {method}, res20_res8, seed {seed}: " in printed for method, seed in CELLS)
     assert "One of 539 images is 0.19 points." in printed
     table = (OUTPUT / "table.md").read_text()

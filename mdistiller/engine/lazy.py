@@ -1,0 +1,62 @@
+"""A network's output of which only what is looked at is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+Read = Callable[[Any], Any]
+
+
+def lazily(output: Any, read: Read) -> Any:
+    """``output`` with ``read`` applied to its leaves: of tuples at once, of mappings and lists when they are looked at.
+
+    Args:
+        output: leaves in tuples, mappings and lists, such as logits and features.
+        read: is called once for each leaf at most.
+    """
+    if isinstance(output, tuple):
+        return tuple(lazily(part, read) for part in output)
+    if isinstance(output, Mapping):
+        return _Features(output, read)
+    if isinstance(output, list):
+        return _Maps(output, read)
+    return read(output)
+
+
+class _Features(Mapping):
+    """Features by name."""
+
+    def __init__(self, own: Mapping[str, Any], read: Read) -> None:
+        self.own, self.read = own, read
+        self.found: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.found:
+            self.found[key] = lazily(self.own[key], self.read)
+        return self.found[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.own)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+
+class _Maps(Sequence):
+    """A list of feature maps. A slice of it is a plain list."""
+
+    def __init__(self, own: list[Any], read: Read) -> None:
+        self.own, self.read = own, read
+        self.found: dict[int, Any] = {}
+
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        number = range(len(self))[place]
+        if number not in self.found:
+            self.found[number] = lazily(self.own[number], self.read)
+        return self.found[number]
+
+    def __len__(self) -> int:
+        return len(self.own)

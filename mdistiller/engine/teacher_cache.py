@@ -1,0 +1,216 @@
+"""``SOLVER.CACHE_TEACHER``: what the frozen teacher says of each training image, computed once and kept in memory.
+
+That is possible where a method sees an image alike in every epoch: one view, whose recipe has no random operation, and
+nothing mixed in. At the first step, logits and pooled features are computed for all training images; a feature map
+follows, in a pass of its own, when the method first looks at it. Nothing is saved with the run: one that is resumed
+computes the same again, since batches and their order in these passes do not depend on the step.
+
+A method whose code moves its teacher's weights, without naming them by ``teacher_parameters()``, is not seen to do so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from mdistiller.dataset import Loader
+from mdistiller.dataset.build import training_views
+from mdistiller.dataset.views import is_random
+from mdistiller.registry import InputError, dataset_dict, distiller_dict
+
+from . import distributed
+from .batch import images_of, to_batch
+from .build import needs_teacher
+from .lazy import lazily
+from .precision import Precision
+from .utils import log_msg
+
+KEY = "SOLVER.CACHE_TEACHER"
+BEHIND_WEAK_VIEW = ("COLOR_JITTER", "RANDAUGMENT", "RANDOM_ERASING")
+MIXING = ("MIXUP_ALPHA", "CUTMIX_ALPHA")
+SHARE_OF_MEMORY = 0.5  # of what is free, for one output
+
+
+def check_cacheable(cfg: Any) -> None:
+    """Refuse settings under which a teacher's outputs differ from epoch to epoch.
+
+    Raises:
+        InputError: names the keys, their values and what to set.
+    """
+    name, keys = cfg.DISTILLER.TYPE, cfg.DATASET
+    if not needs_teacher(cfg):
+        raise InputError(f"{KEY} needs a teacher, which {name} has not; set it to False")
+    if cfg.SOLVER.COMPILE == "teacher":
+        raise InputError(f"{KEY}: a teacher whose outputs are kept is not compiled; set SOLVER.COMPILE off")
+    views = training_views(cfg, distiller_dict[name])
+    if len(views) > 1:
+        raise InputError(
+            f"{KEY}: {name} asks for {len(views)} views ({', '.join(views)}), and the outputs of one are kept; set it "
+            "to False"
+        )
+    ((_, (view, recipe)),) = views.items()
+    dataset, chosen = dataset_dict[keys.TYPE], f"VIEW_{view.upper()}"
+    found = [f"DATASET.{key} {keys[key]}" for key in MIXING if keys[key]]
+    if view == "weak":
+        found += [f"DATASET.{key} {keys[key]}" for key in BEHIND_WEAK_VIEW if keys[key]]
+    if chosen not in keys:
+        found += [f"the view {view!r}, which {name} asks for"] if is_random(recipe) else []
+    elif is_random(dataset.views[keys[chosen]]):
+        fixed = [recipe for recipe, operations in dataset.views.items() if not is_random(operations)]
+        found.append(f"DATASET.{chosen} {keys[chosen]} (the same in every epoch: {', '.join(fixed) or 'none'})")
+    if found:
+        raise InputError(
+            f"{KEY} needs images that are the same in every epoch, which these change: {', '.join(found)}; switch them "
+            f"off, or set {KEY} False"
+        )
+
+
+def cache_teacher(distiller: nn.Module, loader: Any, cfg: Any, precision: Precision) -> TeacherCache:
+    """Have the teacher's outputs on the training images kept.
+
+    Args:
+        distiller: placed; its teacher computes as it will in the run.
+        loader: of the training images.
+        cfg: with ``SOLVER.CACHE_TEACHER``.
+        precision: in which the teacher computes.
+
+    Raises:
+        InputError: a method, loader or number of processes for which that cannot be done.
+    """
+    check_cacheable(cfg)
+    name = cfg.DISTILLER.TYPE
+    if distributed.world_size() > 1:
+        raise InputError(f"{KEY} is for one process, and {distributed.world_size()} train; set it to False")
+    if not isinstance(loader, Loader):
+        raise InputError(f"{KEY} needs the training loader of build_loaders or get_dataset, to ask for single images")
+    reasons = {
+        "trains a part of its teacher": getattr(distiller, "teacher_parameters", list)(),
+        "makes copies of the images of its own": getattr(distiller, "images_of_one", 1) > 1,
+        "runs its teacher on the statistics of the batch": getattr(distiller, "teacher_batch_statistics", False),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise InputError(f"{KEY}: {name} {reason}, so that outputs cannot be kept; set it to False")
+    return TeacherCache(name, distiller.teacher, loader, precision)
+
+
+class TeacherCache:
+    """Stands in for ``teacher.forward`` within :meth:`of`; outside, the teacher computes as ever.
+
+    Args:
+        method: for messages.
+        teacher: frozen, in eval mode.
+        loader: of the training images.
+        precision: in which the teacher computes.
+    """
+
+    def __init__(self, method: str, teacher: nn.Module, loader: Loader, precision: Precision) -> None:
+        self.method, self.precision = method, precision
+        self.dataset, self.batch_size, self.num_workers = loader.dataset, loader.batch_size, loader.num_workers
+        self.original, self.parts = teacher.forward, [module for module in teacher.modules() if module is not teacher]
+        self.teacher = teacher
+        self.kept: dict[int, Tensor] = {}  # (N, ...) by the leaf's number in the output
+        self.channels_last: set[int] = set()  # of these, (N, H, W, C)
+        self.tree: Any = None  # the output, with numbers for its leaves
+        self.shown: tuple[Tensor, Tensor] | None = None  # the batch's images and their indices
+        teacher.forward = self
+
+    @contextmanager
+    def of(self, batch: dict[str, Tensor]) -> Iterator[None]:
+        """Within it, the teacher's outputs on the batch's images come from memory."""
+        (images,) = images_of(batch)
+        self.shown = images, batch["index"]
+        try:
+            yield
+        finally:
+            self.shown = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.shown is None:
+            return self.original(*args, **kwargs)
+        images, index = self.shown
+        given = (*args, *kwargs.values())
+        if len(given) != 1 or given[0] is not images:
+            raise InputError(
+                f"{KEY}: {self.method} shows its teacher something other than the batch's images as they are, so that "
+                "outputs cannot be kept; set it to False"
+            )
+        if self.teacher.training or any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self.parts):
+            raise InputError(
+                f"{KEY}: {self.method} has its teacher in training mode, or hooks on parts of it, so that outputs "
+                "cannot be kept; set it to False"
+            )
+        if self.tree is None:
+            self._compute(None)
+        return lazily(self.tree, partial(self._rows, index=index))
+
+    def _rows(self, leaf: int, index: Tensor) -> Tensor:
+        if leaf not in self.kept:
+            self._compute(leaf)
+        rows = self.kept[leaf].index_select(0, index)
+        return rows.movedim(-1, 1) if leaf in self.channels_last else rows
+
+    @torch.no_grad()
+    def _compute(self, wanted: int | None) -> None:
+        """One pass over the training images, for the output ``wanted``; ``None``: for all that are vectors."""
+        start, shown, self.shown = time.perf_counter(), self.shown, None
+        new: dict[int, Tensor] = {}
+        loader = Loader(self.dataset, self.batch_size, num_workers=self.num_workers)  # its workers end with it
+        for item in loader:
+            batch = to_batch(item, self.precision)
+            with self.precision.autocast():
+                leaves, structure = tree_flatten(self.original(*images_of(batch)))
+            if not new:
+                self.tree = tree_unflatten(range(len(leaves)), structure)
+                numbers = [wanted] if wanted is not None else [n for n, leaf in enumerate(leaves) if leaf.ndim == 2]
+                new = {number: self._room(number, leaves[number]) for number in numbers}
+            for number, room in new.items():
+                values = leaves[number].movedim(1, -1) if number in self.channels_last else leaves[number]
+                room.index_copy_(0, batch["index"], values)
+        self.kept |= new
+        self.shown = shown
+        self.precision.synchronize()
+        size, taken = sum(map(_megabytes, new.values())), time.perf_counter() - start
+        print(log_msg(f"{KEY}: {size:.1f} MB of the teacher's outputs computed in {taken:.1f} s", "INFO"), flush=True)
+
+    def _room(self, number: int, leaf: Tensor) -> Tensor:
+        """Room for an output of all images, in the type and the layout that it has for some.
+
+        Raises:
+            InputError: there is too little memory.
+        """
+        if leaf.ndim == 4 and not leaf.is_contiguous() and leaf.is_contiguous(memory_format=torch.channels_last):
+            self.channels_last.add(number)
+            leaf = leaf.movedim(1, -1)
+        needed = len(self.dataset) * leaf[0].numel() * leaf.element_size() / 2**20
+        free = free_megabytes(leaf.device)
+        if needed > SHARE_OF_MEMORY * free:
+            raise InputError(
+                f"{KEY}: {self.method} reads an output of the teacher that is {tuple(leaf.shape[1:])} for each image, "
+                f"{needed:.0f} MB for {len(self.dataset)}, more than half of the {free:.0f} MB that are free on "
+                f"{leaf.device}; set it to False"
+            )
+        return leaf.new_empty(len(self.dataset), *leaf.shape[1:])
+
+
+def free_megabytes(device: torch.device) -> float:
+    """Memory that is free on a device; infinite where the system does not say (a CPU without ``/proc/meminfo``)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**20
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith("MemAvailable")), float("inf"))
+
+
+def _megabytes(tensor: Tensor) -> float:
+    return tensor.numel() * tensor.element_size() / 2**20

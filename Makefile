@@ -8,7 +8,7 @@ BIN := .venv/bin
 demo: .venv/installed-plots
 	$(BIN)/python tools/reproduce.py --plan configs/plans/demo.yaml
 
-# docs/evidence.md: an hour on two CPU cores.
+# docs/evidence.md: about four hours on two CPU cores.
 evidence: .venv/installed-plots
 	test -f output/shapes/vanilla,res20/student_last || \
 		$(BIN)/python tools/train.py --cfg configs/shapes/vanilla/res20.yaml SOLVER.AMP bf16 SOLVER.CHANNELS_LAST True

@@ -9,6 +9,8 @@ from mdistiller.engine.utils import pyplot
 
 from .plan import Plan
 
+LINES = ("-", "--", ":")
+
 
 def learning_curves(plan: Plan, path: Path) -> None:
     """Accuracy on the test images over the steps: one panel a pair, one colour a method; the line is the mean over
@@ -18,21 +20,22 @@ def learning_curves(plan: Plan, path: Path) -> None:
         InputError: matplotlib is not installed.
     """
     plt = pyplot("the learning curves")
-    figure, panels = plt.subplots(
-        1, len(plan.pairs), figsize=(1.5 + 5.5 * len(plan.pairs), 4.5), squeeze=False, layout="constrained"
-    )
+    size = 3.5 + 5.5 * len(plan.pairs), max(4.5, 1 + 0.22 * len(plan.methods))  # as high as the list of methods
+    figure, panels = plt.subplots(1, len(plan.pairs), figsize=size, squeeze=False, layout="constrained")
+    colors = plt.get_cmap("tab10").colors
     cells = plan.cells()
     for panel, pair in zip(panels[0], plan.pairs, strict=True):
-        for color, method in zip(plt.get_cmap("tab10").colors * 10, plan.methods, strict=False):
+        for number, method in enumerate(plan.methods):
+            color, line = colors[number % len(colors)], LINES[number // len(colors) % len(LINES)]
             curves = [_curve(c.folder / "metrics.csv") for c in cells if (c.method, c.pair) == (method, pair)]
             epochs = [epoch for epoch, _ in curves[0]]
             values = list(zip(*[[value for _, value in curve] for curve in curves], strict=True))
-            panel.plot(epochs, [sum(v) / len(v) for v in values], color=color, label=method)
+            panel.plot(epochs, [sum(v) / len(v) for v in values], line, color=color, label=method)
             panel.fill_between(epochs, list(map(min, values)), list(map(max, values)), color=color, alpha=0.15, lw=0)
         panel.set(title=pair, xlabel="epoch", ylabel="accuracy [%], mean and span of the seeds")
         panel.grid(alpha=0.3)
-        panel.legend(loc="lower right")
-    figure.suptitle(plan.title, fontsize=10)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center")
+    figure.suptitle(plan.title, fontsize=10, x=0.01, ha="left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -90,3 +90,8 @@ MODEL_FAMILIES = {
     "tiny_imagenet": tiny_imagenet_model_dict,
     "imagenet": imagenet_model_dict,
 }
+
+
+def image_side(cfg: Any) -> int:
+    """Side in pixels of the images of a run: ``DATASET.IMAGE_SIZE``, or the data set's own where that is 0."""
+    return cfg.DATASET.IMAGE_SIZE or dataset_dict[cfg.DATASET.TYPE].image_size

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mdistiller.functional.gather import this_process
-from mdistiller.registry import InputError, dataset_dict, distiller_dict
+from mdistiller.registry import InputError, dataset_dict, distiller_dict, image_side
 
 from .augment import ColorJitter, RandomErasing
 from .base import DataSet, Split
@@ -60,9 +60,8 @@ def load_splits(cfg: Any) -> Splits:
         InputError: unknown data set, missing files, or not enough images for what is asked.
     """
     dataset = dataset_dict[cfg.DATASET.TYPE]
-    size = cfg.DATASET.IMAGE_SIZE or dataset.image_size
     own = {key.lower(): cfg.DATASET[dataset.name.upper()][key] for key in dataset.defaults}
-    train, test = dataset.load(Path(cfg.DATASET.ROOT).expanduser(), size, cfg.DATASET.DOWNLOAD, **own)
+    train, test = dataset.load(Path(cfg.DATASET.ROOT).expanduser(), image_side(cfg), cfg.DATASET.DOWNLOAD, **own)
     val, seed = None, cfg.EXPERIMENT.SEED
     if cfg.DATASET.VAL_FRACTION != 0:
         rest, held_out = hold_out(train.labels, cfg.DATASET.VAL_FRACTION, seed)

@@ -60,7 +60,7 @@ from torch import Tensor, nn
 
 from mdistiller.functional import draws, spatial_mean, unit
 from mdistiller.functional.mixing import share_quantiles, smaller_shares
-from mdistiller.registry import InputError, dataset_dict, suggestion
+from mdistiller.registry import InputError, image_side, suggestion
 
 from ._base import Distiller, register_distiller
 from .KD import kd_loss
@@ -316,7 +316,7 @@ class MDR(Distiller):
         _require("SM_WIDTH", own.SM_WIDTH, own.SM_WIDTH >= 1, "at least 1")
         for key in ("SM_HIDDEN", "SM_EPOCHS"):
             _require(key, own[key], own[key] >= 0, "0 or more")
-        size = cfg.DATASET.IMAGE_SIZE or dataset_dict[cfg.DATASET.TYPE].image_size
+        size = image_side(cfg)
         self.student_shape, self.teacher_shape = (probe(net, size, own.STAGES) for net in (student, teacher))
         self.stages = _same_count(self.student_shape, self.teacher_shape, cfg.DISTILLER)
         for key in ("ANGLE_STAGES", "LENGTH_STAGES", "DISTANCE_STAGES"):

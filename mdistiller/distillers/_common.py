@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.registry import InputError, dataset_dict, suggestion
+from mdistiller.registry import InputError, image_side, suggestion
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def stage_pairs(student: nn.Module, teacher: nn.Module, num_s: int, num_t: int, 
 
 def configured_stage_pairs(student: nn.Module, teacher: nn.Module, cfg: Any, rule: str) -> list[tuple[int, int]]:
     """:func:`stage_pairs` of two networks, which are asked by one black image of the data set's size."""
-    side = cfg.DATASET.IMAGE_SIZE or dataset_dict[cfg.DATASET.TYPE].image_size
+    side = image_side(cfg)
     maps_s, maps_t = get_feat_shapes(student, teacher, (side, side))
     return stage_pairs(student, teacher, len(maps_s), len(maps_t), rule)
 

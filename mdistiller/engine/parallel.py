@@ -190,10 +190,10 @@ def average_gradients(module: nn.Module) -> bool:
     for group in groups.values():
         flat = torch.cat([p.grad.reshape(-1) for p in group])
         dist.all_reduce(flat)
-        flat /= dist.get_world_size()
+        flat /= distributed.world_size()
         for parameter, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
             parameter.grad.copy_(part.view_as(parameter))
-    return bool((found < dist.get_world_size()).any())
+    return bool((found < distributed.world_size()).any())
 
 
 class Replica(nn.Module):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32
+from mdistiller.functional import at_least_float32, channel_mean_square
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
@@ -63,13 +63,16 @@ def hcl_loss(maps_student: Sequence[Tensor], maps_teacher: Sequence[Tensor]) -> 
     """
     total = 0.0
     for f_s, f_t in zip(maps_student, maps_teacher, strict=True):
-        difference = at_least_float32(f_s) - at_least_float32(f_t)  # pooling is linear
-        loss, weight, weights = difference.square().mean(), 1.0, 1.0
+        pooled = difference = at_least_float32(f_s) - at_least_float32(f_t)  # pooling is linear
+        loss, weight, weights = channel_mean_square(difference).mean(), 1.0, 1.0
         for side in POOLED_SIDES:
             if side < difference.shape[2]:
                 weight /= 2
                 weights += weight
-                loss = loss + weight * F.adaptive_avg_pool2d(difference, side).square().mean()
+                # What was pooled before serves where its fields are halves of the next ones'.
+                nested = all(length % POOLED_SIDES[0] == 0 for length in difference.shape[2:])
+                pooled = F.adaptive_avg_pool2d(pooled if nested else difference, side)
+                loss = loss + weight * pooled.square().mean()
         total = total + loss / weights
     return total
 

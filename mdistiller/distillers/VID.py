@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32, pool_to_common
+from mdistiller.functional import at_least_float32, channel_mean_square, pool_to_common
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
@@ -59,8 +59,8 @@ def vid_loss(regressor: nn.Module, log_scale: Tensor, f_s: Tensor, f_t: Tensor, 
     """
     f_s, f_t = pool_to_common(f_s, f_t)
     mean = at_least_float32(regressor(f_s))
-    variance = predicted_variance(log_scale, eps).view(1, -1, 1, 1)
-    return 0.5 * ((mean - f_t).square() / variance + variance.log()).mean()
+    variance = predicted_variance(log_scale, eps)
+    return 0.5 * (channel_mean_square(mean - f_t) / variance + variance.log()).mean()
 
 
 @register_distiller("VID", DEFAULTS, paper=PAPER, family="feature")

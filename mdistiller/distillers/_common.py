@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdistiller.functional import gradient_in_layout
 from mdistiller.registry import InputError, image_side, suggestion
 
 logger = logging.getLogger(__name__)
@@ -125,8 +126,8 @@ def configured_stage_pairs(student: nn.Module, teacher: nn.Module, cfg: Any, rul
 def pick_pairs(
     features_s: dict[str, Any], features_t: dict[str, Any], pairs: Sequence[tuple[int, int]]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The maps of both networks that ``pairs`` numbers."""
-    return [features_s["feats"][i] for i, _ in pairs], [features_t["feats"][j] for _, j in pairs]
+    """The maps of both networks that ``pairs`` numbers; see :func:`~mdistiller.functional.gradient_in_layout`."""
+    return [gradient_in_layout(features_s["feats"][i]) for i, _ in pairs], [features_t["feats"][j] for _, j in pairs]
 
 
 def _first_stage(net: nn.Module) -> int:

@@ -130,5 +130,6 @@ def test_an_unknown_rule_is_refused():
 def test_pairs_for_a_data_set_pick_maps():
     student, teacher = (cifar_model_dict[name][0](num_classes=7) for name in ("vgg8", "resnet20"))
     pairs = configured_stage_pairs(student, teacher, config("AT"), "matched")
-    features = [{"feats": [f"{name}{i}" for i in range(number)]} for name, number in (("s", 5), ("t", 4))]
-    assert pick_pairs(*features, pairs) == (["s0", "s1", "s2"], ["t1", "t2", "t3"])
+    features = [{"feats": [torch.full((1, 1, 2, 2), 10.0 * net + i) for i in range(4 + net)]} for net in (1, 0)]
+    picked = pick_pairs(*features, pairs)
+    assert [[x[0, 0, 0, 0].item() for x in maps] for maps in picked] == [[10, 11, 12], [1, 2, 3]]

@@ -141,6 +141,30 @@ def test_bfloat16_losses_are_float32_and_near(method):
 
 
 @each_method
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gradients_of_maps_keep_the_memory_layout(method, bf16):
+    """One loss that hands back its gradient in another layout made a step of ReviewKD twice as long."""
+    distiller = build(method).to(memory_format=torch.channels_last)
+    batch = make_batch(method)
+    batch |= {name: x.to(memory_format=torch.channels_last) for name, x in batch.items() if x.ndim == 4}
+    layouts = []
+
+    def watch(module, _, output):
+        if not isinstance(output, torch.Tensor) or output.ndim != 4 or not output.requires_grad:
+            return
+        if output.shape[1] > 2 and output.shape[2] > 1:  # two channels weigh nothing, and of one position all is one
+            output.register_hook(lambda g: layouts.append((module, g.is_contiguous(memory_format=torch.channels_last))))
+
+    for module in distiller.modules():
+        if not list(module.children()):
+            module.register_forward_hook(watch)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        loss = total(distiller, batch)
+    loss.backward()
+    assert layouts and not [module for module, kept in layouts if not kept]
+
+
+@each_method
 def test_works_in_float64(method):
     distiller = build(method).double()
     loss = total(distiller, make_batch(method, dtype=torch.float64))

@@ -8,9 +8,10 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def _in_processes(cells: list[Cell], jobs: int) -> Iterable[tuple[Cell, float, s
         return
     threads = max(1, _cores() // jobs)
     context = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
-    with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool, _leaving_on_sigterm():
         futures = {pool.submit(_run_cell, cell): cell for cell in cells}
         try:
             for future in as_completed(futures):
@@ -134,9 +135,28 @@ def _in_processes(cells: list[Cell], jobs: int) -> Iterable[tuple[Cell, float, s
                 except (OSError, BrokenExecutor) as error:  # its log cannot be written; its process was killed
                     seconds, problem = 0.0, str(error)
                 yield futures[future], seconds, problem
-        except BaseException:  # Ctrl-C: what runs saves its state, the rest is not begun
+        except BaseException:  # Ctrl-C, SIGTERM: what runs saves its state, the rest is not begun
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """SIGTERM stops the runs as Ctrl-C does, which a terminal sends to all processes; a second one kills them."""
+
+    def leave(number: int, frame: Any) -> None:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start_worker(threads: int) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -187,6 +190,26 @@ def test_an_interrupted_cell_goes_on_and_ends_the_same(printed):
     assert log.count("Epoch 1/2") == 1
     assert log.count("Epoch 2/2") == 2
     assert (folder / "metrics.csv").read_text() == before
+
+
+def test_sigterm_stops_the_runs_which_save_their_state(tmp_path):
+    options = PLAN["OPTIONS"] | {"SOLVER.EPOCHS": 100_000, "LOG.SAVE_CHECKPOINT_FREQ": 0}
+    plan = PLAN | {"METHODS": {"plain": PLAIN}, "PAIRS": {"res20_res8": {}}, "OPTIONS": options, "CLAIMS": []}
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    command = [sys.executable, ROOT / "tools" / "reproduce.py", "--plan", "plan.yaml", "--jobs", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folders = [tmp_path / folder_of("plain", seed) for seed in (0, 1)]
+    logs = [folder.with_name(f"{folder.name}.log") for folder in folders]
+    while process.poll() is None and not all(log.is_file() and "Epoch 2/" in log.read_text() for log in logs):
+        time.sleep(0.1)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err == 2 * "SIGTERM: finishing the step and saving; once more to leave at once\n"
+    for folder, log in zip(folders, logs, strict=True):
+        assert "stopped by SIGTERM; --resume goes on from" in log.read_text()
+        assert (folder / "latest").is_file()
 
 
 def test_a_cell_without_a_checkpoint_starts_anew(printed):

@@ -36,7 +36,8 @@ def run_plan(
 
     Args:
         plan: the plan.
-        jobs: processes side by side; 0: one for each core on a CPU, one on a GPU. The cores are shared out.
+        jobs: processes side by side; 0: one for each core on a CPU, one on a GPU. They share out the threads that torch
+            would take by itself: the cores', or ``OMP_NUM_THREADS``.
         say: where a line about each run goes.
 
     Returns:
@@ -124,7 +125,7 @@ def _move_aside(folder: Path) -> None:
 def _in_processes(cells: list[Cell], jobs: int) -> Iterable[tuple[Cell, float, str]]:
     if not cells:
         return
-    threads = max(1, _cores() // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)  # as many as OMP_NUM_THREADS or the cores allow
     context = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
     with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool, _leaving_on_sigterm():
         futures = {pool.submit(_run_cell, cell): cell for cell in cells}

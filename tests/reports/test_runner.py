@@ -251,6 +251,23 @@ def test_a_killed_process_is_reported_like_any_other_failure(printed, monkeypatc
         run_again(SEEDS=[2])
 
 
+@pytest.mark.parametrize(("jobs", "threads"), [(1, 6), (4, 1), (7, 1)])
+def test_runs_side_by_side_share_the_threads_that_one_alone_would_take(printed, monkeypatch, jobs, threads):
+    """More threads than cores wait for each other: a plan of one job beside others at work was ten times as slow."""
+    pools = []
+
+    class Noted(InThisProcess):
+        def __init__(self, *arguments):
+            pools.append(arguments)
+
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Noted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    cells = load_plan(write_plan(SEEDS=[0, 1, 2, 3, 4, 5, 6], METHODS={"plain": PLAIN}, CLAIMS=[])).cells()
+    monkeypatch.setattr(runner, "_run_cell", lambda cell: (0.0, ""))
+    list(runner._in_processes(cells, jobs))
+    assert [arguments[-1] for arguments in pools] == [(threads,)]
+
+
 @pytest.mark.parametrize(
     ("top1", "code", "sentence"),
     [

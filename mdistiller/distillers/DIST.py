@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32
+from mdistiller.functional import at_least_float32, require_one_shape, require_same_images
 from mdistiller.functional.gather import gather_with_gradient
 from mdistiller.registry import InputError, suggestion
 
@@ -92,7 +92,11 @@ def pearson_distance(a: Tensor, b: Tensor, dim: int = -1, eps: float = EPS) -> T
 
     Returns:
         Where a vector is constant: 1, without gradient.
+
+    Raises:
+        InputError: different shapes.
     """
+    require_one_shape("pearson_distance", a, b)
     return _angular_distance(_centred(at_least_float32(a), dim), _centred(at_least_float32(b), dim), dim, eps)
 
 
@@ -101,6 +105,7 @@ def cosine_distance(a: Tensor, b: Tensor, dim: int = -1, eps: float = EPS) -> Te
 
     Arguments are those of :func:`pearson_distance`, of which it is the ablation in Tab. 11: blind to scale only.
     """
+    require_one_shape("cosine_distance", a, b)
     a, b = at_least_float32(a), at_least_float32(b)
     return _angular_distance(_silenced(a, a, dim), _silenced(b, b, dim), dim, eps)
 
@@ -121,7 +126,11 @@ def dist_loss(
 
     Returns:
         Two scalars ``()``: the means over samples and over classes. Zero for equal logits, but for ``eps``.
+
+    Raises:
+        InputError: logits of different shapes, or an unknown relation.
     """
+    require_one_shape("dist_loss", logits_s, logits_t)
     z_s, z_t = (_samples(at_least_float32(z)) / tau for z in (logits_s, logits_t.detach()))
     if relation == "kl":
         total = F.kl_div(z_s.log_softmax(1), z_t.log_softmax(1), reduction="sum", log_target=True)
@@ -147,7 +156,12 @@ def acclimation_loss(
 
     Returns:
         Scalar ``()``. With two classes, one is left, and there is nothing to correlate: 1, without gradient.
+
+    Raises:
+        InputError: logits of different shapes, not as many targets, or an unknown kind.
     """
+    require_one_shape("acclimation_loss", logits_s, logits_t)
+    require_same_images("acclimation_loss", logits_s, target)
     z_s, z_t = at_least_float32(logits_s.detach()) / tau, at_least_float32(logits_t) / tau
     if kind == "kl":
         return F.kl_div(z_t.log_softmax(1), z_s.log_softmax(1), reduction="batchmean", log_target=True)
@@ -176,7 +190,11 @@ def feature_relation_loss(
 
     Returns:
         Two scalars ``()``.
+
+    Raises:
+        InputError: maps of different shapes, or an unknown relation.
     """
+    require_one_shape("feature_relation_loss", f_s, f_t)
     if _known("relation", relation, FEATURE_RELATIONS) == "pearson":
         channel, *means = _ChannelRelation.apply(f_s, f_t, eps)
         sums = (f_s.shape[1] * mean.flatten(1) for mean in means)

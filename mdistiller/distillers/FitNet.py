@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32
+from mdistiller.functional import at_least_float32, require_same_images
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
@@ -50,6 +50,7 @@ def hint_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     Raises:
         InputError: different shapes, as images of another size than the regressor was built for give them.
     """
+    require_same_images("hint_loss", f_s, f_t)
     if f_s.shape != f_t.shape:
         raise InputError(
             f"the regressed map is {'x'.join(map(str, f_s.shape[1:]))}, the teacher's "

@@ -58,7 +58,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import draws, spatial_mean, unit
+from mdistiller.functional import at_least_float32, draws, require_one_shape, spatial_mean, unit
 from mdistiller.functional.mixing import share_quantiles, smaller_shares
 from mdistiller.registry import InputError, image_side, suggestion
 
@@ -125,9 +125,10 @@ def angle_matrix(z_pos: Tensor, z_anchor: Tensor) -> Tensor:
         z_anchor: ``(N, D)``; gradient flows.
 
     Returns:
-        ``(M, N)`` in [-1, 1].
+        ``(M, N)`` in [-1, 1], in float32 or better.
     """
-    return unit(z_pos) @ unit(z_anchor).T
+    with torch.autocast(z_pos.device.type, enabled=False):
+        return unit(at_least_float32(z_pos)) @ unit(at_least_float32(z_anchor)).T
 
 
 def length_matrix(z_pos: Tensor, z_anchor: Tensor, *, mu_gradient: bool = True) -> Tensor:
@@ -139,14 +140,16 @@ def length_matrix(z_pos: Tensor, z_anchor: Tensor, *, mu_gradient: bool = True) 
         mu_gradient: let the gradient pass through the mean.
 
     Returns:
-        ``(M, N)`` of mean 1; all 0 where all lengths are equal.
+        ``(M, N)`` of mean 1, in float32 or better; all 0 where all lengths are equal.
     """
-    difference = (z_pos.norm(dim=1)[:, None] - z_anchor.norm(dim=1)).abs()
+    lengths, of_anchors = (at_least_float32(z).norm(dim=1) for z in (z_pos, z_anchor))
+    difference = (lengths[:, None] - of_anchors).abs()
     return _over_its_mean(difference, mu_gradient)
 
 
 def distance_matrix(z_pos: Tensor, z_anchor: Tensor, *, mu_gradient: bool = True) -> Tensor:
     """Euclidean distances (Eq. 6), divided by their mean over all pairs; arguments as :func:`length_matrix`."""
+    z_pos, z_anchor = at_least_float32(z_pos), at_least_float32(z_anchor)
     distance = torch.cdist(z_pos, z_anchor, compute_mode="donot_use_mm_for_euclid_dist")  # exact for near vectors
     return _over_its_mean(distance, mu_gradient)
 
@@ -218,11 +221,18 @@ def relation_kl(
         stage_reduction: over the n chosen stages, ``"sum"`` or ``"mean"``.
 
     Returns:
-        Scalar ``()``; over the anchors, 0 for equal similarities and above 0 otherwise.
+        Scalar ``()`` in float32 or better; over the anchors, 0 for equal similarities and above 0 otherwise.
+
+    Raises:
+        InputError: similarities of different shapes, or an unknown name.
     """
-    dim = {"anchor": 2, "positive": 1}[relation_dim]
-    log_s = _pick(F.log_softmax(student / temperature, dim), chosen)
-    log_t = _pick(F.log_softmax(teacher.detach() / temperature, dim), chosen)
+    require_one_shape("relation_kl", student, teacher)
+    named = {"RELATION_DIM": relation_dim, "REDUCTION": reduction, "STAGE_REDUCTION": stage_reduction}
+    for key, value in named.items():
+        _check_choice(key, value)
+    dim = 2 if relation_dim == "anchor" else 1
+    log_s = _pick(F.log_softmax(at_least_float32(student) / temperature, dim), chosen)
+    log_t = _pick(F.log_softmax(at_least_float32(teacher.detach()) / temperature, dim), chosen)
     total = F.kl_div(log_s, log_t, reduction="sum", log_target=True) * temperature**2
     positives = student.shape[1] if reduction == "mean" else 1
     return total / (positives * (len(chosen) if stage_reduction == "mean" else 1))
@@ -241,9 +251,15 @@ def length_loss(
         stage_reduction: over the n chosen stages, ``"sum"`` or ``"mean"``.
 
     Returns:
-        Scalar ``()``.
+        Scalar ``()`` in float32 or better.
+
+    Raises:
+        InputError: relations of different shapes, or an unknown name.
     """
-    squares = (_pick(student, chosen) - _pick(teacher.detach(), chosen)).square()
+    require_one_shape("length_loss", student, teacher)
+    for key, value in (("REDUCTION", reduction), ("STAGE_REDUCTION", stage_reduction)):
+        _check_choice(key, value)
+    squares = (_pick(at_least_float32(student), chosen) - _pick(at_least_float32(teacher.detach()), chosen)).square()
     total = squares.mean() * len(chosen) if reduction == "mean" else squares.sum()
     return total / len(chosen) if stage_reduction == "mean" else total
 

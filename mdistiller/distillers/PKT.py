@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32
+from mdistiller.functional import at_least_float32, require_same_images
 
 from ._base import Distiller, register_distiller
 
@@ -55,7 +55,11 @@ def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
 
     Returns:
         Scalar ``()``, 0 for equal cosines.
+
+    Raises:
+        InputError: embeddings of unequally many images.
     """
+    require_same_images("pkt_loss", f_s, f_t)
     p_s, p_t = neighbour_probabilities(f_s, eps), neighbour_probabilities(f_t, eps)
     return (p_t * torch.log((p_t + eps) / (p_s + eps))).mean()
 

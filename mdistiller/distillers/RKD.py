@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32, unit
+from mdistiller.functional import at_least_float32, require_same_images, unit
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
@@ -90,7 +90,11 @@ def rkd_loss(
 
     Returns:
         Scalar ``()``; does not change where the student's embeddings are moved, turned or scaled.
+
+    Raises:
+        InputError: embeddings of unequally many images.
     """
+    require_same_images("rkd_loss", f_s, f_t)
     with torch.autocast(f_s.device.type, enabled=False):
         student = differences(at_least_float32(f_s).flatten(1))
         teacher = differences(at_least_float32(f_t).detach().flatten(1))

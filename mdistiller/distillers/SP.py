@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32, unit
+from mdistiller.functional import at_least_float32, require_same_images, unit
 
 from ._base import Distiller, register_distiller
 
@@ -48,7 +48,11 @@ def similarity_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
 
     Returns:
         Scalar ``()``, from 0 to 4 / B.
+
+    Raises:
+        InputError: features of unequally many images.
     """
+    require_same_images("similarity_loss", f_s, f_t)
     return (similarity_matrix(f_s) - similarity_matrix(f_t)).square().mean()
 
 

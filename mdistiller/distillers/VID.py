@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32, channel_mean_square, pool_to_common
+from mdistiller.functional import at_least_float32, channel_mean_square, pool_to_common, require_one_shape
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
@@ -56,9 +56,13 @@ def vid_loss(regressor: nn.Module, log_scale: Tensor, f_s: Tensor, f_t: Tensor, 
 
     Returns:
         Scalar ``()``, at least log(eps) / 2.
+
+    Raises:
+        InputError: maps of unequally many images, or a regressor to another width.
     """
     f_s, f_t = pool_to_common(f_s, f_t)
     mean = at_least_float32(regressor(f_s))
+    require_one_shape("vid_loss", mean, f_t)
     variance = predicted_variance(log_scale, eps)
     return 0.5 * (channel_mean_square(mean - f_t) / variance + variance.log()).mean()
 

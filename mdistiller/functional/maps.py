@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import at_least_float32
+from .shapes import require_same_images
 
 
 def pool_to_common(map_s: Tensor, map_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,7 +21,11 @@ def pool_to_common(map_s: Tensor, map_t: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``(B, C_s, H, W)`` and ``(B, C_t, H, W)`` in float32 or better; a map that has this size already is not pooled.
+
+    Raises:
+        InputError: maps of unequally many images.
     """
+    require_same_images("pool_to_common", map_s, map_t)
     size = tuple(min(a, b) for a, b in zip(map_s.shape[2:], map_t.shape[2:], strict=True))
     map_s, map_t = at_least_float32(map_s), at_least_float32(map_t)
     return tuple(x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (map_s, map_t))

@@ -175,6 +175,22 @@ def test_what_cannot_be_selected_is_refused(call, message):
         call()
 
 
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (relation_kl, {"relation_dim": "anchors"}, r"MDR\.RELATION_DIM: no 'anchors'; closest: anchor"),
+        (relation_kl, {"reduction": "batchmean"}, r"MDR\.REDUCTION: no 'batchmean'"),
+        (relation_kl, {"stage_reduction": "none"}, r"MDR\.STAGE_REDUCTION"),
+        (length_loss, {"reduction": "batchmean"}, r"MDR\.REDUCTION"),
+        (length_loss, {"stage_reduction": "none"}, r"MDR\.STAGE_REDUCTION"),
+    ],
+)
+def test_unknown_reductions_are_refused(loss, options, message):
+    """They used to count as sums."""
+    with pytest.raises(InputError, match=message):
+        loss(torch.zeros(2, 6, 2), torch.zeros(2, 6, 2), torch.zeros(1, 6, dtype=torch.int64), **options)
+
+
 # Losses
 
 

@@ -40,9 +40,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32, require_one_shape, require_same_images
+from mdistiller.functional import at_least_float32, require_one_shape, require_same_images, same_size
 from mdistiller.functional.gather import gather_with_gradient
-from mdistiller.registry import InputError, suggestion
+from mdistiller.functional.mixing import class_numbers
+from mdistiller.registry import InputError, check_choice
 
 from ._base import Distiller, register_distiller
 
@@ -135,7 +136,7 @@ def dist_loss(
     if relation == "kl":
         total = F.kl_div(z_s.log_softmax(1), z_t.log_softmax(1), reduction="sum", log_target=True)
         return total / z_s.shape[0], total / z_s.shape[1]
-    distance = pearson_distance if _known("relation", relation, RELATIONS) == "pearson" else cosine_distance
+    distance = pearson_distance if check_choice("relation", relation, RELATIONS) == "pearson" else cosine_distance
     p_s, p_t = z_s.softmax(1), z_t.softmax(1)
     return distance(p_s, p_t, 1, eps).mean(), distance(p_s, p_t, 0, eps).mean()
 
@@ -165,8 +166,8 @@ def acclimation_loss(
     z_s, z_t = at_least_float32(logits_s.detach()) / tau, at_least_float32(logits_t) / tau
     if kind == "kl":
         return F.kl_div(z_t.log_softmax(1), z_s.log_softmax(1), reduction="batchmean", log_target=True)
-    if _known("kind", kind, ACCLIMATIONS[:2]) == "nontarget":
-        target = target.argmax(1) if target.ndim == 2 else target
+    if check_choice("kind", kind, ACCLIMATIONS[:2]) == "nontarget":
+        target = class_numbers(target)
         columns = torch.arange(z_s.shape[1] - 1, device=target.device)
         others = columns + (columns >= target[:, None]).long()
         z_s, z_t = z_s.gather(1, others), z_t.gather(1, others)
@@ -195,7 +196,7 @@ def feature_relation_loss(
         InputError: maps of different shapes, or an unknown relation.
     """
     require_one_shape("feature_relation_loss", f_s, f_t)
-    if _known("relation", relation, FEATURE_RELATIONS) == "pearson":
+    if check_choice("relation", relation, FEATURE_RELATIONS) == "pearson":
         channel, *means = _ChannelRelation.apply(f_s, f_t, eps)
         sums = (f_s.shape[1] * mean.flatten(1) for mean in means)
         return channel.mean(), pearson_distance(*sums, 1, eps).mean()
@@ -281,12 +282,6 @@ def _angular_distance(a: Tensor, b: Tensor, dim: int, eps: float) -> Tensor:
     return 1 - (a * b).sum(dim) / norms.clamp(min=torch.finfo(a.dtype).tiny)
 
 
-def _known(key: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise InputError(f"{key}: no {value!r}; {suggestion(str(value), allowed)}")
-    return value
-
-
 @register_distiller("DIST", DEFAULTS, paper=PAPER, family="relation")
 class DIST(Distiller):
     """Cross-entropy on the labels plus both terms of :func:`dist_loss`."""
@@ -297,7 +292,7 @@ class DIST(Distiller):
         super().__init__(student, teacher)
         own = cfg[self.section]
         self.tau, self.eps = own.TAU, own.EPS
-        self.relation = _known(f"{self.section}.RELATION", own.RELATION, RELATIONS)
+        self.relation = check_choice(f"{self.section}.RELATION", own.RELATION, RELATIONS)
         self.label_smoothing, self.gather = own.LABEL_SMOOTHING, own.GATHER
         self.ce_weight, self.inter_weight, self.intra_weight = own.CE_WEIGHT, own.INTER_WEIGHT, own.INTRA_WEIGHT
         for key, holds, allowed in (
@@ -342,14 +337,14 @@ class DISTPlus(DIST):
         own = cfg.DIST_PLUS
         self.channel_weight, self.spatial_weight = own.CHANNEL_WEIGHT, own.SPATIAL_WEIGHT
         self.acclimate_weight = own.ACCLIMATE_WEIGHT
-        self.feature_relation = _known("DIST_PLUS.FEATURE_RELATION", own.FEATURE_RELATION, FEATURE_RELATIONS)
+        self.feature_relation = check_choice("DIST_PLUS.FEATURE_RELATION", own.FEATURE_RELATION, FEATURE_RELATIONS)
         uses_maps = bool(self.channel_weight or self.spatial_weight)
         if self.feature_relation != "pearson" and not uses_maps:
             raise InputError(
                 f"DIST_PLUS.FEATURE_RELATION {self.feature_relation} has nothing to act on: CHANNEL_WEIGHT and "
                 "SPATIAL_WEIGHT are both 0"
             )
-        self.acclimate = _known("DIST_PLUS.ACCLIMATE", own.ACCLIMATE, ACCLIMATIONS)
+        self.acclimate = check_choice("DIST_PLUS.ACCLIMATE", own.ACCLIMATE, ACCLIMATIONS)
         self.acclimated = self._find_acclimated(own)
         for parameter in self.acclimated:
             parameter.requires_grad_(True)
@@ -413,12 +408,6 @@ class DISTPlus(DIST):
         return logits_student, losses
 
 
-def same_size(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps ``(B, D, H, W)`` averaged down to the smaller height and width of the two."""
-    size = tuple(min(a, b) for a, b in zip(f_s.shape[2:], f_t.shape[2:], strict=True))
-    return tuple(f if f.shape[2:] == size else F.adaptive_avg_pool2d(f, size) for f in (f_s, f_t))
-
-
 def _last_layers(network: nn.Module) -> list[nn.Module]:
     """The last convolution and the last linear layer in the order in which the network registers them.
 
@@ -439,4 +428,4 @@ def _last_layers(network: nn.Module) -> list[nn.Module]:
 
 def _modules_named(network: nn.Module, names: list[str]) -> list[nn.Module]:
     modules = dict(network.named_modules())
-    return [modules[_known("DIST_PLUS.ACCLIMATE_MODULES", name, tuple(modules))] for name in names]
+    return [modules[check_choice("DIST_PLUS.ACCLIMATE_MODULES", name, tuple(modules))] for name in names]

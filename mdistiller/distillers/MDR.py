@@ -60,9 +60,10 @@ from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, draws, require_one_shape, spatial_mean, unit
 from mdistiller.functional.mixing import share_quantiles, smaller_shares
-from mdistiller.registry import InputError, image_side, suggestion
+from mdistiller.registry import InputError, check_choice, image_side
 
 from ._base import Distiller, register_distiller
+from ._common import answer_to_black
 from .KD import kd_loss
 
 DEFAULTS = {
@@ -560,7 +561,7 @@ class Shape(NamedTuple):
 
 
 def probe(network: nn.Module, size: int, stages: str) -> Shape:
-    """Ask a network by one black image in eval mode: no statistics move, and no random number is drawn.
+    """Ask a network, which stays as it is; see :func:`~mdistiller.distillers._common.answer_to_black`.
 
     Args:
         network: returns ``(logits, features)``.
@@ -568,15 +569,7 @@ def probe(network: nn.Module, size: int, stages: str) -> Shape:
         stages: ``"skip_first"``: all maps but the first; ``"declared"``: what ``get_stage_indices()`` says, for a
             network that has none as ``skip_first``.
     """
-    like = next(network.parameters())
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with torch.no_grad():
-            logits, features = network(torch.zeros(1, 3, size, size, device=like.device, dtype=like.dtype))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    logits, features = answer_to_black(network, (size, size))
     maps = features["feats"]
     numbers = tuple(range(1, len(maps)))
     if stages == "declared" and hasattr(network, "get_stage_indices"):
@@ -606,8 +599,7 @@ def _same_count(student: Shape, teacher: Shape, names: Any) -> int:
 
 
 def _check_choice(key: str, value: str) -> None:
-    if value not in CHOICES[key]:
-        raise InputError(f"MDR.{key}: no {value!r}; {suggestion(str(value), CHOICES[key])}")
+    check_choice(f"MDR.{key}", value, CHOICES[key])
 
 
 def _require(key: str, value: Any, holds: bool, allowed: str) -> None:

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdistiller.functional import at_least_float32, require_same_images, unit
 
-from ._base import Distiller, register_distiller
+from ._base import register_distiller
+from ._common import FeatureDistiller
 
 DEFAULTS = {"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 3000.0}}
 PAPER = "Tung and Mori, ICCV 2019, arXiv:1907.09682"
@@ -66,19 +66,8 @@ def sp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
 
 
 @register_distiller("SP", DEFAULTS, paper=PAPER, family="relation")
-class SP(Distiller):
+class SP(FeatureDistiller):
     """Cross-entropy on the labels plus :func:`sp_loss` on the last maps (Eq. 4)."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
-        super().__init__(student, teacher)
-        self.ce_weight, self.feat_weight = cfg.SP.LOSS.CE_WEIGHT, cfg.SP.LOSS.FEAT_WEIGHT
-
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        logits_student, features_student = self.student(image)
-        with torch.no_grad():
-            _, features_teacher = self.teacher(image)
-        loss = sp_loss([features_student["feats"][-1]], [features_teacher["feats"][-1]])
-        return logits_student, {
-            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
-            "loss_kd": self.feat_weight * loss,
-        }
+    def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:
+        return sp_loss([features_student["feats"][-1]], [features_teacher["feats"][-1]])

@@ -66,7 +66,7 @@ from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, zs_norm
 from mdistiller.functional.graphs import Comparison, Rules, compare_graphs, edge_uncertainty, in_working_precision
-from mdistiller.registry import InputError, suggestion
+from mdistiller.registry import InputError, check_choice
 
 from ._base import Distiller, register_distiller
 from ._common import last_linear, warmup
@@ -210,8 +210,7 @@ class VRM(Distiller):
         super().__init__(student, teacher)
         own = cfg.VRM
         for key, allowed in CHOICES.items():
-            if own[key] not in allowed:
-                raise InputError(f"VRM.{key}: no {own[key]!r}; {suggestion(str(own[key]), allowed)}")
+            check_choice(f"VRM.{key}", own[key], allowed)
         if not own.TEMPERATURE > 0:
             raise InputError(f"VRM.TEMPERATURE must be above 0, got {own.TEMPERATURE}")
         if own.WARMUP < 0:

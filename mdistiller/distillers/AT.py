@@ -71,7 +71,16 @@ def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: int) -> Tensor:
 def at_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], p: int) -> Tensor:
     """:func:`single_stage_at_loss` (Eq. 2), summed over pairs of maps.
 
+    Args:
+        g_s: the student's maps, ``(B, C_s, H_s, W_s)`` each; gradient flows.
+        g_t: the teacher's, as many; gradient flows where they carry one.
+        p: see :func:`attention_map`.
+
+    Returns:
+        Scalar ``()``.
+
     Raises:
+        InputError: maps of unequally many images.
         ValueError: lists of different length.
     """
     return sum(single_stage_at_loss(f_s, f_t, p) for f_s, f_t in zip(g_s, g_t, strict=True))

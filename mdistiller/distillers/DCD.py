@@ -99,7 +99,7 @@ def dcd_loss(
 
 
 def bounded_scale(theta: Tensor, max_tau: float) -> Tensor:
-    """``exp(theta)``, at most ``max_tau``; no gradient above."""
+    """``exp(theta)`` for ``theta`` ``()``, at most ``max_tau``; no gradient above."""
     return theta.exp().clamp(max=max_tau)
 
 

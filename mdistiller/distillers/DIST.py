@@ -53,7 +53,7 @@ DEFAULTS = {
     "CE_WEIGHT": 1.0,
     "INTER_WEIGHT": 2.0,
     "INTRA_WEIGHT": 2.0,
-    "LABEL_SMOOTHING": 0.0,  # of the cross-entropy
+    "LABEL_SMOOTHING": 0.0,  # of the cross-entropy alone; DATASET.LABEL_SMOOTHING: of all that reads labels
     "RELATION": "pearson",  # pearson, cosine, kl
     "EPS": 1e-8,
     "GATHER": False,  # columns of the images of all processes, not only of the own ones
@@ -302,6 +302,11 @@ class DIST(Distiller):
         ):
             if not holds:
                 raise InputError(f"{self.section}.{key} must be {allowed}, got {own[key]}")
+        if own.LABEL_SMOOTHING and cfg.DATASET.LABEL_SMOOTHING:
+            raise InputError(
+                f"{self.section}.LABEL_SMOOTHING {own.LABEL_SMOOTHING} and DATASET.LABEL_SMOOTHING "
+                f"{cfg.DATASET.LABEL_SMOOTHING} would smooth the labels twice; set one of them to 0"
+            )
         self.factor = self.tau**2 if own.TAU_SQUARED else 1.0
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -284,6 +284,9 @@ class Positives(NamedTuple):
 def rotated(image: Tensor) -> Positives:
     """Each image turned by 90, 180 and 270 degrees counter-clockwise.
 
+    Args:
+        image: ``(N, 3, H, H)``.
+
     Raises:
         InputError: images that are not square.
     """
@@ -340,6 +343,12 @@ class MDR(Distiller):
             _require(
                 key, own[key], 0 <= own[key] <= self.stages, f"from 0 (all) to {self.stages}, the stages there are"
             )
+        if own.AUGMENT == "rotation" and own.MIXUP_ALPHA != 1:
+            raise InputError(
+                f"MDR.MIXUP_ALPHA {own.MIXUP_ALPHA} belongs to MDR.AUGMENT mixup, got rotation; leave it at 1"
+            )
+        if own.DISTANCE_STAGES and not own.DISTANCE_WEIGHT:
+            raise InputError(f"MDR.DISTANCE_STAGES {own.DISTANCE_STAGES} belongs to a DISTANCE_WEIGHT, which is 0")
         self.teacher_modules, _ = self._fresh_teacher_modules()
         self.teacher_modules.requires_grad_(False).eval()
         self.student_modules = self._build_modules(self.student_shape.widths, self._seed_of(STUDENT_KEY))
@@ -484,9 +493,7 @@ class MDR(Distiller):
         """What :meth:`prepare` trains, and the settings, beside teacher, data and seed, that it depends on."""
         if not self.uses_relations:
             return nn.Identity(), {}  # nobody reads the modules
-        used = {"STAGES", "AUGMENT"} | {key for key in self.own if key.startswith("SM_")}
-        if self.own.AUGMENT == "mixup":
-            used.add("MIXUP_ALPHA")
+        used = {"STAGES", "AUGMENT", "MIXUP_ALPHA"} | {key for key in self.own if key.startswith("SM_")}
         if self.own.SM_TRAINING == "contrastive":
             used.add("TEMPERATURE")
         settings = {key: self.own[key] for key in sorted(used)}
@@ -578,7 +585,16 @@ def probe(network: nn.Module, size: int, stages: str) -> Shape:
 
 
 def mixed_cross_entropy(logits: Tensor, target: Tensor, positives: Positives) -> Tensor:
-    """Mean over anchors and positives ``(N + M, C)``; a positive's labels are mixed as its images are."""
+    """Mean cross-entropy over anchors and positives; a positive's labels are mixed as its images are.
+
+    Args:
+        logits: ``(N + M, C)``, anchors first; gradient flows.
+        target: ``(N,)`` class numbers of the anchors.
+        positives: says of each the anchor, the partner and the anchor's share.
+
+    Returns:
+        Scalar ``()``.
+    """
     own, other = target[positives.anchor], target[positives.partner]
     anchors, augmented = logits.split([len(target), len(own)])
     share = positives.share

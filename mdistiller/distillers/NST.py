@@ -68,7 +68,15 @@ def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
 def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
     """:func:`single_stage_nst_loss`, summed over pairs of maps.
 
+    Args:
+        g_s: the student's maps, ``(B, C_s, H_s, W_s)`` each; gradient flows.
+        g_t: the teacher's, as many; constant.
+
+    Returns:
+        Scalar ``()``.
+
     Raises:
+        InputError: maps of unequally many images.
         ValueError: lists of different length.
     """
     return sum(single_stage_nst_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t, strict=True))

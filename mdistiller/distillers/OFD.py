@@ -82,7 +82,10 @@ def margins(weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def connector(student_channels: int, teacher_channels: int, kernel_size: int) -> nn.Sequential:
-    """Convolution and batch norm to the teacher's width; He's initialisation by the outgoing connections."""
+    """Convolution (odd ``kernel_size``, same size) and batch norm from the student's width to the teacher's.
+
+    The weights follow He's initialisation by the outgoing connections, from torch's generator.
+    """
     conv = nn.Conv2d(student_channels, teacher_channels, kernel_size, padding=(kernel_size - 1) // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, nn.BatchNorm2d(teacher_channels))

@@ -59,7 +59,15 @@ def similarity_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
 def sp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
     """:func:`similarity_loss`, summed over pairs of layers (Eq. 3).
 
+    Args:
+        g_s: the student's features, ``(B, ...)`` each; gradient flows.
+        g_t: the teacher's, as many; gradient flows where they carry one.
+
+    Returns:
+        Scalar ``()``.
+
     Raises:
+        InputError: features of unequally many images.
         ValueError: lists of different length.
     """
     return sum(similarity_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t, strict=True))

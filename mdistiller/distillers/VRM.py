@@ -8,7 +8,7 @@ With ``p_r``, ``p_v`` ``(B, C)`` the predictions for the real (weak) and the vir
 their columns, the edges of the two virtual graphs are
 
 - inter-sample: ``e_ISV[i, j] = (p_r[i] - p_v[j]) / ||p_r[i] - p_v[j]||``, a ``[B, B, C]`` tensor (Eq. 1, Sec. 3.5);
-- inter-class: ``e_ICV[a, b] = (w_r[a] - w_v[b]) / ||w_r[a] - w_v[b]||``, a ``[C, C, B]`` tensor (Sec. 3.4, 3.5).
+- inter-class: ``e_ICV[a, b] = (w_r[a] - w_v[b]) / ||w_r[a] - w_v[b]||``, a ``[C, C, B]`` tensor (Sec. 3.4, 3.6).
 
 Student's and teacher's edges are compared, without those that the student is least certain of (Eq. 2):
 ``CE(real) + CE(virtual) + ALPHA * L_ISV + BETA * L_ICV`` (Eq. 3). Neither edge tensor is ever written out; how, stands
@@ -353,6 +353,9 @@ def make_adaptor(kind: str, width: int | None, out_width: int | None) -> nn.Modu
         kind: ``"residual"``, ``"mlp"`` or ``"none"``.
         width: entries of the student's vertices.
         out_width: of the teacher's; both ``None`` where they are unknown.
+
+    Raises:
+        InputError: a width is unknown, or they differ and there is no adaptor.
     """
     if kind == "none":
         if width != out_width:

@@ -23,6 +23,15 @@ def require_one_shape(name: str, a: Tensor, b: Tensor) -> None:
 
 
 def require_same_images(name: str, a: Tensor, b: Tensor) -> None:
-    """Make sure that two tensors have as many rows, one for each image; else as :func:`require_one_shape`."""
+    """Make sure that two tensors have as many rows, one for each image.
+
+    Args:
+        name: of the function that was given them, for the message.
+        a: ``(B, ...)``.
+        b: ``(B, ...)``.
+
+    Raises:
+        InputError: they have not.
+    """
     if a.shape[:1] != b.shape[:1]:
         raise InputError(f"{name} takes as many rows of both, got {tuple(a.shape)} and {tuple(b.shape)}")

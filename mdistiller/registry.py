@@ -45,6 +45,17 @@ def suggestion(name: str, allowed: Iterable[str]) -> str:
     return "known: " + (", ".join(allowed) or "none")
 
 
+def check_choice(key: str, value: Any, allowed: Iterable[str]) -> Any:
+    """``value``, if it is one of those allowed for an option.
+
+    Raises:
+        InputError: it is not.
+    """
+    if value not in allowed:
+        raise InputError(f"{key}: no {value!r}; {suggestion(str(value), allowed)}")
+    return value
+
+
 def _origin(entry: Any) -> Any:
     """Module and name of a class or function; a cell of a notebook that is run twice keeps both."""
     return getattr(entry, "__module__", None), getattr(entry, "__qualname__", entry)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from mdistiller.registry import InputError, suggestion
+from mdistiller.registry import InputError, check_choice
 
 SLICE = 2**18  # entries that are worked on at a time
 
@@ -77,8 +77,8 @@ def prediction_correlation(logits_a: Tensor, logits_b: Tensor, kind: str = "pear
         InputError: unknown kind or axis, shapes that differ, or fewer than two entries to correlate.
     """
     _check(logits_a, logits_b)
-    correlate = KINDS[_known("kind", kind, tuple(KINDS))]
-    intra = _known("axis", axis, ("inter", "intra")) == "intra"
+    correlate = KINDS[check_choice("kind", kind, tuple(KINDS))]
+    intra = check_choice("axis", axis, ("inter", "intra")) == "intra"
     images, classes = logits_a.shape
     count, length = (classes, images) if intra else (images, classes)
     if length < 2:
@@ -174,9 +174,3 @@ def _check(logits_a: Tensor, logits_b: Tensor, target: Tensor | None = None) -> 
         raise InputError(
             f"target must have a class number for each of {len(logits_a)} images, got {tuple(target.shape)}"
         )
-
-
-def _known(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise InputError(f"{name}: no {value!r}; {suggestion(value, allowed)}")
-    return value

@@ -22,14 +22,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, pool_to_common, unit
 from mdistiller.registry import InputError
 
-from ._base import Distiller, register_distiller
-from ._common import configured_stage_pairs, pick_pairs
+from ._base import register_distiller
+from ._common import FeatureDistiller, configured_stage_pairs, pick_pairs
 
 DEFAULTS = {
     "P": 2,
@@ -72,30 +71,32 @@ def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: int) -> Tensor:
 def at_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], p: int) -> Tensor:
     """:func:`single_stage_at_loss` (Eq. 2), summed over pairs of maps.
 
+    Args:
+        g_s: the student's maps, ``(B, C_s, H_s, W_s)`` each; gradient flows.
+        g_t: the teacher's, as many; gradient flows where they carry one.
+        p: see :func:`attention_map`.
+
+    Returns:
+        Scalar ``()``.
+
     Raises:
+        InputError: maps of unequally many images.
         ValueError: lists of different length.
     """
     return sum(single_stage_at_loss(f_s, f_t, p) for f_s, f_t in zip(g_s, g_t, strict=True))
 
 
 @register_distiller("AT", DEFAULTS, paper=PAPER, family="feature")
-class AT(Distiller):
+class AT(FeatureDistiller):
     """Cross-entropy on the labels plus :func:`at_loss` on the stages' maps."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, cfg)
         self.p = cfg.AT.P
         if self.p < 1:
             raise InputError(f"AT.P must be at least 1, got {self.p}")
-        self.ce_weight, self.feat_weight = cfg.AT.LOSS.CE_WEIGHT, cfg.AT.LOSS.FEAT_WEIGHT
         self.pairs = configured_stage_pairs(student, teacher, cfg, cfg.AT.STAGES)
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        logits_student, features_student = self.student(image)
-        with torch.no_grad():
-            _, features_teacher = self.teacher(image)
+    def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:
         maps_s, maps_t = pick_pairs(features_student, features_teacher, self.pairs)
-        return logits_student, {
-            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
-            "loss_kd": self.feat_weight * at_loss(maps_s, maps_t, self.p),
-        }
+        return at_loss(maps_s, maps_t, self.p)

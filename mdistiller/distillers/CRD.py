@@ -5,11 +5,11 @@ embedding, K negatives of each.
 
 The pooled features of each network are projected to ``FEAT.DIM`` dimensions and normalised. Two banks hold such an
 embedding of every training image, one for each network. An image's student embedding is compared with the teacher's
-bank, and the reverse: with its own entry, the positive, and with those of ``NCE.K`` images of other classes (Eq. 18,
-Sec. 3; :func:`nce_loss`). Then the image's entries move: half of what they were, half of the new embedding.
+bank, and the reverse: with its own entry, the positive, and with those of ``NCE.K`` images of other classes (Eq. 18;
+:func:`nce_loss`). Then the image's entries move: half of what they were, half of the new embedding.
 
-The density ratio behind Eq. 19 is ``exp(similarity / TEMPERATURE) / Z``. As in the authors' code, Z is estimated once,
-from the first batch, and kept; both projections are trained.
+The density ratio is ``exp(similarity / TEMPERATURE) / Z``. As in the authors' code, Z is estimated once, from the first
+batch, and kept; both projections are trained.
 
 Departs from mdistiller: the loss is computed from log-densities; with several processes Z and the entries of all of
 them are exchanged, so that every process has the same banks; ``FEAT.STUDENT_DIM`` and ``FEAT.TEACHER_DIM`` need not be
@@ -51,12 +51,13 @@ def nce_loss(log_ratio: Tensor, num_data: int) -> Tensor:
     plus ``-log(K / num_data / (r + c))`` for each negative: logistic losses of ``log r - log c``.
 
     Args:
-        log_ratio: ``(B, K + 1)``, the positive first; gradient flows.
+        log_ratio: ``(B, K + 1)``, the positive first, K at least 1; gradient flows.
         num_data: N, the number of images the noise draws from, each with the same probability.
 
     Returns:
-        Scalar ``()``: sum over the row, mean over the batch.
+        Scalar ``()`` in float32 or better: sum over the row, mean over the batch.
     """
+    log_ratio = at_least_float32(log_ratio)
     count = log_ratio.shape[1] - 1
     noise = count / num_data
     odds = log_ratio - math.log(noise + EPS)

@@ -53,7 +53,14 @@ def learned_temperature(g: Tensor, t_start: float, t_end: float, lambda_: float)
 
 
 def reversal(epoch: int, decay_max: float, decay_min: float, loops: int) -> float:
-    """Lambda in ``epoch`` (from 1): from ``decay_max`` to ``decay_min`` along half a cosine, then constant."""
+    """Lambda in ``epoch`` (from 1): from ``decay_max`` to ``decay_min`` along half a cosine, then constant.
+
+    Args:
+        epoch: from 1.
+        decay_max: lambda before the first epoch.
+        decay_min: from epoch ``loops`` on.
+        loops: epochs that the fall takes; 0: none.
+    """
     share = min(epoch / loops, 1.0) if loops else 1.0
     return decay_min + (decay_max - decay_min) * 0.5 * (1 + math.cos(math.pi * share))
 

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32
+from mdistiller.functional import at_least_float32, require_one_shape
 from mdistiller.functional.gather import gather_with_gradient
 from mdistiller.registry import InputError
 
@@ -76,7 +76,7 @@ def dcd_loss(
 
     Args:
         embed_s: ``(B, D)`` with rows of length 1; gradient flows.
-        embed_t: ``(B, D)``, likewise; row i belongs to row i of ``embed_s``.
+        embed_t: ``(B, D)``, likewise, gradient included; row i belongs to row i of ``embed_s``.
         tau: the similarities' scale, an inverse temperature; gradient flows.
         b: added to all of them, which changes nothing.
         alpha: weight of ``KL(columns || rows)``, where ``columns[i]`` is the softmax over students for teacher i.
@@ -84,7 +84,11 @@ def dcd_loss(
 
     Returns:
         Scalar ``()``. With one image, 0.
+
+    Raises:
+        InputError: embeddings of different shapes.
     """
+    require_one_shape("dcd_loss", embed_s, embed_t)
     with torch.autocast(embed_s.device.type, enabled=False):
         logits = at_least_float32(embed_s) @ at_least_float32(embed_t).T * tau + b
         rows, columns = logits.log_softmax(1), logits.log_softmax(0).T
@@ -95,7 +99,7 @@ def dcd_loss(
 
 
 def bounded_scale(theta: Tensor, max_tau: float) -> Tensor:
-    """``exp(theta)``, at most ``max_tau``; no gradient above."""
+    """``exp(theta)`` for ``theta`` ``()``, at most ``max_tau``; no gradient above."""
     return theta.exp().clamp(max=max_tau)
 
 

@@ -40,9 +40,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32
+from mdistiller.functional import at_least_float32, require_one_shape, require_same_images, same_size
 from mdistiller.functional.gather import gather_with_gradient
-from mdistiller.registry import InputError, suggestion
+from mdistiller.functional.mixing import class_numbers
+from mdistiller.registry import InputError, check_choice
 
 from ._base import Distiller, register_distiller
 
@@ -52,7 +53,7 @@ DEFAULTS = {
     "CE_WEIGHT": 1.0,
     "INTER_WEIGHT": 2.0,
     "INTRA_WEIGHT": 2.0,
-    "LABEL_SMOOTHING": 0.0,  # of the cross-entropy
+    "LABEL_SMOOTHING": 0.0,  # of the cross-entropy alone; DATASET.LABEL_SMOOTHING: of all that reads labels
     "RELATION": "pearson",  # pearson, cosine, kl
     "EPS": 1e-8,
     "GATHER": False,  # columns of the images of all processes, not only of the own ones
@@ -92,7 +93,11 @@ def pearson_distance(a: Tensor, b: Tensor, dim: int = -1, eps: float = EPS) -> T
 
     Returns:
         Where a vector is constant: 1, without gradient.
+
+    Raises:
+        InputError: different shapes.
     """
+    require_one_shape("pearson_distance", a, b)
     return _angular_distance(_centred(at_least_float32(a), dim), _centred(at_least_float32(b), dim), dim, eps)
 
 
@@ -101,6 +106,7 @@ def cosine_distance(a: Tensor, b: Tensor, dim: int = -1, eps: float = EPS) -> Te
 
     Arguments are those of :func:`pearson_distance`, of which it is the ablation in Tab. 11: blind to scale only.
     """
+    require_one_shape("cosine_distance", a, b)
     a, b = at_least_float32(a), at_least_float32(b)
     return _angular_distance(_silenced(a, a, dim), _silenced(b, b, dim), dim, eps)
 
@@ -121,12 +127,16 @@ def dist_loss(
 
     Returns:
         Two scalars ``()``: the means over samples and over classes. Zero for equal logits, but for ``eps``.
+
+    Raises:
+        InputError: logits of different shapes, or an unknown relation.
     """
+    require_one_shape("dist_loss", logits_s, logits_t)
     z_s, z_t = (_samples(at_least_float32(z)) / tau for z in (logits_s, logits_t.detach()))
     if relation == "kl":
         total = F.kl_div(z_s.log_softmax(1), z_t.log_softmax(1), reduction="sum", log_target=True)
         return total / z_s.shape[0], total / z_s.shape[1]
-    distance = pearson_distance if _known("relation", relation, RELATIONS) == "pearson" else cosine_distance
+    distance = pearson_distance if check_choice("relation", relation, RELATIONS) == "pearson" else cosine_distance
     p_s, p_t = z_s.softmax(1), z_t.softmax(1)
     return distance(p_s, p_t, 1, eps).mean(), distance(p_s, p_t, 0, eps).mean()
 
@@ -147,12 +157,17 @@ def acclimation_loss(
 
     Returns:
         Scalar ``()``. With two classes, one is left, and there is nothing to correlate: 1, without gradient.
+
+    Raises:
+        InputError: logits of different shapes, not as many targets, or an unknown kind.
     """
+    require_one_shape("acclimation_loss", logits_s, logits_t)
+    require_same_images("acclimation_loss", logits_s, target)
     z_s, z_t = at_least_float32(logits_s.detach()) / tau, at_least_float32(logits_t) / tau
     if kind == "kl":
         return F.kl_div(z_t.log_softmax(1), z_s.log_softmax(1), reduction="batchmean", log_target=True)
-    if _known("kind", kind, ACCLIMATIONS[:2]) == "nontarget":
-        target = target.argmax(1) if target.ndim == 2 else target
+    if check_choice("kind", kind, ACCLIMATIONS[:2]) == "nontarget":
+        target = class_numbers(target)
         columns = torch.arange(z_s.shape[1] - 1, device=target.device)
         others = columns + (columns >= target[:, None]).long()
         z_s, z_t = z_s.gather(1, others), z_t.gather(1, others)
@@ -176,8 +191,12 @@ def feature_relation_loss(
 
     Returns:
         Two scalars ``()``.
+
+    Raises:
+        InputError: maps of different shapes, or an unknown relation.
     """
-    if _known("relation", relation, FEATURE_RELATIONS) == "pearson":
+    require_one_shape("feature_relation_loss", f_s, f_t)
+    if check_choice("relation", relation, FEATURE_RELATIONS) == "pearson":
         channel, *means = _ChannelRelation.apply(f_s, f_t, eps)
         sums = (f_s.shape[1] * mean.flatten(1) for mean in means)
         return channel.mean(), pearson_distance(*sums, 1, eps).mean()
@@ -263,12 +282,6 @@ def _angular_distance(a: Tensor, b: Tensor, dim: int, eps: float) -> Tensor:
     return 1 - (a * b).sum(dim) / norms.clamp(min=torch.finfo(a.dtype).tiny)
 
 
-def _known(key: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise InputError(f"{key}: no {value!r}; {suggestion(str(value), allowed)}")
-    return value
-
-
 @register_distiller("DIST", DEFAULTS, paper=PAPER, family="relation")
 class DIST(Distiller):
     """Cross-entropy on the labels plus both terms of :func:`dist_loss`."""
@@ -279,7 +292,7 @@ class DIST(Distiller):
         super().__init__(student, teacher)
         own = cfg[self.section]
         self.tau, self.eps = own.TAU, own.EPS
-        self.relation = _known(f"{self.section}.RELATION", own.RELATION, RELATIONS)
+        self.relation = check_choice(f"{self.section}.RELATION", own.RELATION, RELATIONS)
         self.label_smoothing, self.gather = own.LABEL_SMOOTHING, own.GATHER
         self.ce_weight, self.inter_weight, self.intra_weight = own.CE_WEIGHT, own.INTER_WEIGHT, own.INTRA_WEIGHT
         for key, holds, allowed in (
@@ -289,6 +302,11 @@ class DIST(Distiller):
         ):
             if not holds:
                 raise InputError(f"{self.section}.{key} must be {allowed}, got {own[key]}")
+        if own.LABEL_SMOOTHING and cfg.DATASET.LABEL_SMOOTHING:
+            raise InputError(
+                f"{self.section}.LABEL_SMOOTHING {own.LABEL_SMOOTHING} and DATASET.LABEL_SMOOTHING "
+                f"{cfg.DATASET.LABEL_SMOOTHING} would smooth the labels twice; set one of them to 0"
+            )
         self.factor = self.tau**2 if own.TAU_SQUARED else 1.0
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -324,14 +342,14 @@ class DISTPlus(DIST):
         own = cfg.DIST_PLUS
         self.channel_weight, self.spatial_weight = own.CHANNEL_WEIGHT, own.SPATIAL_WEIGHT
         self.acclimate_weight = own.ACCLIMATE_WEIGHT
-        self.feature_relation = _known("DIST_PLUS.FEATURE_RELATION", own.FEATURE_RELATION, FEATURE_RELATIONS)
+        self.feature_relation = check_choice("DIST_PLUS.FEATURE_RELATION", own.FEATURE_RELATION, FEATURE_RELATIONS)
         uses_maps = bool(self.channel_weight or self.spatial_weight)
         if self.feature_relation != "pearson" and not uses_maps:
             raise InputError(
                 f"DIST_PLUS.FEATURE_RELATION {self.feature_relation} has nothing to act on: CHANNEL_WEIGHT and "
                 "SPATIAL_WEIGHT are both 0"
             )
-        self.acclimate = _known("DIST_PLUS.ACCLIMATE", own.ACCLIMATE, ACCLIMATIONS)
+        self.acclimate = check_choice("DIST_PLUS.ACCLIMATE", own.ACCLIMATE, ACCLIMATIONS)
         self.acclimated = self._find_acclimated(own)
         for parameter in self.acclimated:
             parameter.requires_grad_(True)
@@ -395,12 +413,6 @@ class DISTPlus(DIST):
         return logits_student, losses
 
 
-def same_size(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps ``(B, D, H, W)`` averaged down to the smaller height and width of the two."""
-    size = tuple(min(a, b) for a, b in zip(f_s.shape[2:], f_t.shape[2:], strict=True))
-    return tuple(f if f.shape[2:] == size else F.adaptive_avg_pool2d(f, size) for f in (f_s, f_t))
-
-
 def _last_layers(network: nn.Module) -> list[nn.Module]:
     """The last convolution and the last linear layer in the order in which the network registers them.
 
@@ -421,4 +433,4 @@ def _last_layers(network: nn.Module) -> list[nn.Module]:
 
 def _modules_named(network: nn.Module, names: list[str]) -> list[nn.Module]:
     modules = dict(network.named_modules())
-    return [modules[_known("DIST_PLUS.ACCLIMATE_MODULES", name, tuple(modules))] for name in names]
+    return [modules[check_choice("DIST_PLUS.ACCLIMATE_MODULES", name, tuple(modules))] for name in names]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32, zs_norm
+from mdistiller.functional import at_least_float32, require_one_shape, require_same_images, zs_norm
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
@@ -57,7 +57,12 @@ def dkd_loss(
 
     Returns:
         Scalar ``()``, zero for equal logits.
+
+    Raises:
+        InputError: logits of different shapes, or not as many targets.
     """
+    require_one_shape("dkd_loss", logits_student, logits_teacher)
+    require_same_images("dkd_loss", logits_student, target)
     student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher)
     if logit_stand:
         student, teacher = zs_norm(student), zs_norm(teacher)

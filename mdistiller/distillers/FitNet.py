@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32
+from mdistiller.functional import at_least_float32, require_same_images
 from mdistiller.registry import InputError
 
-from ._base import Distiller, register_distiller
-from ._common import ConvReg, get_feat_shapes, pick_pairs, stage_offset, stage_pairs
+from ._base import register_distiller
+from ._common import ConvReg, FeatureDistiller, get_feat_shapes, pick_pairs, stage_offset, stage_pairs
 
 DEFAULTS = {
     "HINT_LAYER": 2,  # of "feats", 0 is the first; without MULTI_STAGE
@@ -50,6 +50,7 @@ def hint_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     Raises:
         InputError: different shapes, as images of another size than the regressor was built for give them.
     """
+    require_same_images("hint_loss", f_s, f_t)
     if f_s.shape != f_t.shape:
         raise InputError(
             f"the regressed map is {'x'.join(map(str, f_s.shape[1:]))}, the teacher's "
@@ -59,13 +60,12 @@ def hint_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
 
 
 @register_distiller("FITNET", DEFAULTS, paper=PAPER, family="feature")
-class FitNet(Distiller):
+class FitNet(FeatureDistiller):
     """Cross-entropy on the labels plus :func:`hint_loss`, summed over the hints."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, cfg)
         own = cfg.FITNET
-        self.ce_weight, self.feat_weight = own.LOSS.CE_WEIGHT, own.LOSS.FEAT_WEIGHT
         shapes_s, shapes_t = get_feat_shapes(student, teacher, own.INPUT_SIZE)
         counts = len(shapes_s), len(shapes_t)
         if own.MULTI_STAGE:
@@ -76,17 +76,10 @@ class FitNet(Distiller):
             regressors = [ConvReg(shapes_s[i], shapes_t[j]) for i, j in self.pairs]
         self.conv_reg = nn.ModuleList(regressors) if own.MULTI_STAGE else regressors[0]  # mdistiller's key for one
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        logits_student, features_student = self.student(image)
-        with torch.no_grad():
-            _, features_teacher = self.teacher(image)
+    def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:
         regressors = self.conv_reg if isinstance(self.conv_reg, nn.ModuleList) else [self.conv_reg]
         maps = zip(regressors, *pick_pairs(features_student, features_teacher, self.pairs), strict=True)
-        loss = sum(hint_loss(regressor(f_s), f_t) for regressor, f_s, f_t in maps)
-        return logits_student, {
-            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
-            "loss_kd": self.feat_weight * loss,
-        }
+        return sum(hint_loss(regressor(f_s), f_t) for regressor, f_s, f_t in maps)
 
 
 def single_pair(layer: int, num_s: int, num_t: int, offset: int) -> tuple[int, int]:

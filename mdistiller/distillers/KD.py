@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32, zs_norm
+from mdistiller.functional import at_least_float32, require_one_shape, zs_norm
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
@@ -46,7 +46,11 @@ def kd_loss(
 
     Returns:
         Scalar ``()``, or ``(B,)``; zero for equal logits.
+
+    Raises:
+        InputError: logits of different shapes.
     """
+    require_one_shape("kd_loss", logits_student, logits_teacher)
     student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher)
     if logit_stand:
         student, teacher = zs_norm(student), zs_norm(teacher)

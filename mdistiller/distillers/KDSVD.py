@@ -24,15 +24,14 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mdistiller.functional import at_least_float32, pool_to_common, unit
 from mdistiller.registry import InputError
 
-from ._base import Distiller, register_distiller
-from ._common import configured_stage_pairs, pick_pairs
+from ._base import register_distiller
+from ._common import FeatureDistiller, configured_stage_pairs, pick_pairs
 
 DEFAULTS = {
     "K": 1,  # directions
@@ -142,15 +141,14 @@ def relation(v: Tensor, before: Tensor) -> Tensor:
 
 
 @register_distiller("KDSVD", DEFAULTS, paper=PAPER, family="feature")
-class KDSVD(Distiller):
+class KDSVD(FeatureDistiller):
     """Cross-entropy on the labels plus :func:`kdsvd_loss` on the stages' maps."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, cfg)
         self.k = cfg.KDSVD.K
         if self.k < 1:
             raise InputError(f"KDSVD.K must be at least 1, got {self.k}")
-        self.ce_weight, self.feat_weight = cfg.KDSVD.LOSS.CE_WEIGHT, cfg.KDSVD.LOSS.FEAT_WEIGHT
         self.pairs = configured_stage_pairs(student, teacher, cfg, cfg.KDSVD.STAGES)
         if len(self.pairs) < 2:
             raise InputError(
@@ -158,12 +156,6 @@ class KDSVD(Distiller):
                 f"{len(self.pairs)} in common; choose other networks"
             )
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        logits_student, features_student = self.student(image)
-        with torch.no_grad():
-            _, features_teacher = self.teacher(image)
+    def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:
         maps_s, maps_t = pick_pairs(features_student, features_teacher, self.pairs)
-        return logits_student, {
-            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
-            "loss_kd": self.feat_weight * kdsvd_loss(maps_s, maps_t, self.k),
-        }
+        return kdsvd_loss(maps_s, maps_t, self.k)

@@ -58,11 +58,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import draws, spatial_mean, unit
+from mdistiller.functional import at_least_float32, draws, require_one_shape, spatial_mean, unit
 from mdistiller.functional.mixing import share_quantiles, smaller_shares
-from mdistiller.registry import InputError, image_side, suggestion
+from mdistiller.registry import InputError, check_choice, image_side
 
 from ._base import Distiller, register_distiller
+from ._common import answer_to_black
 from .KD import kd_loss
 
 DEFAULTS = {
@@ -125,9 +126,10 @@ def angle_matrix(z_pos: Tensor, z_anchor: Tensor) -> Tensor:
         z_anchor: ``(N, D)``; gradient flows.
 
     Returns:
-        ``(M, N)`` in [-1, 1].
+        ``(M, N)`` in [-1, 1], in float32 or better.
     """
-    return unit(z_pos) @ unit(z_anchor).T
+    with torch.autocast(z_pos.device.type, enabled=False):
+        return unit(at_least_float32(z_pos)) @ unit(at_least_float32(z_anchor)).T
 
 
 def length_matrix(z_pos: Tensor, z_anchor: Tensor, *, mu_gradient: bool = True) -> Tensor:
@@ -139,14 +141,16 @@ def length_matrix(z_pos: Tensor, z_anchor: Tensor, *, mu_gradient: bool = True) 
         mu_gradient: let the gradient pass through the mean.
 
     Returns:
-        ``(M, N)`` of mean 1; all 0 where all lengths are equal.
+        ``(M, N)`` of mean 1, in float32 or better; all 0 where all lengths are equal.
     """
-    difference = (z_pos.norm(dim=1)[:, None] - z_anchor.norm(dim=1)).abs()
+    lengths, of_anchors = (at_least_float32(z).norm(dim=1) for z in (z_pos, z_anchor))
+    difference = (lengths[:, None] - of_anchors).abs()
     return _over_its_mean(difference, mu_gradient)
 
 
 def distance_matrix(z_pos: Tensor, z_anchor: Tensor, *, mu_gradient: bool = True) -> Tensor:
     """Euclidean distances (Eq. 6), divided by their mean over all pairs; arguments as :func:`length_matrix`."""
+    z_pos, z_anchor = at_least_float32(z_pos), at_least_float32(z_anchor)
     distance = torch.cdist(z_pos, z_anchor, compute_mode="donot_use_mm_for_euclid_dist")  # exact for near vectors
     return _over_its_mean(distance, mu_gradient)
 
@@ -218,11 +222,18 @@ def relation_kl(
         stage_reduction: over the n chosen stages, ``"sum"`` or ``"mean"``.
 
     Returns:
-        Scalar ``()``; over the anchors, 0 for equal similarities and above 0 otherwise.
+        Scalar ``()`` in float32 or better; over the anchors, 0 for equal similarities and above 0 otherwise.
+
+    Raises:
+        InputError: similarities of different shapes, or an unknown name.
     """
-    dim = {"anchor": 2, "positive": 1}[relation_dim]
-    log_s = _pick(F.log_softmax(student / temperature, dim), chosen)
-    log_t = _pick(F.log_softmax(teacher.detach() / temperature, dim), chosen)
+    require_one_shape("relation_kl", student, teacher)
+    named = {"RELATION_DIM": relation_dim, "REDUCTION": reduction, "STAGE_REDUCTION": stage_reduction}
+    for key, value in named.items():
+        _check_choice(key, value)
+    dim = 2 if relation_dim == "anchor" else 1
+    log_s = _pick(F.log_softmax(at_least_float32(student) / temperature, dim), chosen)
+    log_t = _pick(F.log_softmax(at_least_float32(teacher.detach()) / temperature, dim), chosen)
     total = F.kl_div(log_s, log_t, reduction="sum", log_target=True) * temperature**2
     positives = student.shape[1] if reduction == "mean" else 1
     return total / (positives * (len(chosen) if stage_reduction == "mean" else 1))
@@ -241,9 +252,15 @@ def length_loss(
         stage_reduction: over the n chosen stages, ``"sum"`` or ``"mean"``.
 
     Returns:
-        Scalar ``()``.
+        Scalar ``()`` in float32 or better.
+
+    Raises:
+        InputError: relations of different shapes, or an unknown name.
     """
-    squares = (_pick(student, chosen) - _pick(teacher.detach(), chosen)).square()
+    require_one_shape("length_loss", student, teacher)
+    for key, value in (("REDUCTION", reduction), ("STAGE_REDUCTION", stage_reduction)):
+        _check_choice(key, value)
+    squares = (_pick(at_least_float32(student), chosen) - _pick(at_least_float32(teacher.detach()), chosen)).square()
     total = squares.mean() * len(chosen) if reduction == "mean" else squares.sum()
     return total / len(chosen) if stage_reduction == "mean" else total
 
@@ -266,6 +283,9 @@ class Positives(NamedTuple):
 
 def rotated(image: Tensor) -> Positives:
     """Each image turned by 90, 180 and 270 degrees counter-clockwise.
+
+    Args:
+        image: ``(N, 3, H, H)``.
 
     Raises:
         InputError: images that are not square.
@@ -323,6 +343,12 @@ class MDR(Distiller):
             _require(
                 key, own[key], 0 <= own[key] <= self.stages, f"from 0 (all) to {self.stages}, the stages there are"
             )
+        if own.AUGMENT == "rotation" and own.MIXUP_ALPHA != 1:
+            raise InputError(
+                f"MDR.MIXUP_ALPHA {own.MIXUP_ALPHA} belongs to MDR.AUGMENT mixup, got rotation; leave it at 1"
+            )
+        if own.DISTANCE_STAGES and not own.DISTANCE_WEIGHT:
+            raise InputError(f"MDR.DISTANCE_STAGES {own.DISTANCE_STAGES} belongs to a DISTANCE_WEIGHT, which is 0")
         self.teacher_modules, _ = self._fresh_teacher_modules()
         self.teacher_modules.requires_grad_(False).eval()
         self.student_modules = self._build_modules(self.student_shape.widths, self._seed_of(STUDENT_KEY))
@@ -467,9 +493,7 @@ class MDR(Distiller):
         """What :meth:`prepare` trains, and the settings, beside teacher, data and seed, that it depends on."""
         if not self.uses_relations:
             return nn.Identity(), {}  # nobody reads the modules
-        used = {"STAGES", "AUGMENT"} | {key for key in self.own if key.startswith("SM_")}
-        if self.own.AUGMENT == "mixup":
-            used.add("MIXUP_ALPHA")
+        used = {"STAGES", "AUGMENT", "MIXUP_ALPHA"} | {key for key in self.own if key.startswith("SM_")}
         if self.own.SM_TRAINING == "contrastive":
             used.add("TEMPERATURE")
         settings = {key: self.own[key] for key in sorted(used)}
@@ -544,7 +568,7 @@ class Shape(NamedTuple):
 
 
 def probe(network: nn.Module, size: int, stages: str) -> Shape:
-    """Ask a network by one black image in eval mode: no statistics move, and no random number is drawn.
+    """Ask a network, which stays as it is; see :func:`~mdistiller.distillers._common.answer_to_black`.
 
     Args:
         network: returns ``(logits, features)``.
@@ -552,15 +576,7 @@ def probe(network: nn.Module, size: int, stages: str) -> Shape:
         stages: ``"skip_first"``: all maps but the first; ``"declared"``: what ``get_stage_indices()`` says, for a
             network that has none as ``skip_first``.
     """
-    like = next(network.parameters())
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with torch.no_grad():
-            logits, features = network(torch.zeros(1, 3, size, size, device=like.device, dtype=like.dtype))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    logits, features = answer_to_black(network, (size, size))
     maps = features["feats"]
     numbers = tuple(range(1, len(maps)))
     if stages == "declared" and hasattr(network, "get_stage_indices"):
@@ -569,7 +585,16 @@ def probe(network: nn.Module, size: int, stages: str) -> Shape:
 
 
 def mixed_cross_entropy(logits: Tensor, target: Tensor, positives: Positives) -> Tensor:
-    """Mean over anchors and positives ``(N + M, C)``; a positive's labels are mixed as its images are."""
+    """Mean cross-entropy over anchors and positives; a positive's labels are mixed as its images are.
+
+    Args:
+        logits: ``(N + M, C)``, anchors first; gradient flows.
+        target: ``(N,)`` class numbers of the anchors.
+        positives: says of each the anchor, the partner and the anchor's share.
+
+    Returns:
+        Scalar ``()``.
+    """
     own, other = target[positives.anchor], target[positives.partner]
     anchors, augmented = logits.split([len(target), len(own)])
     share = positives.share
@@ -590,8 +615,7 @@ def _same_count(student: Shape, teacher: Shape, names: Any) -> int:
 
 
 def _check_choice(key: str, value: str) -> None:
-    if value not in CHOICES[key]:
-        raise InputError(f"MDR.{key}: no {value!r}; {suggestion(str(value), CHOICES[key])}")
+    check_choice(f"MDR.{key}", value, CHOICES[key])
 
 
 def _require(key: str, value: Any, holds: bool, allowed: str) -> None:

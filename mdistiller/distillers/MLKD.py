@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32
+from mdistiller.functional import at_least_float32, require_one_shape
 from mdistiller.registry import InputError, distiller_dict
 
 from ._base import Distiller, register_distiller
@@ -48,18 +48,23 @@ def cc_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, 
 
     Args:
         logits_student: ``(B, K)`` raw scores; gradient flows.
-        logits_teacher: ``(B, K)`` raw scores.
+        logits_teacher: ``(B, K)`` raw scores; gradient flows where they carry one.
         temperature: T > 0; there is no factor T^2.
         reduce: whether to sum over the entries.
 
     Returns:
         ``()`` or ``(K, K)``.
+
+    Raises:
+        InputError: logits of different shapes.
     """
+    require_one_shape("cc_loss", logits_student, logits_teacher)
     return _gram_distance(*_predictions(logits_student, logits_teacher, temperature, transposed=True), reduce)
 
 
 def bc_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, reduce: bool = True) -> Tensor:
     """Squared distance of the batch's Gram matrices ``p p^T``, over B. As :func:`cc_loss`, ``()`` or ``(B, B)``."""
+    require_one_shape("bc_loss", logits_student, logits_teacher)
     return _gram_distance(*_predictions(logits_student, logits_teacher, temperature, transposed=False), reduce)
 
 
@@ -98,8 +103,11 @@ def mlkd_losses(
 
     Returns:
         Three scalars ``()``, unweighted, in float32 or better.
+
+    Raises:
+        InputError: logits of different shapes.
     """
-    student, teacher = ([at_least_float32(z) for z in views] for views in (student, teacher))
+    student, teacher = [at_least_float32(z) for z in student], [at_least_float32(z.detach()) for z in teacher]
     certainty = teacher[0].softmax(1)
     images, classes = below_median(certainty.amax(1)), below_median(certainty.sum(0))
     weak, strong = zip(student, teacher, strict=True)

@@ -16,13 +16,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import pool_to_common, unit
 
-from ._base import Distiller, register_distiller
-from ._common import configured_stage_pairs, pick_pairs
+from ._base import register_distiller
+from ._common import FeatureDistiller, configured_stage_pairs, pick_pairs
 
 DEFAULTS = {
     "STAGES": "matched",  # matched, skip_first (mdistiller's): see stage_offset in _common.py
@@ -69,27 +68,28 @@ def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
 def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
     """:func:`single_stage_nst_loss`, summed over pairs of maps.
 
+    Args:
+        g_s: the student's maps, ``(B, C_s, H_s, W_s)`` each; gradient flows.
+        g_t: the teacher's, as many; constant.
+
+    Returns:
+        Scalar ``()``.
+
     Raises:
+        InputError: maps of unequally many images.
         ValueError: lists of different length.
     """
     return sum(single_stage_nst_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t, strict=True))
 
 
 @register_distiller("NST", DEFAULTS, paper=PAPER, family="feature")
-class NST(Distiller):
+class NST(FeatureDistiller):
     """Cross-entropy on the labels plus :func:`nst_loss` on the stages' maps."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
-        super().__init__(student, teacher)
-        self.ce_weight, self.feat_weight = cfg.NST.LOSS.CE_WEIGHT, cfg.NST.LOSS.FEAT_WEIGHT
+        super().__init__(student, teacher, cfg)
         self.pairs = configured_stage_pairs(student, teacher, cfg, cfg.NST.STAGES)
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        logits_student, features_student = self.student(image)
-        with torch.no_grad():
-            _, features_teacher = self.teacher(image)
+    def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:
         maps_s, maps_t = pick_pairs(features_student, features_teacher, self.pairs)
-        return logits_student, {
-            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
-            "loss_kd": self.feat_weight * nst_loss(maps_s, maps_t),
-        }
+        return nst_loss(maps_s, maps_t)

@@ -3,13 +3,13 @@
 Heo, Kim, Yun, Park, Kwak, Choi. A Comprehensive Overhaul of Feature Distillation. ICCV 2019. arXiv:1904.01866. Shapes:
 B images, maps ``(B, C, H, W)``.
 
-The student's map passes a 1x1 convolution and a batch norm. The teacher's passes a margin ReLU ``max(x, m)`` (Eq. 2),
-where the margin ``m < 0`` of each channel is what its negative responses are on average, computed from the batch norm
-that the map comes from (Eq. 4; :func:`margins`). The partial L2 distance (Eq. 3; :func:`ofd_loss`) asks nothing where
-the student is below a teacher that is below 0. Stages count half as much as the next deeper one.
+The student's map passes a 1x1 convolution and a batch norm. The teacher's passes a margin ReLU ``max(x, m)``, where the
+margin ``m < 0`` of each channel is what its negative responses are on average, computed from the batch norm that the
+map comes from (:func:`margins`). The partial L2 distance (:func:`ofd_loss`) asks nothing where the student is below a
+teacher that is below 0. Stages count half as much as the next deeper one.
 
-The teacher's batch norms use the statistics of the batch, as the student's do (Sec. 3.4;
-``TEACHER_BATCH_STATISTICS``). Departs from mdistiller: their running statistics do not move meanwhile.
+The teacher's batch norms use the statistics of the batch, as the student's do, which the paper argues for
+(``TEACHER_BATCH_STATISTICS``). Departs from mdistiller: their running statistics do not move meanwhile.
 
 Which maps: all but the first (in most networks the stem's), matched from the deep end, as many as both networks and the
 teacher's list of batch norms have. A student without such maps (MobileNetV2, whose stages end without an activation)
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32
+from mdistiller.functional import at_least_float32, require_one_shape
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
@@ -44,7 +44,7 @@ NEVER = 0.001  # a channel that is negative with at most this probability has th
 
 
 def ofd_loss(f_s: Tensor, f_t: Tensor, margin: Tensor) -> Tensor:
-    """Partial L2 distance to the margin ReLU of the teacher's map (Eq. 2 and 3).
+    """Partial L2 distance to the margin ReLU of the teacher's map.
 
     Args:
         f_s: ``(B, C, H, W)``, behind the connector; gradient flows.
@@ -53,15 +53,19 @@ def ofd_loss(f_s: Tensor, f_t: Tensor, margin: Tensor) -> Tensor:
 
     Returns:
         Scalar ``()``: sum over ``C, H, W``, mean over the batch.
+
+    Raises:
+        InputError: maps of different shapes.
     """
-    f_s, f_t = at_least_float32(f_s), at_least_float32(f_t)
+    require_one_shape("ofd_loss", f_s, f_t)
+    f_s, f_t = at_least_float32(f_s), at_least_float32(f_t.detach())
     wanted = torch.maximum(f_t, margin)
     counts = (f_s > wanted) | (f_t > 0)
     return ((f_s - wanted).square() * counts).sum() / len(f_s)
 
 
 def margins(weight: Tensor, bias: Tensor) -> Tensor:
-    """The mean of the negative part of ``N(bias, |weight|)`` for each channel (Eq. 4).
+    """The mean of the negative part of ``N(bias, |weight|)`` for each channel.
 
     Args:
         weight: ``(C,)`` of a batch norm; its size is the deviation of what the batch norm gives.
@@ -78,7 +82,10 @@ def margins(weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def connector(student_channels: int, teacher_channels: int, kernel_size: int) -> nn.Sequential:
-    """Convolution and batch norm to the teacher's width; He's initialisation by the outgoing connections."""
+    """Convolution (odd ``kernel_size``, same size) and batch norm from the student's width to the teacher's.
+
+    The weights follow He's initialisation by the outgoing connections, from torch's generator.
+    """
     conv = nn.Conv2d(student_channels, teacher_channels, kernel_size, padding=(kernel_size - 1) // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, nn.BatchNorm2d(teacher_channels))

@@ -16,12 +16,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mdistiller.functional import at_least_float32
+from mdistiller.functional import at_least_float32, require_same_images
 
-from ._base import Distiller, register_distiller
+from ._base import register_distiller
+from ._common import FeatureDistiller
 
 DEFAULTS = {"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 30000.0}}
 PAPER = "Passalis and Tefas, ECCV 2018, arXiv:1803.10837"
@@ -55,24 +55,18 @@ def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
 
     Returns:
         Scalar ``()``, 0 for equal cosines.
+
+    Raises:
+        InputError: embeddings of unequally many images.
     """
+    require_same_images("pkt_loss", f_s, f_t)
     p_s, p_t = neighbour_probabilities(f_s, eps), neighbour_probabilities(f_t, eps)
     return (p_t * torch.log((p_t + eps) / (p_s + eps))).mean()
 
 
 @register_distiller("PKT", DEFAULTS, paper=PAPER, family="relation")
-class PKT(Distiller):
+class PKT(FeatureDistiller):
     """Cross-entropy on the labels plus :func:`pkt_loss` on the pooled features."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
-        super().__init__(student, teacher)
-        self.ce_weight, self.feat_weight = cfg.PKT.LOSS.CE_WEIGHT, cfg.PKT.LOSS.FEAT_WEIGHT
-
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        logits_student, features_student = self.student(image)
-        with torch.no_grad():
-            _, features_teacher = self.teacher(image)
-        return logits_student, {
-            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
-            "loss_kd": self.feat_weight * pkt_loss(features_student["pooled_feat"], features_teacher["pooled_feat"]),
-        }
+    def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:
+        return pkt_loss(features_student["pooled_feat"], features_teacher["pooled_feat"])

@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32, unit
+from mdistiller.functional import at_least_float32, require_same_images, unit
 from mdistiller.registry import InputError
 
-from ._base import Distiller, register_distiller
+from ._base import register_distiller
+from ._common import FeatureDistiller
 
 DEFAULTS = {
     "DISTANCE_WEIGHT": 25.0,
@@ -90,7 +91,11 @@ def rkd_loss(
 
     Returns:
         Scalar ``()``; does not change where the student's embeddings are moved, turned or scaled.
+
+    Raises:
+        InputError: embeddings of unequally many images.
     """
+    require_same_images("rkd_loss", f_s, f_t)
     with torch.autocast(f_s.device.type, enabled=False):
         student = differences(at_least_float32(f_s).flatten(1))
         teacher = differences(at_least_float32(f_t).detach().flatten(1))
@@ -102,23 +107,19 @@ def rkd_loss(
 
 
 @register_distiller("RKD", DEFAULTS, paper=PAPER, family="relation")
-class RKD(Distiller):
+class RKD(FeatureDistiller):
     """Cross-entropy on the labels plus :func:`rkd_loss` on the pooled features."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, cfg)
         own = cfg.RKD
         self.distance_weight, self.angle_weight = own.DISTANCE_WEIGHT, own.ANGLE_WEIGHT
-        self.ce_weight, self.feat_weight = own.LOSS.CE_WEIGHT, own.LOSS.FEAT_WEIGHT
         self.eps, self.squared = own.PDIST.EPSILON, own.PDIST.SQUARED
         if not self.eps > 0:
             raise InputError(f"RKD.PDIST.EPSILON must be above 0, got {self.eps}")
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        logits_student, features_student = self.student(image)
-        with torch.no_grad():
-            _, features_teacher = self.teacher(image)
-        loss = rkd_loss(
+    def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:
+        return rkd_loss(
             features_student["pooled_feat"],
             features_teacher["pooled_feat"],
             self.squared,
@@ -126,7 +127,3 @@ class RKD(Distiller):
             self.distance_weight,
             self.angle_weight,
         )
-        return logits_student, {
-            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
-            "loss_kd": self.feat_weight * loss,
-        }

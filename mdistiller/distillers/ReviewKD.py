@@ -3,10 +3,9 @@
 Chen, Liu, Zhao, Jia. Distilling Knowledge via Knowledge Review. CVPR 2021. arXiv:2104.09044. Shapes: B images, maps
 ``(B, C, H, W)``; a network's levels are its maps and, deepest, the pooled features as a 1x1 map.
 
-From the deepest level up, an attention-based fusion (:class:`ABF`, Sec. 3.4) merges a student's level with what the
-deeper ones pass on, and turns it into the shape of the teacher's level. The results are compared with the teacher's
-maps before their activation by the hierarchical context loss (:func:`hcl_loss`), at full size and pooled to 4x4, 2x2
-and 1x1.
+From the deepest level up, an attention-based fusion (:class:`ABF`) merges a student's level with what the deeper ones
+pass on, and turns it into the shape of the teacher's level. The results are compared with the teacher's maps before
+their activation by the hierarchical context loss (:func:`hcl_loss`), at full size and pooled to 4x4, 2x2 and 1x1.
 
 Levels are matched from the deep end; the teacher's are all its maps but the first, and the student's as many. Widths
 and sizes follow from the networks. ``SHAPES``, ``OUT_SHAPES``, ``IN_CHANNELS`` and ``OUT_CHANNELS`` (mdistiller's keys,
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32, channel_mean_square
+from mdistiller.functional import at_least_float32, channel_mean_square, require_one_shape
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
@@ -49,7 +48,7 @@ POOLED_SIDES = (4, 2, 1)
 
 
 def hcl_loss(maps_student: Sequence[Tensor], maps_teacher: Sequence[Tensor]) -> Tensor:
-    """Hierarchical context loss (Sec. 3.4): mean squared error at full size and pooled, summed over the levels.
+    """Hierarchical context loss: mean squared error at full size and pooled, summed over the levels.
 
     The weights of a level's sizes are 1, 1/2, 1/4, 1/8 in the order of use, divided by their sum; pooling to a side
     that is not smaller than the map's height is left out.
@@ -60,10 +59,15 @@ def hcl_loss(maps_student: Sequence[Tensor], maps_teacher: Sequence[Tensor]) -> 
 
     Returns:
         Scalar ``()``.
+
+    Raises:
+        InputError: maps of different shapes.
+        ValueError: lists of different length.
     """
     total = 0.0
     for f_s, f_t in zip(maps_student, maps_teacher, strict=True):
-        pooled = difference = at_least_float32(f_s) - at_least_float32(f_t)  # pooling is linear
+        require_one_shape("hcl_loss", f_s, f_t)
+        pooled = difference = at_least_float32(f_s) - at_least_float32(f_t.detach())  # pooling is linear
         loss, weight, weights = channel_mean_square(difference).mean(), 1.0, 1.0
         for side in POOLED_SIDES:
             if side < difference.shape[2]:

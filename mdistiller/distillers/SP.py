@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mdistiller.functional import at_least_float32, unit
+from mdistiller.functional import at_least_float32, require_same_images, unit
 
-from ._base import Distiller, register_distiller
+from ._base import register_distiller
+from ._common import FeatureDistiller
 
 DEFAULTS = {"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 3000.0}}
 PAPER = "Tung and Mori, ICCV 2019, arXiv:1907.09682"
@@ -48,33 +48,34 @@ def similarity_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
 
     Returns:
         Scalar ``()``, from 0 to 4 / B.
+
+    Raises:
+        InputError: features of unequally many images.
     """
+    require_same_images("similarity_loss", f_s, f_t)
     return (similarity_matrix(f_s) - similarity_matrix(f_t)).square().mean()
 
 
 def sp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
     """:func:`similarity_loss`, summed over pairs of layers (Eq. 3).
 
+    Args:
+        g_s: the student's features, ``(B, ...)`` each; gradient flows.
+        g_t: the teacher's, as many; gradient flows where they carry one.
+
+    Returns:
+        Scalar ``()``.
+
     Raises:
+        InputError: features of unequally many images.
         ValueError: lists of different length.
     """
     return sum(similarity_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t, strict=True))
 
 
 @register_distiller("SP", DEFAULTS, paper=PAPER, family="relation")
-class SP(Distiller):
+class SP(FeatureDistiller):
     """Cross-entropy on the labels plus :func:`sp_loss` on the last maps (Eq. 4)."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
-        super().__init__(student, teacher)
-        self.ce_weight, self.feat_weight = cfg.SP.LOSS.CE_WEIGHT, cfg.SP.LOSS.FEAT_WEIGHT
-
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        logits_student, features_student = self.student(image)
-        with torch.no_grad():
-            _, features_teacher = self.teacher(image)
-        loss = sp_loss([features_student["feats"][-1]], [features_teacher["feats"][-1]])
-        return logits_student, {
-            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
-            "loss_kd": self.feat_weight * loss,
-        }
+    def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:
+        return sp_loss([features_student["feats"][-1]], [features_teacher["feats"][-1]])

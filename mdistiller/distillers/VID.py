@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32, channel_mean_square, pool_to_common
+from mdistiller.functional import at_least_float32, channel_mean_square, pool_to_common, require_one_shape
 from mdistiller.registry import InputError
 
-from ._base import Distiller, register_distiller
-from ._common import get_feat_shapes, pick_pairs, stage_pairs
+from ._base import register_distiller
+from ._common import FeatureDistiller, get_feat_shapes, pick_pairs, stage_pairs
 
 DEFAULTS = {
     "EPS": 1e-5,  # least variance
@@ -56,21 +56,25 @@ def vid_loss(regressor: nn.Module, log_scale: Tensor, f_s: Tensor, f_t: Tensor, 
 
     Returns:
         Scalar ``()``, at least log(eps) / 2.
+
+    Raises:
+        InputError: maps of unequally many images, or a regressor to another width.
     """
     f_s, f_t = pool_to_common(f_s, f_t)
     mean = at_least_float32(regressor(f_s))
+    require_one_shape("vid_loss", mean, f_t)
     variance = predicted_variance(log_scale, eps)
     return 0.5 * (channel_mean_square(mean - f_t) / variance + variance.log()).mean()
 
 
 @register_distiller("VID", DEFAULTS, paper=PAPER, family="feature")
-class VID(Distiller):
+class VID(FeatureDistiller):
     """Cross-entropy on the labels plus :func:`vid_loss`, summed over the stages."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, cfg)
         own = cfg.VID
-        self.ce_weight, self.feat_weight, self.eps = own.LOSS.CE_WEIGHT, own.LOSS.FEAT_WEIGHT, own.EPS
+        self.eps = own.EPS
         if not own.EPS > 0:
             raise InputError(f"VID.EPS must be above 0, got {own.EPS}")
         if not own.INIT_PRED_VAR > own.EPS:
@@ -85,10 +89,7 @@ class VID(Distiller):
             nn.Parameter(torch.full((t,), start), requires_grad=own.LEARN_VARIANCE) for _, t in widths
         )
 
-    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        logits_student, features_student = self.student(image)
-        with torch.no_grad():
-            _, features_teacher = self.teacher(image)
+    def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:
         maps = pick_pairs(features_student, features_teacher, self.pairs)
         stages = zip(self.regressors, self.log_scales, *maps, strict=True)
         loss = sum(vid_loss(regressor, scale, f_s, f_t, self.eps) for regressor, scale, f_s, f_t in stages)
@@ -96,10 +97,7 @@ class VID(Distiller):
             f"variance_{stage}": predicted_variance(scale.detach(), self.eps).mean()
             for stage, scale in enumerate(self.log_scales, 1)
         }
-        return logits_student, {
-            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
-            "loss_kd": self.feat_weight * loss,
-        }
+        return loss
 
 
 def inverse_softplus(x: float) -> float:

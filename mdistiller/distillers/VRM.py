@@ -8,7 +8,7 @@ With ``p_r``, ``p_v`` ``(B, C)`` the predictions for the real (weak) and the vir
 their columns, the edges of the two virtual graphs are
 
 - inter-sample: ``e_ISV[i, j] = (p_r[i] - p_v[j]) / ||p_r[i] - p_v[j]||``, a ``[B, B, C]`` tensor (Eq. 1, Sec. 3.5);
-- inter-class: ``e_ICV[a, b] = (w_r[a] - w_v[b]) / ||w_r[a] - w_v[b]||``, a ``[C, C, B]`` tensor (Sec. 3.4, 3.5).
+- inter-class: ``e_ICV[a, b] = (w_r[a] - w_v[b]) / ||w_r[a] - w_v[b]||``, a ``[C, C, B]`` tensor (Sec. 3.4, 3.6).
 
 Student's and teacher's edges are compared, without those that the student is least certain of (Eq. 2):
 ``CE(real) + CE(virtual) + ALPHA * L_ISV + BETA * L_ICV`` (Eq. 3). Neither edge tensor is ever written out; how, stands
@@ -66,7 +66,7 @@ from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, zs_norm
 from mdistiller.functional.graphs import Comparison, Rules, compare_graphs, edge_uncertainty, in_working_precision
-from mdistiller.registry import InputError, suggestion
+from mdistiller.registry import InputError, check_choice
 
 from ._base import Distiller, register_distiller
 from ._common import last_linear, warmup
@@ -210,8 +210,7 @@ class VRM(Distiller):
         super().__init__(student, teacher)
         own = cfg.VRM
         for key, allowed in CHOICES.items():
-            if own[key] not in allowed:
-                raise InputError(f"VRM.{key}: no {own[key]!r}; {suggestion(str(own[key]), allowed)}")
+            check_choice(f"VRM.{key}", own[key], allowed)
         if not own.TEMPERATURE > 0:
             raise InputError(f"VRM.TEMPERATURE must be above 0, got {own.TEMPERATURE}")
         if own.WARMUP < 0:
@@ -354,6 +353,9 @@ def make_adaptor(kind: str, width: int | None, out_width: int | None) -> nn.Modu
         kind: ``"residual"``, ``"mlp"`` or ``"none"``.
         width: entries of the student's vertices.
         out_width: of the teacher's; both ``None`` where they are unknown.
+
+    Raises:
+        InputError: a width is unknown, or they differ and there is no adaptor.
     """
     if kind == "none":
         if width != out_width:

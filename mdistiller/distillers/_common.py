@@ -12,11 +12,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import gradient_in_layout
-from mdistiller.registry import InputError, image_side, suggestion
+from mdistiller.registry import InputError, check_choice, image_side
+
+from ._base import Distiller
 
 logger = logging.getLogger(__name__)
 
 STAGE_RULES = ("matched", "skip_first")
+
+
+class FeatureDistiller(Distiller):
+    """Cross-entropy on the labels plus a distance of the networks' features, which a method defines.
+
+    Its weights are ``LOSS.CE_WEIGHT`` and ``LOSS.FEAT_WEIGHT`` of the method's section.
+    """
+
+    mixed_labels = True
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        weights = cfg[self.section].LOSS
+        self.ce_weight, self.feat_weight = weights.CE_WEIGHT, weights.FEAT_WEIGHT
+
+    def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:
+        """The loss ``()``, unweighted, of what the networks return beside their logits; the teacher's is constant."""
+        raise NotImplementedError(f"{type(self).__name__} has no distance")
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, features_student = self.student(image)
+        with torch.no_grad():
+            _, features_teacher = self.teacher(image)
+        return logits_student, {
+            "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
+            "loss_kd": self.feat_weight * self.distance(features_student, features_teacher),
+        }
 
 
 class ConvReg(nn.Module):
@@ -59,8 +88,7 @@ def get_feat_shapes(
 ) -> tuple[list[torch.Size], list[torch.Size]]:
     """Shapes of the maps in ``"feats"`` of both networks, ``(1, C, H, W)`` each.
 
-    The networks see one black image in eval mode: no statistics move, no random number is drawn, and every
-    module is in the mode in which it was.
+    The networks stay as they are, see :func:`answer_to_black`.
 
     Args:
         student: returns ``(logits, features)``.
@@ -85,8 +113,7 @@ def stage_offset(student: nn.Module, teacher: nn.Module, num_s: int, num_t: int,
     Raises:
         InputError: an unknown rule.
     """
-    if rule not in STAGE_RULES:
-        raise InputError(f"STAGES: no rule {rule!r}; {suggestion(str(rule), STAGE_RULES)}")
+    check_choice("STAGES", rule, STAGE_RULES)
     if rule == "skip_first" or num_s == num_t:
         return 0
     return _first_stage(student) - _first_stage(teacher)
@@ -135,18 +162,21 @@ def _first_stage(net: nn.Module) -> int:
 
 
 def _shapes(net: nn.Module, input_size: Sequence[int]) -> list[torch.Size]:
+    return [feat.shape for feat in answer_to_black(net, input_size)[1]["feats"]]
+
+
+def answer_to_black(net: nn.Module, input_size: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
+    """Logits ``(1, K)`` and features that a network gives for one black image of ``(H, W)`` pixels.
+
+    It is asked in eval mode without gradient: no statistics move, no random number is drawn, and every module is in the
+    mode in which it was.
+    """
     like = next(net.parameters())
-    with _in_eval_mode(net), torch.no_grad():
-        _, features = net(torch.zeros(1, 3, *input_size, device=like.device, dtype=like.dtype))
-    return [feat.shape for feat in features["feats"]]
-
-
-@contextmanager
-def _in_eval_mode(net: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
-        yield
+        with torch.no_grad():
+            return net(torch.zeros(1, 3, *input_size, device=like.device, dtype=like.dtype))
     finally:
         for module, mode in modes.items():
             module.training = mode

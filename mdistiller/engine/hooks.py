@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from mdistiller.functional.mixing import class_numbers
+
 from . import distributed
 from .batch import images_of
 from .checkpoint import (
@@ -166,8 +168,7 @@ class Meters(Hook):
             self.sums, self.count = None, 0
 
     def after_step(self, output: StepOutput) -> None:
-        target = output.batch["target"]
-        target = target.argmax(1) if target.ndim == 2 else target  # of mixed labels the largest share
+        target = class_numbers(output.batch["target"])
         top1, top5 = hits_at(output.logits, target, (1, 5))
         per_image = [
             output.total,

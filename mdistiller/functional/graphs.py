@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdistiller.registry import InputError, suggestion
+from mdistiller.registry import InputError, check_choice
 
 from .precision import at_least_float32
 
@@ -72,15 +72,17 @@ class Rules:
     def __post_init__(self) -> None:
         named = {"metric": METRICS, "reduction": REDUCTIONS, "uncertainty": UNCERTAINTIES, "relation": RELATIONS}
         for name, allowed in named.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise InputError(f"{name.upper()}: no {value!r}; {suggestion(str(value), allowed)}")
+            check_choice(name.upper(), getattr(self, name), allowed)
         if not 0 <= self.prune_percentile <= 100:
             raise InputError(f"PRUNE_PERCENTILE must be from 0 to 100, got {self.prune_percentile}")
         if not 0 <= self.edge_eps < float("inf"):
             raise InputError(f"EDGE_EPS must be 0 or more, got {self.edge_eps}")
         if not self.huber_delta > 0:
             raise InputError(f"HUBER_DELTA must be above 0, got {self.huber_delta}")
+        if self.metric != "huber" and self.huber_delta != 1:
+            raise InputError(
+                f"HUBER_DELTA {self.huber_delta} belongs to METRIC huber, got {self.metric}; leave it at 1"
+            )
         if self.metric == "cosine" and (self.relation != "difference" or not self.edge_norm):
             raise InputError(
                 "METRIC cosine compares unit edges, so it needs RELATION difference and EDGE_NORM True, got "
@@ -169,8 +171,7 @@ def edge_uncertainty(p_real: Tensor, p_virtual: Tensor, kind: str = "cross") -> 
     Raises:
         InputError: an unknown kind.
     """
-    if kind not in UNCERTAINTIES:
-        raise InputError(f"UNCERTAINTY: no {kind!r}; {suggestion(str(kind), UNCERTAINTIES)}")
+    check_choice("UNCERTAINTY", kind, UNCERTAINTIES)
     with torch.no_grad(), torch.autocast(p_real.device.type, enabled=False):
         return _uncertainty(at_least_float32(p_real), at_least_float32(p_virtual), kind)
 

@@ -1,4 +1,4 @@
-"""Shares of MixUp and CutMix, Beta(alpha, alpha), from uniform draws: any alpha, one draw each, no rejection."""
+"""MixUp and CutMix: their labels, and shares Beta(alpha, alpha) from uniform draws (one each, no rejection)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 GRID = 4096  # intervals of the table of quantiles
+
+
+def class_numbers(target: Tensor) -> Tensor:
+    """Class numbers ``(B,)`` of labels that are such numbers, or shares ``(B, K)``, of which the largest counts."""
+    return target.argmax(1) if target.ndim == 2 else target
 
 
 def share_quantiles(alpha: float) -> Tensor:

@@ -123,7 +123,7 @@ def test_a_network_that_does_not_declare_its_stages_has_a_stem():
 
 
 def test_an_unknown_rule_is_refused():
-    with pytest.raises(InputError, match="no rule 'match'; closest: matched"):
+    with pytest.raises(InputError, match="no 'match'; closest: matched"):
         pairs_of(network("resnet8"), network("resnet8"), "match")
 
 

@@ -613,6 +613,7 @@ def test_building_leaves_random_states_alone():
         ("DIST", {"DIST.TAU": 0.0}, r"DIST\.TAU must be above 0"),
         ("DIST", {"DIST.EPS": -1.0}, r"DIST\.EPS"),
         ("DIST", {"DIST.LABEL_SMOOTHING": 1.0}, r"DIST\.LABEL_SMOOTHING"),
+        ("DIST", {"DIST.LABEL_SMOOTHING": 0.1, "DATASET.LABEL_SMOOTHING": 0.1}, "smooth the labels twice"),
         ("DIST_PLUS", {"DIST_PLUS.TAU": -1.0}, r"DIST_PLUS\.TAU must be above 0"),
         ("DIST_PLUS", {"DIST_PLUS.FEATURE_RELATION": "kl"}, r"DIST_PLUS\.FEATURE_RELATION"),
         (

@@ -214,7 +214,7 @@ class OneStage(nn.Module):
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"KDSVD.K": 0}, r"KDSVD\.K must be at least 1, got 0"), ({"KDSVD.STAGES": "x"}, "STAGES: no rule 'x'")],
+    [({"KDSVD.K": 0}, r"KDSVD\.K must be at least 1, got 0"), ({"KDSVD.STAGES": "x"}, "STAGES: no 'x'")],
     ids=str,
 )
 def test_wrong_configurations(values, message):

@@ -175,6 +175,22 @@ def test_what_cannot_be_selected_is_refused(call, message):
         call()
 
 
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (relation_kl, {"relation_dim": "anchors"}, r"MDR\.RELATION_DIM: no 'anchors'; closest: anchor"),
+        (relation_kl, {"reduction": "batchmean"}, r"MDR\.REDUCTION: no 'batchmean'"),
+        (relation_kl, {"stage_reduction": "none"}, r"MDR\.STAGE_REDUCTION"),
+        (length_loss, {"reduction": "batchmean"}, r"MDR\.REDUCTION"),
+        (length_loss, {"stage_reduction": "none"}, r"MDR\.STAGE_REDUCTION"),
+    ],
+)
+def test_unknown_reductions_are_refused(loss, options, message):
+    """They used to count as sums."""
+    with pytest.raises(InputError, match=message):
+        loss(torch.zeros(2, 6, 2), torch.zeros(2, 6, 2), torch.zeros(1, 6, dtype=torch.int64), **options)
+
+
 # Losses
 
 
@@ -487,11 +503,17 @@ def test_different_stage_counts_are_refused_by_name():
         ("SM_EPOCHS", -1, "0 or more"),
         ("AUGMENT", "mixupp", "closest: mixup"),
         ("TIES", "random", "known: deep, shallow"),
+        ("DISTANCE_STAGES", 1, "DISTANCE_WEIGHT, which is 0"),
     ],
 )
 def test_values_out_of_range_are_refused(key, value, message):
     with pytest.raises(InputError, match=f"MDR.{key}.*{message}"):
         with_keys(**{key: value})
+
+
+def test_a_share_for_rotations_is_refused():
+    with pytest.raises(InputError, match=r"MDR\.MIXUP_ALPHA 0\.3 belongs to MDR\.AUGMENT mixup, got rotation"):
+        with_keys(AUGMENT="rotation", MIXUP_ALPHA=0.3)
 
 
 def test_a_single_image():
@@ -590,15 +612,10 @@ def test_each_key_of_the_first_phase_changes_its_result_and_its_file(key, value)
     assert one.preparation()[1] != other.preparation()[1]
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "needed"), [("TEMPERATURE", 1.0, {"SM_TRAINING": "contrastive"}), ("MIXUP_ALPHA", 0.3, {})]
-)
-def test_the_first_phase_depends_on_what_it_uses_alone(key, value, needed):
-    unused = {"AUGMENT": "rotation"}
-    plain, same = (with_keys(**unused, **given).preparation()[1] for given in ({}, {key: value}))
-    assert plain == same
-    before, after = (with_keys(**needed, **given).preparation()[1] for given in ({}, {key: value}))
-    assert before != after
+@pytest.mark.parametrize("training", ["ce", "contrastive"])
+def test_the_first_phase_depends_on_the_temperature_where_it_uses_it(training):
+    before, after = (with_keys(SM_TRAINING=training, TEMPERATURE=t).preparation()[1] for t in (0.5, 1.0))
+    assert (before != after) == (training == "contrastive")
 
 
 def test_a_step_of_the_first_phase_written_out():

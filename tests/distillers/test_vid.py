@@ -161,7 +161,7 @@ def test_a_student_with_more_stages_than_its_teacher():
     [
         ({"VID.EPS": 0.0}, r"VID\.EPS must be above 0, got 0"),
         ({"VID.INIT_PRED_VAR": 1e-6}, r"VID\.INIT_PRED_VAR must be above VID\.EPS 1e-05, got 1e-06"),
-        ({"VID.STAGES": "x"}, "STAGES: no rule 'x'"),
+        ({"VID.STAGES": "x"}, "STAGES: no 'x'"),
     ],
     ids=str,
 )

@@ -79,10 +79,6 @@ class Rules:
             raise InputError(f"EDGE_EPS must be 0 or more, got {self.edge_eps}")
         if not self.huber_delta > 0:
             raise InputError(f"HUBER_DELTA must be above 0, got {self.huber_delta}")
-        if self.metric != "huber" and self.huber_delta != 1:
-            raise InputError(
-                f"HUBER_DELTA {self.huber_delta} belongs to METRIC huber, got {self.metric}; leave it at 1"
-            )
         if self.metric == "cosine" and (self.relation != "difference" or not self.edge_norm):
             raise InputError(
                 "METRIC cosine compares unit edges, so it needs RELATION difference and EDGE_NORM True, got "

@@ -79,7 +79,7 @@ def _facts(environment: dict) -> dict[str, str]:
     threads, device, git = environment["threads"], environment["device"], environment["git"]
     return {
         "day": f"on {environment['started'][:10]}",
-        "device": f"on {environment['processor'] if device == 'cpu' else device}",
+        "device": f"on {environment.get('processor', environment['machine']) if device == 'cpu' else device}",
         "threads": f"{threads} thread{'' if threads == 1 else 's'} a run",
         "torch": f"torch {environment['torch']}",
         "code": f"mdistiller {environment['mdistiller']}" + (f" at {git[:7]}{git[40:]}" if git else ""),

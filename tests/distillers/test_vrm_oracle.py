@@ -178,7 +178,7 @@ def table() -> list[Case]:
         Case((16, 10), sharp, 0.0, percentile=90.0, uncertainty=kind) for sharp in (False, True) for kind in KINDS
     ]
     cases += [Case((64, 100), True, percentile=m, uncertainty=kind) for m in (50.0, 100.0) for kind in KINDS]
-    cases += [Case((64, 100), metric="huber", huber_delta=0.1), Case((64, 100), metric="cosine")]
+    cases += [Case((64, 100), metric=metric, huber_delta=0.1) for metric in ("huber", "cosine")]
     # With nearly equal views some metrics and reductions weigh the short edges differently.
     crossed = itertools.product(("l1", "huber", "cosine"), (1e-3, 1e-5), (0.0, 1e-3))
     cases += [Case((8, 5), noise=noise, metric=metric, edge_eps=eps) for metric, noise, eps in crossed]

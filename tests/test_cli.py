@@ -69,6 +69,10 @@ def workspace(tmp_path_factory):
     (place / "flipped").write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
     torch.save({"model": cifar_model_dict["resnet8"][0](num_classes=100).state_dict()}, place / "hundred_classes")
     torch.save({"model": cifar_model_dict["resnet14"][0](num_classes=10).state_dict()}, place / "resnet14")
+    diverged = cifar_model_dict["resnet8"][0](num_classes=10).state_dict()
+    diverged["conv1.weight"][0] = float("nan")
+    torch.save({"model": diverged}, place / "not_finite")
+    (place / "empty").touch()
     torch.save({"weights": [1.0]}, place / "no_state_dict")
     (place / "output" / "digits" / "notes").mkdir()
     (place / "output" / "digits" / "notes" / "diary.txt").write_text("no run")
@@ -171,7 +175,7 @@ REFUSED = [
     ("train", "SOLVER.EPOCHS 5 SOLVER.WARMUP_EPOCHS 5", "SOLVER.WARMUP_EPOCHS is 5, which leaves nothing"),
     ("train", "EXPERIMENT.TAG ''", "EXPERIMENT.NAME and EXPERIMENT.TAG are both empty"),
     ("train", f"{PLAIN} SOLVER.NESTEROV True SOLVER.MOMENTUM 0", "SOLVER.NESTEROV needs SOLVER.MOMENTUM above 0"),
-    ("train", f"{PLAIN} SOLVER.DEVICE warp", "SOLVER.DEVICE 'warp' cannot be used here", "use auto, cpu or cuda"),
+    ("train", f"{PLAIN} SOLVER.DEVICE warp", "SOLVER.DEVICE 'warp' cannot be used here", "; use auto or cpu"),
     ("train", f"{PLAIN} SOLVER.AMP fp16", "SOLVER.AMP fp16 needs a GPU; on the CPU use SOLVER.AMP bf16"),
     ("train", f"{PLAIN} DATASET.LABEL_SMOOTHING 1", "DATASET.LABEL_SMOOTHING must be 0 or more and below 1, got 1"),
     ("train", f"{PLAIN} DATASET.RANDOM_ERASING 2", "DATASET.RANDOM_ERASING must be from 0 to 1, got 2"),
@@ -201,10 +205,15 @@ REFUSED = [
     ("train", f"{KD} DISTILLER.TEACHER_CKPT hundred_classes", "teacher resnet8 in hundred_classes has 100 classes",
      "data set digits has 10"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT resnet14", "checkpoint resnet14 for teacher resnet8 does not fit",
-     "not in the model: layer1.1"),
+     "not in the model: layer1.1", "name the network that it was trained as"),
+    ("train", f"{KD} DISTILLER.TEACHER_CKPT not_finite", "checkpoint not_finite for teacher resnet8 has values that are "
+     "not finite, in conv1.weight: "),
+    ("train", f"{KD} DISTILLER.TEACHER_CKPT empty", "checkpoint empty is damaged: it is empty; copy or download it again"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT truncated", "checkpoint truncated is damaged"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT flipped", "checkpoint flipped is damaged", "checksum"),
-    ("train", f"{KD} DISTILLER.TEACHER_CKPT broken.yaml", "checkpoint broken.yaml is damaged or no checkpoint"),
+    ("train", f"{KD} DISTILLER.TEACHER_CKPT broken.yaml", "checkpoint broken.yaml is damaged or no checkpoint (",
+     "; copy or download it again"),
+    ("train", "DISTILLER.PLUGINS broken.yaml", "no method file ", "DISTILLER.PLUGINS takes Python files (.py)"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT no_state_dict", "holds no state dict under 'model'; found: ['weights']"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT {FIRST}", f"checkpoint {FIRST} is a folder; use {FIRST}/student_last"),
     # the run's folder

@@ -76,6 +76,9 @@ def workspace(tmp_path_factory):
     torch.save({"weights": [1.0]}, place / "no_state_dict")
     (place / "output" / "digits" / "notes").mkdir()
     (place / "output" / "digits" / "notes" / "diary.txt").write_text("no run")
+    without_latest = shutil.copytree(place / FIRST, place / "output" / "digits" / "without_latest")
+    for file in without_latest.glob("latest*"):
+        file.unlink()
     for name, files in {"damaged": ["latest", "latest_previous"], "unreadable": ["config.yaml"]}.items():
         folder = shutil.copytree(place / FIRST, place / "output" / "digits" / name)
         for file in files:
@@ -206,9 +209,9 @@ REFUSED = [
      "data set digits has 10"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT resnet14", "checkpoint resnet14 for teacher resnet8 does not fit",
      "not in the model: layer1.1", "name the network that it was trained as"),
-    ("train", f"{KD} DISTILLER.TEACHER_CKPT not_finite", "checkpoint not_finite for teacher resnet8 has values that are "
-     "not finite, in conv1.weight: "),
-    ("train", f"{KD} DISTILLER.TEACHER_CKPT empty", "checkpoint empty is damaged: it is empty; copy or download it again"),
+    ("train", f"{KD} DISTILLER.TEACHER_CKPT not_finite", "checkpoint not_finite for teacher resnet8 has values that "
+     "are not finite, in conv1.weight: "),
+    ("train", f"{KD} DISTILLER.TEACHER_CKPT empty", "checkpoint empty is damaged: it is empty; copy or "),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT truncated", "checkpoint truncated is damaged"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT flipped", "checkpoint flipped is damaged", "checksum"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT broken.yaml", "checkpoint broken.yaml is damaged or no checkpoint (",
@@ -228,6 +231,7 @@ REFUSED = [
      "SOLVER.EPOCHS is 1"),
     ("train", f"{PLAIN} EXPERIMENT.NAME damaged --resume SOLVER.EPOCHS 3", "cannot resume: ",
      "damaged/latest is damaged or no checkpoint", "; and "),
+    ("train", f"{PLAIN} EXPERIMENT.NAME without_latest --resume", "holds a finished run without its latest"),
     ("train", f"{PLAIN} EXPERIMENT.NAME unreadable --resume", "cannot read output/digits/unreadable/config.yaml"),
     # the other commands
     ("eval", "", "the following arguments are required: -m/--model"),
@@ -248,6 +252,10 @@ REFUSED = [
     ("eval", "-m resnet8 -d digits -c resnet14 SOLVER.DEVICE", "'SOLVER.DEVICE' has no value"),
     ("eval", "-m resnet14 -d digits -c resnet14 --against-ckpt resnet8", "--against-ckpt without --against would"),
     ("list", "model", "no section named 'model'; closest: models"),
+    ("list", "--page nowhere/page.md", "--page: cannot write nowhere/page.md: there is no folder nowhere"),
+    ("views", "-d digits -o configs", "-o: cannot write configs: it is a folder; name a file in it"),
+    ("bench", "step --json nowhere/a.json", "--json: cannot write nowhere/a.json: there is no folder nowhere"),
+    ("reproduce", "--plan configs/plans/demo.yaml --report list.yaml/a.md", "there is no folder list.yaml"),
     ("reproduce", "", "the following arguments are required: --plan"),
     ("reproduce", "--plan configs/plans/demonstration.yaml", "no plan configs/plans/demonstration.yaml", "demo.yaml"),
     ("reproduce", "--plan configs/plans/demo.yaml --jobs -1", "the number of jobs must be 0 or more, got -1"),

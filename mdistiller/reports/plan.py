@@ -10,7 +10,8 @@ A plan is a YAML file::
     METHODS:
       "KD": {CONFIG: "configs/digits/kd/{pair}.yaml", OPTIONS: {KD.TEMPERATURE: 2}}
     OPTIONS: {SOLVER.AMP: "bf16"}              # for every run; optional
-    CLAIMS: [["KD", "plain"]]                  # better, worse; optional
+    CLAIMS: [["KD", "plain"]]                  # better, worse; optional. With a number, [one, other, 0.5]: the mean
+                                               # difference, seed by seed, is at most so many points
     HOW_TO_READ: "..."                         # printed below the table; optional
 
 A pair with ``TEACHER`` has that config trained first, and its runs take ``student_last`` of it as their teacher;
@@ -62,7 +63,7 @@ class Plan:
     pairs: dict[str, dict[str, str]]
     methods: dict[str, dict[str, Any]]
     options: dict[str, Any] = field(default_factory=dict)
-    claims: list[tuple[str, str]] = field(default_factory=list)
+    claims: list[tuple[str, str] | tuple[str, str, float]] = field(default_factory=list)
     how_to_read: str = ""
 
     def teachers(self) -> dict[str, Cell]:
@@ -160,12 +161,22 @@ def _check_tree(tree: Any) -> None:
         if not (isinstance(name, str) and _fits(entry, {"CONFIG": str, "OPTIONS": dict}) and "CONFIG" in entry):
             raise InputError(f"METHODS: {name!r} must be a text and hold CONFIG, and may hold OPTIONS, not {entry!r}")
     for claim in tree.get("CLAIMS", []):
-        if not (isinstance(claim, list) and len(claim) == 2 and all(name in tree["METHODS"] for name in claim)):
-            raise InputError(f"a claim names two of {list(tree['METHODS'])}, not {claim}")
+        if not _is_claim(claim, tree["METHODS"]):
+            raise InputError(
+                f"a claim names two of {list(tree['METHODS'])}, and may give the points that they differ by at most, "
+                f"not {claim}"
+            )
     try:
         tree.get("HOW_TO_READ", "").format(images=1, image_points=1.0)
     except (LookupError, ValueError):
         raise InputError("HOW_TO_READ may hold {images} and {image_points}, and no other braces") from None
+
+
+def _is_claim(claim: Any, methods: dict[str, Any]) -> bool:
+    if not isinstance(claim, list) or not 2 <= len(claim) <= 3:
+        return False
+    names, limit = claim[:2], claim[2:]
+    return all(name in methods for name in names) and all(type(x) in (int, float) and x >= 0 for x in limit)
 
 
 def _fits(entry: Any, kinds: dict[str, type]) -> bool:

@@ -88,18 +88,34 @@ def to_csv(rows: list[Summary]) -> str:
 def check_claims(plan: Plan, rows: list[Summary]) -> list[tuple[bool, str]]:
     """For each of the plan's claims and each pair: does it hold, and the sentence that says so.
 
-    A method is better than another if its mean lies above by more than the larger of both standard deviations.
+    A method is better than another if its mean lies above by more than the larger of both standard deviations. With a
+    limit, two methods are alike if the mean of their differences, seed by seed, is at most that.
     """
     found = {(row.method, row.pair): row for row in rows}
     verdicts = []
-    for better, worse in plan.claims:
+    for one, other, *limit in plan.claims:
         for pair in plan.pairs:
-            a, b = found[better, pair], found[worse, pair]
-            if min(len(a.top1), len(b.top1)) < 2:
-                verdicts.append((False, f"whether {better} beats {worse} on {pair} cannot be told from one seed"))
-                continue
-            gain, needed = a.mean - b.mean, max(a.std, b.std)
-            holds = gain > needed
-            sentence = f"{better} {'beats' if holds else 'does NOT beat'} {worse} on {pair}: {gain:+.2f} points"
-            verdicts.append((holds, f"{sentence}, larger std {needed:.2f}"))
+            a, b = found[one, pair], found[other, pair]
+            if limit:
+                verdicts.append(_alike(a, b, *limit))
+            elif min(len(a.top1), len(b.top1)) < 2:
+                verdicts.append((False, f"whether {one} beats {other} on {pair} cannot be told from one seed"))
+            else:
+                verdicts.append(_better(a, b))
     return verdicts
+
+
+def _better(a: Summary, b: Summary) -> tuple[bool, str]:
+    gain, needed = a.mean - b.mean, max(a.std, b.std)
+    holds = gain > needed
+    sentence = f"{a.method} {'beats' if holds else 'does NOT beat'} {b.method} on {a.pair}: {gain:+.2f} points"
+    return holds, f"{sentence}, larger std {needed:.2f}"
+
+
+def _alike(a: Summary, b: Summary, limit: float) -> tuple[bool, str]:
+    differences = [x - y for x, y in zip(a.top1, b.top1, strict=True)]
+    mean = statistics.fmean(differences)
+    holds = abs(mean) <= limit
+    spread = f", std {statistics.stdev(differences):.2f} over {len(differences)} seeds" if len(differences) > 1 else ""
+    sentence = f"{a.method} is {'' if holds else 'NOT '}within {limit:g} points of {b.method} on {a.pair}"
+    return holds, f"{sentence}: {mean:+.2f} points seed by seed{spread}"

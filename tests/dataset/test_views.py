@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from fake_gpu import FakeGPU
 from PIL import Image, ImageDraw
 from torchvision import transforms
 from torchvision.transforms import functional as reference
@@ -106,6 +107,9 @@ def recipes():
     return {name: recipe for name, recipe in every.items() if is_random(recipe)}
 
 
+IN_FILES = [recipe for cls in dataset_dict.values() if cls.in_files for recipe in cls.views.values()]
+
+
 @pytest.mark.parametrize("recipe", recipes().values(), ids=recipes().keys())
 class TestEveryRecipe:
     def test_an_image_does_not_depend_on_its_batch(self, recipe):
@@ -123,6 +127,15 @@ class TestEveryRecipe:
         keys = [("v", 1, 2), ("w", 1, 2), ("v", 3, 2), ("v", 1, 4)]
         results = [apply_view(recipe, IMAGES, Draws.of_view(*key, INDEX)) for key in keys]
         assert all(not torch.equal(results[0], other) for other in results[1:])
+
+    def test_mixes_no_devices_and_asks_for_no_value(self, recipe):
+        if recipe in IN_FILES:
+            pytest.skip("decodes files, on the CPU")
+        gpu = FakeGPU()
+        images, index = gpu.tensor(IMAGES), gpu.tensor(INDEX)
+        with gpu:
+            view = apply_view(recipe, images, Draws.of_view("v", 1, 2, index))
+        assert (view.shape, view.dtype, view.device.type) == (IMAGES.shape, IMAGES.dtype, "cuda")
 
     @pytest.mark.gpu
     def test_same_on_the_gpu(self, recipe):

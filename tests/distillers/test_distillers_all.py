@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from fake_gpu import FakeGPU
 from method_cases import (
     CLASSES,
     FALLING,
@@ -162,6 +163,27 @@ def test_gradients_of_maps_keep_the_memory_layout(method, bf16):
         loss = total(distiller, batch)
     loss.backward()
     assert layouts and not [module for module, kept in layouts if not kept]
+
+
+@each_method
+def test_mixes_no_devices_and_asks_for_no_value(method):
+    """On a GPU the first fails, and the second makes every step wait."""
+    gpu = FakeGPU()
+    distiller = gpu.module(build(method))
+    batch = {name: gpu.tensor(x) for name, x in make_batch(method).items()}
+    with gpu:
+        logits, losses = distiller(**batch, epoch=1)
+    assert {x.device.type for x in (logits, *losses.values())} == {"cuda"}
+
+
+def test_the_gpu_that_is_not_there_notices_both():
+    gpu = FakeGPU()
+    x = gpu.tensor(torch.ones(3))
+    with gpu, pytest.raises(RuntimeError, match="device"):
+        x + torch.ones(3)
+    for asks in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: bool((x > 0).any())):
+        with gpu, pytest.raises((RuntimeError, NotImplementedError)):
+            asks()
 
 
 @each_method

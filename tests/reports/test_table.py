@@ -88,3 +88,25 @@ def test_a_claim_holds_above_the_larger_standard_deviation(better, worse, holds,
     same = [row("KD", [91.0, 91.0], "q"), row("plain", [90.0, 90.0], "q")]
     verdicts = check_claims(plan, [row("KD", better), row("plain", worse), *same])
     assert verdicts == [(holds, sentence), (True, "KD beats plain on q: +1.00 points, larger std 0.00")]
+
+
+@pytest.mark.parametrize(
+    ("one", "limit", "holds", "found"),
+    [
+        ([90.5, 94.0], 0.5, True, "+0.25 points seed by seed, std 0.35"),
+        ([89.0, 94.0], 0.4, False, "-0.50 points seed by seed, std 0.71"),
+        ([90.0, 94.0], 0, True, "+0.00 points seed by seed, std 0.00"),
+    ],
+)
+def test_with_a_limit_a_claim_is_about_the_differences_of_each_seed(one, limit, holds, found):
+    """The seeds themselves lie 4 points apart, which says nothing about the two ways of computing."""
+    plan = Plan("t", Path("o"), [0, 1], {"p": {}}, {"KD": {}, "plain": {}}, claims=[("KD", "plain", limit)])
+    verdicts = check_claims(plan, [row("KD", one), row("plain", [90.0, 94.0])])
+    verdict = f"KD is {'' if holds else 'NOT '}within {limit} points of plain on p"
+    assert verdicts == [(holds, f"{verdict}: {found} over 2 seeds")]
+
+
+def test_one_seed_has_a_difference_without_a_spread():
+    plan = Plan("t", Path("o"), [0], {"p": {}}, {"KD": {}, "plain": {}}, claims=[("KD", "plain", 0.5)])
+    [(holds, sentence)] = check_claims(plan, [row("KD", [90.0]), row("plain", [90.0])])
+    assert holds and sentence == "KD is within 0.5 points of plain on p: +0.00 points seed by seed"

@@ -1,0 +1,39 @@
+"""A GPU without one: tensors that have shapes, types and a device, and no values.
+
+Mixing devices and asking for a value, which makes a step wait for the GPU, both raise there. Forward passes only:
+autograd asks the driver for a stream.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+class FakeGPU:
+    """Moves things there; as a context, lets them compute."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode()
+
+    def __enter__(self) -> None:
+        self.mode.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.mode.__exit__(*error)
+
+    def tensor(self, x: Tensor) -> Tensor:
+        fake = self.mode.from_tensor(x.detach())
+        with self.mode:
+            return fake.to("cuda")
+
+    def module(self, module: nn.Module) -> nn.Module:
+        """A copy that lives there; what a module keeps of its parameters in lists of its own is the copy's."""
+        moved: dict[int, Any] = {}
+        for x in [*module.parameters(), *module.buffers()]:
+            fake = self.tensor(x)
+            moved[id(x)] = nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
+        return copy.deepcopy(module, moved)

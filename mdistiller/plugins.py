@@ -69,6 +69,8 @@ def load_method_file(path: str | Path) -> MethodFile:
         InputError: a file that is missing or fails when it is executed, or of whose names none is free.
     """
     path = Path(path).expanduser().resolve()
+    if path.suffix != ".py":
+        raise InputError(f"no method file {path}: DISTILLER.PLUGINS takes Python files (.py)")
     if path not in _loaded:
         registered = dict(distiller_dict)
         try:

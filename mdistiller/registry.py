@@ -27,6 +27,9 @@ class UnknownName(InputError, KeyError):
     __str__ = Exception.__str__  # KeyError would show the repr of the message
 
 
+SHORT_LIST = 8  # so many names are all shown
+
+
 def closest(name: str, allowed: Iterable[str], count: int = 3) -> list[str]:
     """The allowed names most like ``name``, best first; letter case is ignored."""
     by_lower: dict[str, str] = {}
@@ -37,12 +40,13 @@ def closest(name: str, allowed: Iterable[str], count: int = 3) -> list[str]:
 
 
 def suggestion(name: str, allowed: Iterable[str]) -> str:
-    """``"closest: A, B"``, or everything allowed where nothing is close."""
+    """``"closest: A, B"``, and everything allowed where that is short or nothing is close."""
     allowed = sorted(allowed)
     near = closest(name, allowed)
-    if near:
-        return "closest: " + ", ".join(near)
-    return "known: " + (", ".join(allowed) or "none")
+    parts = ["closest: " + ", ".join(near)] if near else []
+    if not near or len(near) < len(allowed) <= SHORT_LIST:
+        parts.append("known: " + (", ".join(allowed) or "none"))
+    return "; ".join(parts)
 
 
 def check_choice(key: str, value: Any, allowed: Iterable[str]) -> Any:

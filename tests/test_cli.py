@@ -70,9 +70,16 @@ def workspace(tmp_path_factory):
     (place / "flipped").write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
     torch.save({"model": cifar_model_dict["resnet8"][0](num_classes=100).state_dict()}, place / "hundred_classes")
     torch.save({"model": cifar_model_dict["resnet14"][0](num_classes=10).state_dict()}, place / "resnet14")
+    diverged = cifar_model_dict["resnet8"][0](num_classes=10).state_dict()
+    diverged["conv1.weight"][0] = float("nan")
+    torch.save({"model": diverged}, place / "not_finite")
+    (place / "empty").touch()
     torch.save({"weights": [1.0]}, place / "no_state_dict")
     (place / "output" / "digits" / "notes").mkdir()
     (place / "output" / "digits" / "notes" / "diary.txt").write_text("no run")
+    without_latest = shutil.copytree(place / FIRST, place / "output" / "digits" / "without_latest")
+    for file in without_latest.glob("latest*"):
+        file.unlink()
     for name, files in {"damaged": ["latest", "latest_previous"], "unreadable": ["config.yaml"]}.items():
         folder = shutil.copytree(place / FIRST, place / "output" / "digits" / name)
         for file in files:
@@ -119,12 +126,13 @@ REFUSED = [
     ("train", "DISTILER.TYPE KD", "unknown config key 'DISTILER.TYPE'; closest: DISTILLER.TYPE"),
     ("train", "XYZZY 5", "unknown config key 'XYZZY'; sections: EXPERIMENT, DATASET"),
     ("train", "SOLVER.LR", "options come in pairs KEY VALUE; 'SOLVER.LR' has no value"),
+    ("train", "SOLVER.LR=0.1", "'SOLVER.LR=0.1' has no value (write SOLVER.LR 0.1)"),
     ("train", "SOLVER 5", "SOLVER must hold keys, not 5"),
     ("train", "SOLVER.EPOCHS many", "SOLVER.EPOCHS takes a whole number (default 240), got 'many'"),
     ("train", "SOLVER.EPOCHS 2.5", "SOLVER.EPOCHS takes a whole number (default 240), got 2.5"),
     ("train", "SOLVER.EPOCHS True", "SOLVER.EPOCHS takes a whole number"),
-    ("train", "SOLVER.LR True", "SOLVER.LR takes a number (default 0.05), got True"),
-    ("train", "SOLVER.LR inf", "SOLVER.LR takes a number"),
+    ("train", "SOLVER.LR True", "SOLVER.LR takes a finite number (default 0.05), got True"),
+    ("train", "SOLVER.LR nan", "SOLVER.LR takes a finite number (default 0.05), got 'nan'"),
     ("train", "LOG.WANDB 3", "LOG.WANDB takes True or False"),
     ("train", "--resume --overwrite", "not allowed with argument"),
     ("train", "--forward", "unrecognized arguments: --forward"),
@@ -132,14 +140,14 @@ REFUSED = [
     ("train", "--cfg configs/digits/kd/res20_res9.yaml", "no config file configs/digits/kd/res20_res9.yaml; in",
      "closest: res20_res8.yaml"),
     ("train", "--cfg config/kd.yaml", "no config file config/kd.yaml; there is no folder config (seen from /"),
-    ("train", "--cfg configs", "cannot read configs: "),
+    ("train", "--cfg configs", "cannot read configs: it is a folder; name a file in it"),
     ("train", "--cfg broken.yaml", "cannot read broken.yaml", "line 1"),
     ("train", "--cfg list.yaml", "config file list.yaml must hold keys, not list"),
     ("train", "--cfg twice.yaml", "cannot read twice.yaml: key 'SOLVER' stands twice"),
     ("train", "--cfg cycle_a.yaml", "inherits from itself: cycle_a.yaml -> cycle_b.yaml -> cycle_a.yaml"),
     ("train", "--cfg orphan.yaml", "no config file cycle_c.yaml (the _BASE_ of orphan.yaml)", "cycle_a.yaml"),
     ("train", "--cfg base_is_a_number.yaml", "_BASE_ takes a file or a list of files, got 5"),
-    ("train", "--cfg empty_section.yaml", "SOLVER must hold keys, not None"),
+    ("train", "--cfg empty_section.yaml", "SOLVER must hold keys, and is empty"),
     ("train", "--cfg section_is_a_number.yaml", "section_is_a_number.yaml: SOLVER must hold keys, not 5"),
     ("train", "--cfg unknown_key.yaml", "unknown_key.yaml: unknown config key 'SOLVER.LEARNING_RATE'"),
     ("train", "DISTILLER.TYPE NONE DISTILLER.ADD_KD 1", "DISTILLER.ADD_KD 1.0 needs a teacher, which NONE has not"),
@@ -148,7 +156,7 @@ REFUSED = [
     ("train", "DATASET.TYPE digit", "DATASET.TYPE: no data set named 'digit'; closest: digits"),
     ("train", f"{PLAIN} DISTILLER.STUDENT resnet9", "DISTILLER.STUDENT: no CIFAR model named 'resnet9'; closest: "),
     ("train", f"{KD} DISTILLER.TEACHER resnet9", "DISTILLER.TEACHER: no CIFAR model named 'resnet9'; closest: resnet8"),
-    ("train", "SOLVER.TYPE sgd", "SOLVER.TYPE: no optimiser named 'sgd'; closest: SGD"),
+    ("train", "SOLVER.TYPE sgd", "SOLVER.TYPE: no optimiser named 'sgd'; closest: SGD; known: AdamW, RMSProp, SGD"),
     ("train", "SOLVER.LR_SCHEDULE cos", "SOLVER.LR_SCHEDULE: no schedule named 'cos'; closest: cosine"),
     ("train", "SOLVER.AMP fp8", "SOLVER.AMP: no precision named 'fp8'; closest: fp16"),
     ("train", "SOLVER.TRAINER bass", "SOLVER.TRAINER: no trainer named 'bass'; closest: base"),
@@ -171,7 +179,7 @@ REFUSED = [
     ("train", "SOLVER.EPOCHS 5 SOLVER.WARMUP_EPOCHS 5", "SOLVER.WARMUP_EPOCHS is 5, which leaves nothing"),
     ("train", "EXPERIMENT.TAG ''", "EXPERIMENT.NAME and EXPERIMENT.TAG are both empty"),
     ("train", f"{PLAIN} SOLVER.NESTEROV True SOLVER.MOMENTUM 0", "SOLVER.NESTEROV needs SOLVER.MOMENTUM above 0"),
-    ("train", f"{PLAIN} SOLVER.DEVICE warp", "SOLVER.DEVICE 'warp' cannot be used here", "use auto, cpu or cuda"),
+    ("train", f"{PLAIN} SOLVER.DEVICE warp", "SOLVER.DEVICE 'warp' cannot be used here", "; use auto or cpu"),
     ("train", f"{PLAIN} SOLVER.AMP fp16", "SOLVER.AMP fp16 needs a GPU; on the CPU use SOLVER.AMP bf16"),
     ("train", f"{PLAIN} DATASET.LABEL_SMOOTHING 1", "DATASET.LABEL_SMOOTHING must be 0 or more and below 1, got 1"),
     ("train", f"{PLAIN} DATASET.RANDOM_ERASING 2", "DATASET.RANDOM_ERASING must be from 0 to 1, got 2"),
@@ -201,10 +209,15 @@ REFUSED = [
     ("train", f"{KD} DISTILLER.TEACHER_CKPT hundred_classes", "teacher resnet8 in hundred_classes has 100 classes",
      "data set digits has 10"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT resnet14", "checkpoint resnet14 for teacher resnet8 does not fit",
-     "not in the model: layer1.1"),
+     "not in the model: layer1.1", "name the network that it was trained as"),
+    ("train", f"{KD} DISTILLER.TEACHER_CKPT not_finite", "checkpoint not_finite for teacher resnet8 has values that "
+     "are not finite, in conv1.weight: "),
+    ("train", f"{KD} DISTILLER.TEACHER_CKPT empty", "checkpoint empty is damaged: it is empty; copy or "),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT truncated", "checkpoint truncated is damaged"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT flipped", "checkpoint flipped is damaged", "checksum"),
-    ("train", f"{KD} DISTILLER.TEACHER_CKPT broken.yaml", "checkpoint broken.yaml is damaged or no checkpoint"),
+    ("train", f"{KD} DISTILLER.TEACHER_CKPT broken.yaml", "checkpoint broken.yaml is damaged or no checkpoint (",
+     "; copy or download it again"),
+    ("train", "DISTILLER.PLUGINS broken.yaml", "no method file ", "DISTILLER.PLUGINS takes Python files (.py)"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT no_state_dict", "holds no state dict under 'model'; found: ['weights']"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT {FIRST}", f"checkpoint {FIRST} is a folder; use {FIRST}/student_last"),
     # the run's folder
@@ -219,6 +232,7 @@ REFUSED = [
      "SOLVER.EPOCHS is 1"),
     ("train", f"{PLAIN} EXPERIMENT.NAME damaged --resume SOLVER.EPOCHS 3", "cannot resume: ",
      "damaged/latest is damaged or no checkpoint", "; and "),
+    ("train", f"{PLAIN} EXPERIMENT.NAME without_latest --resume", "holds a finished run without its latest"),
     ("train", f"{PLAIN} EXPERIMENT.NAME unreadable --resume", "cannot read output/digits/unreadable/config.yaml"),
     # the other commands
     ("eval", "", "the following arguments are required: -m/--model"),
@@ -239,6 +253,10 @@ REFUSED = [
     ("eval", "-m resnet8 -d digits -c resnet14 SOLVER.DEVICE", "'SOLVER.DEVICE' has no value"),
     ("eval", "-m resnet14 -d digits -c resnet14 --against-ckpt resnet8", "--against-ckpt without --against would"),
     ("list", "model", "no section named 'model'; closest: models"),
+    ("list", "--page nowhere/page.md", "--page: cannot write nowhere/page.md: there is no folder nowhere"),
+    ("views", "-d digits -o configs", "-o: cannot write configs: it is a folder; name a file in it"),
+    ("bench", "step --json nowhere/a.json", "--json: cannot write nowhere/a.json: there is no folder nowhere"),
+    ("reproduce", "--plan configs/plans/demo.yaml --report list.yaml/a.md", "there is no folder list.yaml"),
     ("reproduce", "", "the following arguments are required: --plan"),
     ("reproduce", "--plan configs/plans/demonstration.yaml", "no plan configs/plans/demonstration.yaml", "demo.yaml"),
     ("reproduce", "--plan configs/plans/demo.yaml --jobs -1", "the number of jobs must be 0 or more, got -1"),

@@ -28,6 +28,7 @@ from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import CFG, load_config, show_cfg
 from mdistiller.engine.utils import adjust_learning_rate, load_checkpoint, log_msg, save_checkpoint, validate
 from mdistiller.models import cifar_model_dict
+from mdistiller.registry import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -310,3 +311,41 @@ def test_evaluation_of_public_weights(tmp_path):
     outcome = run_tool("eval", [*command, "DATASET.ROOT", tmp_path / "data", "SOLVER.DEVICE", "cpu"])
     assert outcome.code == 0, outcome
     assert "resnet8 on 200 test images of cifar100: top-1 " in outcome.out
+
+
+# Networks and loaders of a script's own
+
+
+class Bare(nn.Module):
+    """Returns what ``answer`` makes of its logits."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.fc = answer, nn.Linear(3, 10)
+
+    def forward(self, image):
+        return self.answer(self.fc(image.mean((2, 3))))
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "message"),
+    [
+        ("KD", lambda z: z, r"the student \(Bare\) returns Tensor; a network must return \(logits, features\)"),
+        ("DKD", lambda z: (z, [z]), None),
+        ("SP", lambda z: (z, {}), r"SP reads features\['feats'\], which the student \(Bare\) does not return; it has"),
+        ("VRM", lambda z: (z, {}), "VRM reads image_weak, image_strong, and the training batches hold image, target"),
+        ("KD", lambda z: (z, {}), None),
+    ],
+    ids=["a tensor", "a list of features", "no maps", "one view", "no features"],
+)
+def test_what_networks_of_ones_own_must_return(method, answer, message, tmp_path):
+    cfg = load_config(options=["DISTILLER.TYPE", method, "LOG.PREFIX", str(tmp_path), "SOLVER.EPOCHS", "1"])
+    batches = [(torch.randn(4, 3, 8, 8), torch.randint(10, (4,)))]
+    distiller = distiller_dict[method](Bare(answer), Bare(answer), cfg)
+    trainer = trainer_dict["base"]("mine", distiller, batches, batches, cfg)
+    if message is None:
+        trainer.train()
+        assert (tmp_path / "mine" / "student_last").is_file()
+    else:
+        with pytest.raises(InputError, match=message):
+            trainer.train()

@@ -14,7 +14,7 @@ import torch
 from mdistiller.bench.commands import COMMANDS, TRAIN_VARIANTS, Settings, check, render, run_command
 from mdistiller.bench.profile import draw
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.cli import command
+from mdistiller.engine.cli import check_output, command
 from mdistiller.engine.utils import pyplot
 from mdistiller.registry import InputError
 
@@ -39,6 +39,9 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, metavar="FILE", help="profile: also draw the parts there, as PNG")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="settings, as for tools/train.py")
     args = parser.parse_args()
+    for option in ("json", "picture"):
+        if getattr(args, option) is not None:
+            check_output(getattr(args, option), f"--{option}")
     if args.threads < 1:
         raise InputError(f"--threads must be 1 or more, got {args.threads}")
     torch.set_num_threads(args.threads)

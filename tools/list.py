@@ -16,7 +16,7 @@ import torchvision
 
 from mdistiller.dataset import dataset_dict
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine.cli import command
+from mdistiller.engine.cli import check_output, command
 from mdistiller.models import cifar_model_dict, imagenet_model_dict, tiny_imagenet_model_dict
 from mdistiller.registry import Registry
 from mdistiller.reports.methods import write_methods_page
@@ -84,6 +84,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.page:
+        check_output(args.page, "--page")
         measured, command = ROOT / "docs" / "measurements", shlex.join(["python", *sys.argv])
         write_methods_page(
             args.page, measured / "step.json", measured / "memory.json", ROOT / "tests" / "golden", command

@@ -4,10 +4,12 @@ python tools/reproduce.py --plan configs/plans/demo.yaml
 """
 
 import argparse
+import contextlib
 import shlex
 import sys
+from pathlib import Path
 
-from mdistiller.engine.cli import command
+from mdistiller.engine.cli import check_output, command
 from mdistiller.reports import load_plan, run_plan
 from mdistiller.reports.report import write_page, write_report
 
@@ -21,6 +23,10 @@ def main() -> int:
     parser.add_argument("--report", metavar="FILE", help="write all tables to one Markdown page as well")
     args = parser.parse_args()
     plans = [load_plan(path) for path in args.plan]  # all are checked before the first one runs
+    if args.report:
+        with contextlib.suppress(OSError):  # check_output says what is wrong
+            Path(args.report).parent.mkdir(parents=True, exist_ok=True)
+        check_output(args.report, "--report")
     reports = []
     for plan in plans:
         print(plan.title, flush=True)

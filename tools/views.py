@@ -9,7 +9,7 @@ from pathlib import Path
 from mdistiller.analysis.sheets import class_sheet, operation_sheet, stacked, view_sheet
 from mdistiller.dataset import dataset_dict, load_splits
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.cli import command
+from mdistiller.engine.cli import check_output, command
 from mdistiller.registry import InputError
 
 SHEETS = {"classes": class_sheet, "views": view_sheet, "operations": operation_sheet}
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("-s", "--sheet", choices=SHEETS, action="append", help="may be repeated; default: all")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings, for example DATASET.IMAGE_SIZE 32")
     args = parser.parse_intermixed_args()
+    check_output(args.out, "-o")
     cfg = load_config(options=["DATASET.TYPE", args.dataset, *args.opts])
     dataset, split = dataset_dict[args.dataset], load_splits(cfg).train
     picture = stacked([SHEETS[name](dataset, split) for name in args.sheet or SHEETS])

@@ -105,7 +105,17 @@ def load_network(model: nn.Module, path: str | Path, what: str, cfg: Any, advice
             f"{what} in {path} has {len(state[differing[0]])} classes, data set "
             f"{cfg.DATASET.TYPE} has {len(own[differing[0]])}; {advice}"
         )
-    check_fit(own, state, f"checkpoint {path} for {what}")
+    try:
+        check_fit(own, state, f"checkpoint {path} for {what}")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; name the network that it was trained as") from None
+    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - 4} more" if len(broken) > 4 else ""
+        raise CheckpointError(
+            f"checkpoint {path} for {what} has values that are not finite, in {', '.join(broken[:4])}{more}: its "
+            "training failed, or the file is damaged; take another"
+        )
     model.load_state_dict(state)
 
 

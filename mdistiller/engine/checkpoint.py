@@ -231,7 +231,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     not_a_folder(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint {path}")
+        raise CheckpointError(f"no checkpoint {path} (seen from {Path.cwd()})")
+    if not path.stat().st_size:
+        raise CheckpointError(f"checkpoint {path} is damaged: it is empty; copy or download it again")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -247,7 +249,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # damaged bytes end in anything: a wrong compression method, a huge allocation
-        raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint: {error}") from None
+        raise CheckpointError(_damaged(path, str(error).split(". ")[0])) from None
 
 
 def not_a_folder(path: Path) -> None:
@@ -270,7 +272,14 @@ def _explain_unpickling(path: Path, error: Exception) -> str:
             f"checkpoint {path} holds more than tensors, numbers and plain values, and loading such a file may "
             f"execute code, so it is not loaded ({reason.split('. ')[0]})"
         )
-    return f"checkpoint {path} is damaged or no checkpoint: {reason}"
+    return _damaged(path, reason)
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return (
+        f"checkpoint {path} is damaged or no checkpoint ({path.stat().st_size:,} bytes; torch says: {reason}); copy or "
+        "download it again"
+    )
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:

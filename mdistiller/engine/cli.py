@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from mdistiller.registry import InputError
 
@@ -42,6 +43,28 @@ def command(main: Callable[[], int | None]) -> None:
     if ended_together:
         distributed.stop()
     raise SystemExit(code)
+
+
+def check_output(path: str | os.PathLike[str], option: str) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to hold.
+
+    Args:
+        path: the file; its folder must be there.
+        option: what names it on the command line.
+
+    Raises:
+        InputError: no such folder, one that is not writable, or a folder in the file's place.
+    """
+    path = Path(path)
+    if path.is_dir():
+        problem = "it is a folder; name a file in it"
+    elif not path.parent.is_dir():
+        problem = f"there is no folder {path.parent}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        problem = "no permission"
+    else:
+        return
+    raise InputError(f"{option}: cannot write {path}: {problem}")
 
 
 def _say(message: str, error: Exception) -> None:

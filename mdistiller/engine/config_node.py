@@ -56,7 +56,11 @@ def read_yaml(path: Path) -> Any:
             return yaml.load(file, _Loader)
     except FileNotFoundError:
         raise
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except IsADirectoryError:
+        raise InputError(f"cannot read {path}: it is a folder; name a file in it") from None
+    except UnicodeDecodeError:
+        raise InputError(f"cannot read {path}: it is no text file (UTF-8)") from None
+    except (OSError, yaml.YAMLError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
 
 
@@ -93,10 +97,9 @@ class ConfigNode(CfgNode):
     def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
         """Merge ``[KEY, VALUE, KEY, VALUE, ...]`` as given on a command line; strings are read as literals."""
         if len(cfg_list) % 2:
-            raise InputError(
-                f"options come in pairs KEY VALUE; {cfg_list[-1]!r} has no value "
-                f"(given: {' '.join(map(str, cfg_list))})"
-            )
+            key, equals, value = str(cfg_list[-1]).partition("=")
+            advice = f"write {key} {value}" if equals else f"given: {' '.join(map(str, cfg_list))}"
+            raise InputError(f"options come in pairs KEY VALUE; {cfg_list[-1]!r} has no value ({advice})")
         trees = [self._option(str(key), word) for key, word in zip(cfg_list[::2], cfg_list[1::2], strict=True)]
         self.before_merge(trees)
         for tree in trees:
@@ -128,7 +131,8 @@ class ConfigNode(CfgNode):
 
     def _merge(self, tree: Any, source: str, prefix: str = "", root: ConfigNode | None = None) -> None:
         if not isinstance(tree, dict):
-            raise InputError(f"{source}: {prefix.rstrip('.') or 'the file'} must hold keys, not {tree!r}")
+            found = "and is empty" if tree is None else f"not {tree!r}"
+            raise InputError(f"{source}: {prefix.rstrip('.') or 'the file'} must hold keys, {found}")
         root = self if root is None else root
         for key, value in tree.items():
             full_key = f"{prefix}{key}"
@@ -187,7 +191,7 @@ def convert(value: Any, default: Any, key: str, source: str) -> Any:
 
 
 def _name_of(kind: type) -> str:
-    names = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+    names = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a text"}
     return names.get(kind, f"a {kind.__name__}")
 
 
@@ -211,10 +215,19 @@ def _bare_list(word: str) -> Any:
         return word
 
 
-def _keys_nearby(key: str, root: CfgNode) -> str:
-    """The keys that end in it (``SOLVER.LR`` for ``LR``), else the most similar, else the sections."""
+def _keys_nearby(key: str, root: ConfigNode) -> str:
+    """The keys that end in it (``SOLVER.LR`` for ``LR``) or in its last word, else the similar ones of its section, all
+    of them where none is; without such a section the most similar ones, or the sections."""
     keys = _keys(root)
-    near = [known for known in keys if known.endswith(f".{key}")] or closest(key, keys)
+    section, _, word = key.rpartition(".")
+    same_word = [known for known in keys if known.lower().rpartition(".")[2] == word.lower()]
+    near = [known for known in keys if known.endswith(f".{key}")] or closest(key, same_word)
+    beside = root._get(section) if section else None
+    if not near and isinstance(beside, ConfigNode):
+        near = [f"{section}.{name}" for name in closest(word, beside)]
+        if not near:
+            return f"{section} has: {', '.join(beside) or 'no keys'}"
+    near = near or closest(key, keys)
     return f"closest: {', '.join(near)}" if near else f"sections: {', '.join(root)}"
 
 
@@ -245,7 +258,8 @@ def _read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> list[tuple[Pat
         tree = read_yaml(path)
     except FileNotFoundError:
         raise InputError(f"no config file {path}{where}; {files_nearby(path)}") from None
-    tree = {} if tree is None else tree
+    if tree is None:
+        raise InputError(f"config file {path}{where} is empty; it must hold keys, as those in configs/ do")
     if not isinstance(tree, dict):
         raise InputError(f"config file {path}{where} must hold keys, not {type(tree).__name__}")
     bases = tree.pop(BASE_KEY, None) or []
@@ -263,4 +277,5 @@ def files_nearby(path: Path) -> str:
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} (seen from {Path.cwd()})"
     names = [p.name for p in path.parent.glob("*.yaml")]
-    return f"in {path.parent}: {suggestion(path.name, names)}"
+    where = "the current folder" if path.parent == Path() else path.parent
+    return f"in {where}, {suggestion(path.name, names)}"

@@ -82,8 +82,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"SOLVER.DEVICE {name!r} cannot be used here: {reason}; use auto, cpu or cuda") from None
+        reason = str(error).split("\n")[0].split(". ")[0]
+        usable = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise InputError(f"SOLVER.DEVICE {name!r} cannot be used here: {reason}; use {' or '.join(usable)}") from None
     return device
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -166,6 +168,7 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool, quiet: b
     except OSError as error:
         raise _unusable(folder, error) from None
     if not filled:
+        _check_place(folder)
         if resume and not quiet:
             print(log_msg(f"nothing to resume in {folder}; starting from the beginning", "INFO"))
         return False
@@ -178,13 +181,37 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool, quiet: b
         for change in [] if quiet else changes:
             print(log_msg(f"resuming although {change}", "INFO"))
         latest = folder / "latest"
-        return latest.is_file() or previous(latest).is_file()
+        if latest.is_file() or previous(latest).is_file():
+            return True
+        if _is_finished(folder):
+            raise InputError(
+                f"{folder} holds a finished run without its latest, from which it would go on; replace the run by "
+                "--overwrite, or name another folder with EXPERIMENT.NAME"
+            )
+        if not quiet:
+            print(log_msg(f"{folder} holds no latest to resume from; starting from the beginning", "INFO"))
+        return False
     if not overwrite:
         raise InputError(
             f"{folder} holds a run already; go on with it by --resume, replace it by --overwrite, or name "
             "another folder with EXPERIMENT.NAME"
         )
     return False
+
+
+def _is_finished(folder: Path) -> bool:
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads((folder / "results.json").read_text()).get("status") == "finished"
+    return False
+
+
+def _check_place(folder: Path) -> None:
+    """Refuse a folder that could not be made, before the teacher is scored and the data are fetched."""
+    above = next(place for place in [folder, *folder.absolute().parents] if place.exists())
+    if not above.is_dir():
+        raise _unusable(folder, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(above, os.W_OK):
+        raise _unusable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def _check_same_experiment(folder: Path, cfg: Any) -> list[str]:
@@ -194,7 +221,10 @@ def _check_same_experiment(folder: Path, cfg: Any) -> list[str]:
         raise InputError(f"{folder / 'config.yaml'} holds no configuration; replace the run by --overwrite")
     fatal, harmless = changed_keys(content, relevant_part(cfg), distiller_dict[cfg.DISTILLER.TYPE].section)
     if fatal:
-        raise InputError(f"{folder} holds another experiment and cannot be resumed as this one: {', '.join(fatal)}")
+        raise InputError(
+            f"{folder} holds another experiment and cannot be resumed as this one: {', '.join(fatal)}; "
+            "give the settings that it was begun with, or name another folder with EXPERIMENT.NAME"
+        )
     return harmless
 
 
@@ -209,8 +239,8 @@ def _check_rest(trainer: BaseTrainer, facts: dict[str, Any], folder: Path) -> No
     scored = trainer.results.get("last", {}).get("epoch", 0)
     if begun > wanted or (begun == wanted and trainer.step_in_epoch == 0 and scored < wanted):
         raise InputError(
-            f"{folder} has {begun} epochs behind it, the last of them under way or not evaluated, and SOLVER.EPOCHS is "
-            f"{wanted}; give at least {begun + (begun == wanted)}"
+            f"{folder} has {begun} epochs behind it{'' if begun > wanted else ', the last of them not evaluated'}, and "
+            f"SOLVER.EPOCHS is {wanted}; give at least {begun + (begun == wanted)}"
         )
 
 

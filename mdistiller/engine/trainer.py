@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,8 @@ class BaseTrainer:
         known = nullcontext() if self.teacher_cache is None else self.teacher_cache.of(batch)
         with known, self.precision.autocast(), hard_coded_cuda_explained(self.precision.device):
             if distributed.world_size() == 1:
-                logits, losses = self.distiller(**given)
+                with contract_explained(self.distiller, given):
+                    logits, losses = self.distiller(**given)
             else:
                 logits, losses = self.parallel(given, self.train_loader.images_in(self.step_in_epoch))
         losses = {name: loss.mean() for name, loss in losses.items()}  # some methods return shape (1,)
@@ -255,7 +256,10 @@ class BaseTrainer:
             done = f"{epochs} and {self.step_in_epoch} of {self.steps_per_epoch} steps"
             print(log_msg(f"Resuming from {path}: {done} are done", "INFO"), flush=True)
             return
-        raise CheckpointError("cannot resume: " + "; and ".join(problems))
+        raise CheckpointError(
+            f"cannot resume: {'; and '.join(problems)}; start again by --overwrite, or name another folder with "
+            "EXPERIMENT.NAME"
+        )
 
     def load_state(self, state: dict[str, Any], source: str = "the state") -> None:
         """Take over a state; mdistiller's ``latest`` files (model, optimiser, epoch, best_acc) work too.
@@ -321,6 +325,56 @@ def accepted_fields(distiller: nn.Module) -> set[str] | None:
     parameters = inspect.signature(distiller.forward_train).parameters
     variadic = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return None if variadic else set(parameters)
+
+
+@contextmanager
+def contract_explained(distiller: nn.Module, given: dict[str, Any]) -> Iterator[None]:
+    """Around a method's step: where it fails, say if a loader's batches lack a part or a network returns no features.
+
+    The library's loaders and networks do neither; those that a script brings may.
+
+    Args:
+        distiller: the method.
+        given: what it is called with.
+
+    Raises:
+        InputError: in place of what Python says when such a batch or output is unpacked.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, KeyError) as error:
+        parameters = inspect.signature(distiller.forward_train).parameters.values()
+        lacking = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        lacking = [name for name in lacking if name not in given]
+        method = type(distiller).__name__
+        if lacking:
+            raise InputError(
+                f"{method} reads {', '.join(lacking)}, and the training batches hold "
+                f"{', '.join(name for name in given if name != 'epoch')}; see mdistiller/engine/batch.py"
+            ) from error
+        images = next((value for name, value in given.items() if name.startswith("image")), None)
+        for role in ("student", "teacher"):
+            net = getattr(distiller, role, None)
+            if net is not None and images is not None:
+                _check_output(net, role, method, images, error)
+        raise
+
+
+def _check_output(net: nn.Module, role: str, method: str, images: Tensor, error: Exception) -> None:
+    """Refuse a network whose output is not what ``mdistiller/models/_features.py`` says, or lacks what was read."""
+    with torch.no_grad():
+        output = net(images)
+    what, advice = f"the {role} ({type(net).__name__})", "see mdistiller/models/_features.py"
+    if not (isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[1], Mapping)):
+        raise InputError(
+            f"{what} returns {type(output).__name__}; a network must return (logits, features), features being a "
+            f"dictionary: {advice}"
+        ) from error
+    key = error.args[0] if isinstance(error, KeyError) and error.args else None
+    if key in ("feats", "preact_feats", "pooled_feat") and key not in output[1]:
+        raise InputError(
+            f"{method} reads features[{key!r}], which {what} does not return; it has {list(output[1])}: {advice}"
+        ) from error
 
 
 def trained_state(distiller: nn.Module) -> dict[str, Tensor]:

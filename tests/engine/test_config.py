@@ -57,11 +57,11 @@ REFUSED = [
     ("WHOLE", "many", "a whole number"),
     ("WHOLE", None, "a whole number"),
     ("WHOLE", [4], "a whole number"),
-    ("NUMBER", True, "a number"),
-    ("NUMBER", "fast", "a number"),
-    ("NUMBER", float("nan"), "a number"),
-    ("NUMBER", "inf", "a number"),
-    ("NUMBER", {"A": 1}, "a number"),
+    ("NUMBER", True, "a finite number"),
+    ("NUMBER", "fast", "a finite number"),
+    ("NUMBER", float("nan"), "a finite number"),
+    ("NUMBER", "inf", "a finite number"),
+    ("NUMBER", {"A": 1}, "a finite number"),
     ("FLAG", 1, "True or False"),
     ("FLAG", "maybe", "True or False"),
     ("TEXT", True, "a text"),
@@ -139,11 +139,20 @@ def test_two_children_may_share_a_base(tmp_path):
     assert load_config(write(tmp_path / "a.yaml", _BASE_=["left.yaml", "right.yaml"])).SOLVER.LR == 0.1
 
 
-@pytest.mark.parametrize("content", ["", "_BASE_:", "_BASE_: []"])
-def test_an_empty_file_changes_nothing(tmp_path, content):
+@pytest.mark.parametrize("content", ["_BASE_:", "_BASE_: []"])
+def test_an_empty_base_changes_nothing(tmp_path, content):
     path = tmp_path / "a.yaml"
     path.write_text(content)
     assert load_config(path) == load_config()
+
+
+@pytest.mark.parametrize("content", ["", "# nothing but a comment\n"])
+def test_a_file_without_a_key_is_refused(tmp_path, content):
+    """Rather than training what the defaults say for 240 epochs."""
+    path = tmp_path / "a.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"a\.yaml is empty; it must hold keys"):
+        load_config(path)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +164,9 @@ def test_an_empty_file_changes_nothing(tmp_path, content):
         ("KD.TEMPRATURE", "closest: KD.TEMPERATURE"),
         ("solver.lr", "closest: SOLVER.LR"),
         ("OPTIMIZER", "sections: EXPERIMENT, DATASET, DISTILLER"),
+        ("KD.LOSS.WIEGHT", "closest: KD.LOSS.KD_WEIGHT, KD.LOSS.CE_WEIGHT"),
+        ("KD.LOSS.X", "KD.LOSS has: CE_WEIGHT, KD_WEIGHT"),
+        ("SOLVER.TEMPERATURE", "closest: "),
     ],
 )
 def test_an_unknown_key_comes_with_the_closest(key, shown):

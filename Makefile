@@ -8,12 +8,13 @@ BIN := .venv/bin
 demo: .venv/installed-plots
 	$(BIN)/python tools/reproduce.py --plan configs/plans/demo.yaml
 
-# docs/evidence.md: about four hours on two CPU cores.
+# docs/evidence.md: about four hours on two CPU cores. Runs that are done are not run again.
 evidence: .venv/installed-plots
 	test -f output/shapes/vanilla,res20/student_last || \
 		$(BIN)/python tools/train.py --cfg configs/shapes/vanilla/res20.yaml SOLVER.AMP bf16 SOLVER.CHANNELS_LAST True
-	$(BIN)/python tools/reproduce.py --plan configs/plans/methods_digits.yaml configs/plans/evidence_shapes.yaml \
-		--report docs/evidence.md
+	$(BIN)/python tools/reproduce.py --report docs/evidence.md --plan configs/plans/methods_digits.yaml \
+		configs/plans/evidence_shapes.yaml configs/plans/shapes_gap.yaml configs/plans/acclimation.yaml \
+		configs/plans/precision.yaml
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto

@@ -184,7 +184,7 @@ REFUSED = [
     ("train", f"{PLAIN} DATASET.LABEL_SMOOTHING 1", "DATASET.LABEL_SMOOTHING must be 0 or more and below 1, got 1"),
     ("train", f"{PLAIN} DATASET.RANDOM_ERASING 2", "DATASET.RANDOM_ERASING must be from 0 to 1, got 2"),
     ("train", f"{KD} DISTILLER.TYPE MDR DATASET.MIXUP_ALPHA 1", "DATASET.MIXUP_ALPHA 1.0: labels become shares",
-     "method MDR reads class numbers; methods that take shares: CTKD, DCD, DIST"),
+     "method MDR reads class numbers; methods that take shares: AT, CTKD, DCD, DIST"),
     ("train", f"{VRM} VRM.METRIC cosine VRM.RELATION gram", "VRM.METRIC cosine compares unit edges", "choose mse"),
     ("train", f"{VRM} VRM.RELATION angle VRM.EDGE_NORM False", "VRM.RELATION angle", "EDGE_NORM must be True"),
     ("train", f"{VRM} VRM.LOCATION pooled VRM.VERTEX_WEIGHT 1", "VRM.VERTEX_WEIGHT compares predictions", "logits"),

@@ -13,23 +13,28 @@ from cli_runner import ROOT, run_tool
 from method_cases import FALLING, TEACHER_METHODS, weights
 from runs import same_state, teacher_file
 
+from mdistiller.dataset import dataset_dict
 from mdistiller.engine import trainer
 from mdistiller.engine.checkpoint import load_checkpoint
 
-CONFIGS = {
+TYPES = {
     path: yaml.safe_load(path.read_text()).get("DISTILLER", {}).get("TYPE")
-    for path in sorted((ROOT / "configs" / "digits").glob("*/res20_res8.yaml"))
+    for path in sorted((ROOT / "configs").glob("*/*/res20_res8.yaml"))
 }
-TINY = {
-    "DISTILLER.TEACHER": "resnet8",
-    "DATASET.IMAGE_SIZE": 8,
-    "DATASET.TRAIN_PER_CLASS": 3,
-    "SOLVER.BATCH_SIZE": 15,  # two steps an epoch
-    "SOLVER.EPOCHS": 2,
-    "SOLVER.LR_DECAY_STAGES": [1],
-    "SOLVER.DEVICE": "cpu",
-    "LOG.EVAL_FREQ": 2,
+CONFIGS = {path: method for path, method in TYPES.items() if path.parts[-3] == "digits"}
+ON_SHAPES = {path: method for path, method in TYPES.items() if path.parts[-3] == "shapes"}
+SHORT = {"DISTILLER.TEACHER": "resnet8", "SOLVER.EPOCHS": 2, "SOLVER.DEVICE": "cpu", "LOG.EVAL_FREQ": 2}
+TINY = {  # two steps an epoch
+    "digits": SHORT
+    | {"DATASET.IMAGE_SIZE": 8, "DATASET.TRAIN_PER_CLASS": 3, "SOLVER.BATCH_SIZE": 15, "SOLVER.LR_DECAY_STAGES": [1]},
+    "shapes": SHORT
+    | {"DATASET.SHAPES.TRAIN_SIZE": 200, "DATASET.SHAPES.TEST_SIZE": 100, "SOLVER.BATCH_SIZE": 100}
+    | {"DATASET.TEST.BATCH_SIZE": 100},
 }
+
+
+def name_of(path):
+    return "-".join(path.parts[-3:-1])
 
 
 @pytest.mark.parametrize("method", TEACHER_METHODS)
@@ -37,10 +42,17 @@ def test_every_method_has_a_config_for_digits(method):
     assert method in CONFIGS.values()
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=[path.parent.name for path in CONFIGS])
+@pytest.mark.parametrize("method", ["VRM", "MDR", "DIST", "DIST_PLUS", "DCD"])
+def test_the_library_s_own_methods_have_configs_for_shapes(method):
+    assert method in ON_SHAPES.values()
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *ON_SHAPES], ids=name_of)
 def test_a_stopped_run_goes_on_to_the_same_bits(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = TINY | {"DISTILLER.TEACHER_CKPT": teacher_file(tmp_path)}
+    project = config.parts[-3]
+    teacher = teacher_file(tmp_path, classes=dataset_dict[project].num_classes)
+    options = TINY[project] | {"DISTILLER.TEACHER_CKPT": teacher}
 
     def train(name, *flags):
         settings = options | {"LOG.PREFIX": "output", "EXPERIMENT.NAME": name}
@@ -54,7 +66,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(config, tmp_path, monkeypatch):
     outcome = train("parts", "--resume")
     assert (outcome.code, outcome.err) == (0, "")
 
-    whole, parts = (Path("output/digits") / name for name in ("whole", "parts"))
+    whole, parts = (Path("output") / project / name for name in ("whole", "parts"))
     assert same_state(*(load_checkpoint(folder / "latest")["model"] for folder in (whole, parts)))
     assert (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
     results = [json.loads((folder / "results.json").read_text()) for folder in (whole, parts)]
@@ -88,7 +100,7 @@ def teacher(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", CONFIGS, ids=[path.parent.name for path in CONFIGS])
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 def test_own_terms_fall_in_a_run(config, tmp_path, teacher):
     method = CONFIGS[config]
     options = {"DISTILLER.TEACHER_CKPT": teacher, "LOG.PREFIX": tmp_path, "EXPERIMENT.NAME": "a"}

@@ -170,16 +170,25 @@ def answer_to_black(net: nn.Module, input_size: Sequence[int]) -> tuple[Tensor, 
 
     It is asked in eval mode without gradient: no statistics move, no random number is drawn, and every module is in the
     mode in which it was.
+
+    Raises:
+        InputError: it returns something else, or no maps ``feats``.
     """
     like = next(net.parameters())
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
         with torch.no_grad():
-            return net(torch.zeros(1, 3, *input_size, device=like.device, dtype=like.dtype))
+            output = net(torch.zeros(1, 3, *input_size, device=like.device, dtype=like.dtype))
     finally:
         for module, mode in modes.items():
             module.training = mode
+    if not (isinstance(output, (tuple, list)) and len(output) == 2 and "feats" in output[1]):
+        raise InputError(
+            f"{type(net).__name__} must return (logits, features) with the maps of its stages in features['feats'], "
+            "which this method reads: see mdistiller/models/_features.py"
+        )
+    return output
 
 
 def warmup(epoch: int, epochs: int) -> float:

@@ -15,6 +15,7 @@ from mdistiller.distillers._common import (
     stage_offset,
     stage_pairs,
 )
+from mdistiller.engine.build import build_distiller
 from mdistiller.models import cifar_model_dict, imagenet_model_dict
 from mdistiller.registry import InputError
 
@@ -133,3 +134,16 @@ def test_pairs_for_a_data_set_pick_maps():
     features = [{"feats": [torch.full((1, 1, 2, 2), 10.0 * net + i) for i in range(4 + net)]} for net in (1, 0)]
     picked = pick_pairs(*features, pairs)
     assert [[x[0, 0, 0, 0].item() for x in maps] for maps in picked] == [[10, 11, 12], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("output", ["logits", "no maps"])
+def test_a_network_without_maps_is_named(output):
+    class Plain(torch.nn.Linear):
+        def forward(self, image):
+            logits = super().forward(image.mean((2, 3)))
+            return logits if output == "logits" else (logits, {})
+
+    student, teacher = Plain(3, 10), cifar_model_dict["resnet8"][0](num_classes=10)
+    for method in ("AT", "FITNET", "MDR"):
+        with pytest.raises(InputError, match=r"Plain must return \(logits, features\)"):
+            build_distiller(config(method), student, teacher)

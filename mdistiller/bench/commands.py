@@ -115,25 +115,28 @@ def _forward(network: Callable, precision: Precision, image: torch.Tensor, setti
 
 
 def data(settings: Settings, folder: Path) -> list[Row]:
-    """Making a batch of each method's views in one process: image by image with Pillow, and our way."""
+    """Making the batches of an epoch with each method's views in one process: image by image with Pillow, and our way."""
     rows = []
     for name in settings.methods or ("KD", "KD_TWO_VIEWS"):
         cfg = with_options(settings.cfg, DISTILLER__TYPE=name, DATASET__LOADER="device")
         subject = build_subject(cfg, folder, num_batches=1)
-        dataset, kind = subject.loaders.train.dataset, dataset_dict[cfg.DATASET.TYPE]
-        pictures = old_loop.Pictures(dataset.split, dataset.views, kind.mean, kind.std)
-        index = torch.arange(min(cfg.SOLVER.BATCH_SIZE, len(dataset)), device=dataset.device)
-        positions = index.tolist()
+        loader, kind = subject.loaders.train, dataset_dict[cfg.DATASET.TYPE]
+        pictures = old_loop.Pictures(loader.dataset.split, loader.dataset.views, kind.mean, kind.std)
+        batches = [index.tolist() for _, index, *_ in loader.sampler]
 
-        def with_pillow(pictures=pictures, positions=positions) -> None:
-            default_collate([pictures[position] for position in positions])
+        def with_pillow(pictures=pictures, batches=batches) -> None:
+            for positions in batches:
+                default_collate([pictures[position] for position in positions])
 
-        def batched(dataset=dataset, index=index) -> None:
-            _ = dataset[1, index]
+        def batched(loader=loader) -> None:
+            loader.set_epoch(1)
+            for _ in loader:
+                pass
 
         pillow, ours = f"{name}: Pillow", f"{name}: batched"
         cases = {pillow: _repeated(with_pillow, settings), ours: _repeated(batched, settings)}
-        rows += _rows(_timed(cases, settings), pillow, settings, per=settings.steps, images=len(positions))
+        per, images = settings.steps * len(batches), sum(map(len, batches)) / len(batches)
+        rows += _rows(_timed(cases, settings), pillow, settings, per=per, images=images)
     return rows
 
 
@@ -307,7 +310,7 @@ def _text_of(row: Row) -> tuple[str, ...]:
 
 
 def _rows(
-    samples: dict[str, list[Sample]], baseline: str, settings: Settings, per: int = 1, images: int = 0
+    samples: dict[str, list[Sample]], baseline: str, settings: Settings, per: int = 1, images: float = 0
 ) -> list[Row]:
     rows = []
     for name, own in samples.items():

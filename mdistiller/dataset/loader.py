@@ -8,6 +8,7 @@ device on which the networks run, except for the speed.
 
 from __future__ import annotations
 
+import itertools
 import signal
 import weakref
 from collections.abc import Iterator
@@ -27,6 +28,10 @@ from .views import Draws, View, apply_view, name_key, normalize
 # Epoch and indices. With a third entry, of the batch that they make the images in these places are wanted only.
 Request = tuple[int, Tensor] | tuple[int, Tensor, Tensor]
 Batch = dict[str, Tensor]
+
+# On a CPU the views of so many images are made together and then divided into batches: a transformation that RandAugment
+# gives to four images of a batch takes as long for sixteen. An image's draws are its own, so it stays the same.
+AT_ONCE = 256
 
 
 class BatchedImages(Dataset):
@@ -242,9 +247,21 @@ class Loader:
         self.sampler.start_step = start_step
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = map(self.dataset.__getitem__, iter(self.sampler)) if self._batches is None else iter(self._batches)
+        batches = self._make_here(iter(self.sampler)) if self._batches is None else iter(self._batches)
         self.set_epoch(self.sampler.epoch + 1)
         return batches
+
+    def _make_here(self, requests: Iterator[Request]) -> Iterator[Batch]:
+        dataset = self.dataset
+        if dataset.device.type != "cpu" or dataset.mixing is not None or not isinstance(dataset.split.images, Tensor):
+            yield from map(dataset.__getitem__, requests)
+            return
+        while group := list(itertools.islice(requests, max(1, AT_ONCE // self.batch_size))):
+            (epoch, _), *_ = group
+            indices = [index for _, index in group]
+            whole = dataset[epoch, torch.cat(indices)]
+            parts = zip(*(value.split([*map(len, indices)]) for value in whole.values()), strict=True)
+            yield from (dict(zip(whole, part, strict=True)) for part in parts)
 
 
 def _start_workers(dataset: BatchedImages, sampler: EpochSampler, num_workers: int) -> DataLoader:

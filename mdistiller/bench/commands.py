@@ -115,7 +115,7 @@ def _forward(network: Callable, precision: Precision, image: torch.Tensor, setti
 
 
 def data(settings: Settings, folder: Path) -> list[Row]:
-    """Making the batches of an epoch with each method's views in one process: image by image with Pillow, and our way."""
+    """Making an epoch's batches with each method's views in one process: image by image with Pillow, and our way."""
     rows = []
     for name in settings.methods or ("KD", "KD_TWO_VIEWS"):
         cfg = with_options(settings.cfg, DISTILLER__TYPE=name, DATASET__LOADER="device")

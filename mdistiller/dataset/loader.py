@@ -29,8 +29,8 @@ from .views import Draws, View, apply_view, name_key, normalize
 Request = tuple[int, Tensor] | tuple[int, Tensor, Tensor]
 Batch = dict[str, Tensor]
 
-# On a CPU the views of so many images are made together and then divided into batches: a transformation that RandAugment
-# gives to four images of a batch takes as long for sixteen. An image's draws are its own, so it stays the same.
+# On a CPU the views of so many images are made together and then divided into batches: an operation that RandAugment
+# gives to four images of a batch takes no longer for sixteen. An image's draws are its own, so it stays the same.
 AT_ONCE = 256
 
 

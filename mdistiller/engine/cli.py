@@ -42,6 +42,8 @@ def command(main: Callable[[], int | None]) -> None:
         code = 128 + signal.SIGINT
     if ended_together:
         distributed.stop()
+    else:
+        distributed.leave(code)
     raise SystemExit(code)
 
 

@@ -69,12 +69,12 @@ def hcl_loss(maps_student: Sequence[Tensor], maps_teacher: Sequence[Tensor]) -> 
         require_one_shape("hcl_loss", f_s, f_t)
         pooled = difference = at_least_float32(f_s) - at_least_float32(f_t.detach())  # pooling is linear
         loss, weight, weights = channel_mean_square(difference).mean(), 1.0, 1.0
+        # What was pooled before serves where its fields are halves of the next ones'.
+        nested = all(length % POOLED_SIDES[0] == 0 for length in difference.shape[2:])
         for side in POOLED_SIDES:
             if side < difference.shape[2]:
                 weight /= 2
                 weights += weight
-                # What was pooled before serves where its fields are halves of the next ones'.
-                nested = all(length % POOLED_SIDES[0] == 0 for length in difference.shape[2:])
                 pooled = F.adaptive_avg_pool2d(pooled if nested else difference, side)
                 loss = loss + weight * pooled.square().mean()
         total = total + loss / weights

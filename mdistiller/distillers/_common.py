@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -183,7 +183,8 @@ def answer_to_black(net: nn.Module, input_size: Sequence[int]) -> tuple[Tensor, 
     finally:
         for module, mode in modes.items():
             module.training = mode
-    if not (isinstance(output, (tuple, list)) and len(output) == 2 and "feats" in output[1]):
+    is_pair = isinstance(output, (tuple, list)) and len(output) == 2
+    if not (is_pair and isinstance(output[1], Mapping) and "feats" in output[1]):
         raise InputError(
             f"{type(net).__name__} must return (logits, features) with the maps of its stages in features['feats'], "
             "which this method reads: see mdistiller/models/_features.py"

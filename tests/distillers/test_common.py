@@ -136,12 +136,12 @@ def test_pairs_for_a_data_set_pick_maps():
     assert [[x[0, 0, 0, 0].item() for x in maps] for maps in picked] == [[10, 11, 12], [1, 2, 3]]
 
 
-@pytest.mark.parametrize("output", ["logits", "no maps"])
+@pytest.mark.parametrize("output", ["logits", "no maps", "two tensors"])
 def test_a_network_without_maps_is_named(output):
     class Plain(torch.nn.Linear):
         def forward(self, image):
             logits = super().forward(image.mean((2, 3)))
-            return logits if output == "logits" else (logits, {})
+            return {"logits": logits, "no maps": (logits, {}), "two tensors": (logits, logits)}[output]
 
     student, teacher = Plain(3, 10), cifar_model_dict["resnet8"][0](num_classes=10)
     for method in ("AT", "FITNET", "MDR"):

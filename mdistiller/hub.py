@@ -37,8 +37,8 @@ import torch
 
 import mdistiller.models  # noqa: F401  fills the model tables
 from mdistiller.engine.build import TEACHER_RELEASE
-from mdistiller.engine.checkpoint import CheckpointError, check_fit, load_weights
 from mdistiller.engine.cli import command
+from mdistiller.engine.folder.checkpoint import CheckpointError, check_fit, load_weights
 from mdistiller.models._registration import checkpoint_root
 from mdistiller.registry import MODEL_FAMILIES, InputError, Registry
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
-import logging
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -30,9 +29,8 @@ from typing import Any
 
 import mdistiller.distillers
 from mdistiller.distillers import Distiller, distiller_dict
+from mdistiller.messages import warn
 from mdistiller.registry import InputError
-
-logger = logging.getLogger(__name__)
 
 PACKAGE = mdistiller.distillers.__name__
 FOLDER = Path(mdistiller.distillers.__file__).resolve().parent
@@ -169,7 +167,7 @@ def _load(path: Path, registered: dict[str, Any]) -> MethodFile:
     for cls in dict.fromkeys(own.values()):
         _state_section(cls, module, reads)
     if taken:
-        logger.warning(f"{path}: {', '.join(taken)} stays what it was; the file's methods are {', '.join(own)}")
+        warn(f"{path}: {', '.join(taken)} stays what it was; the file's methods are {', '.join(own)}")
     return MethodFile(path, own, tuple(taken), reads, required)
 
 
@@ -260,7 +258,7 @@ def _is_dispensable(node: ast.stmt, tree: ast.Module) -> bool:
     try:
         exec(compile(ast.Module([node], []), "<import>", "exec", dont_inherit=True), {"__package__": PACKAGE})
     except ImportError as error:
-        logger.warning(f"left out, since it fails and is not used: {ast.unparse(node)} ({error})")
+        warn(f"left out, since it fails and is not used: {ast.unparse(node)} ({error})")
         return True
     return False
 

@@ -26,7 +26,7 @@ import mdistiller.engine.build
 import mdistiller.engine.run
 import mdistiller.reports
 from mdistiller.engine.cfg import CFG, load_config, value_of
-from mdistiller.engine.config_node import ConfigNode
+from mdistiller.engine.config.node import ConfigNode
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import dataset_dict, distiller_dict
 from mdistiller.reports.table import COLUMNS

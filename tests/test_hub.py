@@ -27,8 +27,8 @@ import torch
 from mdistiller import hub
 from mdistiller.engine.build import build_teacher, teacher_checkpoint
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.checkpoint import CheckpointError, load_checkpoint, load_weights
 from mdistiller.engine.cli import command
+from mdistiller.engine.folder.checkpoint import CheckpointError, load_checkpoint, load_weights
 from mdistiller.hub import ArchiveError, DownloadError, download, fetch_teachers, unpack
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import InputError

@@ -27,7 +27,7 @@ from mdistiller import plugins
 from mdistiller.distillers import Distiller
 from mdistiller.engine.build import build_distiller, build_student, constructor_arguments
 from mdistiller.engine.cfg import CFG, load_config
-from mdistiller.engine.experiment import flatten
+from mdistiller.engine.config.experiment import flatten
 from mdistiller.plugins import load_method_file
 from mdistiller.registry import InputError, UnknownName, distiller_dict
 

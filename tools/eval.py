@@ -20,7 +20,7 @@ from mdistiller.engine.build import build_student, build_teacher, load_network, 
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.cli import command
 from mdistiller.engine.evaluate import collect_logits, evaluate
-from mdistiller.engine.precision import Precision
+from mdistiller.engine.forwards.precision import Precision
 from mdistiller.registry import InputError
 
 

@@ -6,9 +6,9 @@ torchrun --nproc_per_node 2 tools/train.py --cfg configs/digits/kd/res20_res8.ya
 
 import argparse
 
-from mdistiller.engine import distributed
 from mdistiller.engine.cfg import LogitStand, load_config, show_cfg
 from mdistiller.engine.cli import command
+from mdistiller.engine.processes import distributed
 from mdistiller.engine.run import run
 from mdistiller.registry import InputError
 
@@ -36,7 +36,7 @@ def main() -> None:
     )
     args = parser.parse_intermixed_args()
     distributed.start()
-    with distributed.together():
+    with distributed.same_error():
         cfg = load_config(args.cfg, args.opts, logit_stand_of(args))
     show_cfg(cfg)
     run(cfg, resume=args.resume, overwrite=args.overwrite)

@@ -16,11 +16,11 @@ import torch
 from torch.utils.data import default_collate
 
 from mdistiller.dataset import dataset_dict
-from mdistiller.engine.acceleration import check_compiler
 from mdistiller.engine.build import needs_teacher
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.precision import Precision
-from mdistiller.engine.teacher import speed_up_teacher
+from mdistiller.engine.forwards.compile import check_compiler
+from mdistiller.engine.forwards.fold import speed_up_teacher
+from mdistiller.engine.forwards.precision import Precision
 from mdistiller.registry import InputError, distiller_dict, suggestion
 
 from . import old_loop

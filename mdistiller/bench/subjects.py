@@ -23,7 +23,7 @@ from mdistiller.engine.build import (
     model_table,
     needs_teacher,
 )
-from mdistiller.engine.precision import Precision
+from mdistiller.engine.forwards.precision import Precision
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.registry import dataset_dict, distiller_dict
 

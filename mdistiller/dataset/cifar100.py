@@ -7,7 +7,6 @@ https://www.cs.toronto.edu/~kriz/cifar.html: the files are that page's "python v
 
 from __future__ import annotations
 
-import logging
 import pickle
 from collections.abc import Callable
 from http.client import HTTPException
@@ -19,13 +18,12 @@ import torch
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
+from mdistiller.messages import warn
 from mdistiller.registry import InputError
 
 from .base import DataSet, Split, register_dataset, resize_images
 from .randaugment import RandAugment
 from .views import Cutout, HorizontalFlip, RandomCrop, View, rotations
-
-logger = logging.getLogger(__name__)
 
 OFFICIAL = datasets.CIFAR100
 FOLDER = OFFICIAL.base_folder
@@ -62,7 +60,7 @@ class CIFAR100(DataSet):
             _download(root)
         train, test = _read_split(folder / "train"), _read_split(folder / "test")
         if not all(check_integrity(folder / name, md5) for name, md5 in MD5.items()):
-            logger.warning(
+            warn(
                 f"{folder} does not hold the official CIFAR-100 files, which have 50000 and 10000 images; "
                 f"using the {len(train)} training and {len(test)} test images found there"
             )

@@ -355,7 +355,7 @@ class MDR(Distiller):
         self.register_buffer("quantiles", share_quantiles(own.MIXUP_ALPHA), persistent=False)
 
     @property
-    def images_of_one(self) -> int:
+    def student_images_per_sample(self) -> int:
         """Anchor and positives, or the anchor alone where no term needs positives."""
         return 1 + POSITIVES if self.own.KD_WEIGHT or self.uses_relations else 1
 
@@ -373,7 +373,7 @@ class MDR(Distiller):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         own, count = self.own, len(image)
         self.monitors = {}
-        if self.images_of_one == 1:
+        if self.student_images_per_sample == 1:
             logits, _ = self.student(image)
             return logits, {"loss_ce": own.CE_WEIGHT * F.cross_entropy(logits, target)}
         positives = self.positives(image, index, epoch)

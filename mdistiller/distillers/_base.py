@@ -17,8 +17,8 @@ The contract, which the trainer reads off the signatures and nothing else:
 Optional: ``parameter_groups(cfg)`` (groups with their own ``lr``), ``teacher_parameters()`` (what of the
 teacher a method trains), ``on_epoch_start(epoch)``, and a stage of its own before training: ``prepare(batches,
 autocast)``, with ``preparation()`` if the result is to be kept for other runs; ``mdistiller/engine/prepare.py`` says
-what they are given and give back. ``images_of_one``: how many images go through the student for each image of the
-batch, where the method makes rotated or mixed copies, so that ``images_seen`` is true. ``teacher_batch_statistics``:
+what they are given and give back. ``student_images_per_sample``: how many images go through the student for each
+image of the batch, where the method makes rotated or mixed copies, so that ``images_seen`` is true. ``teacher_batch_statistics``:
 whether it runs its teacher on the statistics of the batch. ``forward_train`` may fill ``self.monitors`` with scalars to
 watch that are no losses, detached; the log has their means over an epoch's images as ``monitor/<name>``. A class method
 ``logit_stand_options(cfg, base_temp, kd_weight)`` says that the method heeds ``EXPERIMENT.LOGIT_STAND``, and which
@@ -83,7 +83,7 @@ class Distiller(nn.Module):
     family = ""
     weights: tuple[str, ...] = ()
     mixed_labels = False
-    images_of_one = 1
+    student_images_per_sample = 1
     teacher_batch_statistics = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import gradient_in_layout
+from mdistiller.messages import warn
 from mdistiller.registry import InputError, check_choice, image_side
 
 from ._base import Distiller
-
-logger = logging.getLogger(__name__)
 
 STAGE_RULES = ("matched", "skip_first")
 
@@ -123,7 +121,7 @@ def stage_pairs(student: nn.Module, teacher: nn.Module, num_s: int, num_t: int, 
     """Numbers in ``"feats"`` of student and teacher of the maps that are compared, shallow to deep.
 
     The first map of networks that have equally many is left out, as in mdistiller: the stem, or a first block in both.
-    Where one network has more stages, its deepest are left over, which is logged as a warning.
+    Where one network has more stages, its deepest are left over, which is said in a warning.
 
     Args:
         student, teacher, num_s, num_t, rule: see :func:`stage_offset`.
@@ -136,9 +134,9 @@ def stage_pairs(student: nn.Module, teacher: nn.Module, num_s: int, num_t: int, 
     pairs = list(zip(range(first + offset, num_s), range(first, num_t), strict=False))
     for role, last, number in (("student", pairs[-1][0], num_s), ("teacher", pairs[-1][1], num_t)):
         if last != number - 1:
-            logger.warning(
-                "student %s has %s feature maps, teacher %s %s: the %s's from %s to %s are compared with none",
-                *(type(student).__name__, num_s, type(teacher).__name__, num_t, role, last + 1, number - 1),
+            warn(
+                f"student {type(student).__name__} has {num_s} feature maps, teacher {type(teacher).__name__} {num_t}: "
+                f"the {role}'s from {last + 1} to {number - 1} are compared with none"
             )
     return pairs
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .precision import Precision
+from .forwards.precision import Precision
 
 # mdistiller's loaders yield tuples: (image, target), (image, target, index), (..., contrastive_index).
 TUPLE_FIELDS = ("image", "target", "index", "contrastive_index")

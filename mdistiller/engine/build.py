@@ -15,8 +15,8 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.registry import MODEL_FAMILIES, Registry, UnknownName, dataset_dict
 
 from .added_kd import add_kd
-from .checkpoint import CheckpointError, check_fit, load_weights, not_a_folder
-from .precision import hard_coded_cuda_explained, resolve_device
+from .folder.checkpoint import CheckpointError, check_fit, load_weights, not_a_folder
+from .forwards.precision import hard_coded_cuda_explained, resolve_device
 
 TEACHER_RELEASE = "https://github.com/megvii-research/mdistiller/releases/tag/checkpoints"
 TEACHER_OPTION = "DISTILLER.TEACHER_CKPT"

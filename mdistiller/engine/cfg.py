@@ -17,17 +17,17 @@ from mdistiller.dataset import dataset_dict
 from mdistiller.dataset.build import LOADERS
 from mdistiller.dataset.fields import chosen_recipes
 from mdistiller.distillers import distiller_dict
+from mdistiller.messages import say
 from mdistiller.plugins import load_methods, method_file
 from mdistiller.registry import InputError, suggestion
 
-from .acceleration import COMPILE_MODES, COMPILED
 from .build import needs_teacher
-from .config_node import ConfigNode as CN
-from .parallel import BATCH_NORMS
+from .config.node import ConfigNode as CN
+from .forwards.cache import check_cacheable
+from .forwards.compile import COMPILE_MODES, COMPILED
+from .processes.parallel import BATCH_NORMS
 from .solver import LR_RULES
-from .teacher_cache import check_cacheable
 from .trainer import trainer_dict
-from .utils import log_msg
 
 
 class ConfigTree(CN):
@@ -239,7 +239,7 @@ def load_config(path: str = "", options: Sequence[str] = (), logit_stand: LogitS
 
 def show_cfg(cfg: CN) -> None:
     """Print the sections that this run reads."""
-    print(log_msg(f"CONFIG:\n{relevant_part(cfg).dump()}", "INFO"))
+    say(f"CONFIG:\n{relevant_part(cfg).dump()}")
 
 
 def relevant_part(cfg: CN) -> CN:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from mdistiller.registry import InputError
 
-from . import distributed
-from .checkpoint import DiskFullError
+from .folder.checkpoint import DiskFullError
 from .hooks import NonFiniteLossError, StopRequested
 from .prepare import PreparationError
+from .processes import distributed
 
 
 def command(main: Callable[[], int | None]) -> None:
@@ -34,7 +34,7 @@ def command(main: Callable[[], int | None]) -> None:
         _say(f"stopped: {error}", error)
         code = 1
     except StopRequested as error:
-        if distributed.is_first():
+        if distributed.is_first_process():
             print(error, file=sys.stderr)
         code = 128 + error.number
         ended_together = True
@@ -43,7 +43,7 @@ def command(main: Callable[[], int | None]) -> None:
     if ended_together:
         distributed.stop()
     else:
-        distributed.leave(code)
+        distributed.exit_now(code)
     raise SystemExit(code)
 
 

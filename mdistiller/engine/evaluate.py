@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mdistiller.registry import InputError
 
-from . import distributed
-from .acceleration import uncompiled
 from .batch import to_batch
-from .precision import Precision
+from .forwards.compile import uncompiled
+from .forwards.precision import Precision
+from .processes import distributed
 
 
 @dataclass(frozen=True)

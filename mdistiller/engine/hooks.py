@@ -26,10 +26,11 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mdistiller.functional.mixing import class_numbers
+from mdistiller.messages import log_msg, say, warn
 
-from . import distributed
 from .batch import images_of
-from .checkpoint import (
+from .evaluate import Evaluation, evaluate, hits_at
+from .folder.checkpoint import (
     CheckpointError,
     DiskFullError,
     check_fit,
@@ -38,10 +39,9 @@ from .checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from .evaluate import Evaluation, evaluate, hits_at
+from .folder.writers import CsvWriter, TensorboardWriter, WandbWriter, WorklogWriter
+from .processes import distributed
 from .solver import learning_rate
-from .utils import log_msg
-from .writers import CsvWriter, TensorboardWriter, WandbWriter, WorklogWriter
 
 if TYPE_CHECKING:
     from .trainer import BaseTrainer, StepOutput
@@ -129,7 +129,7 @@ class NonFiniteGuard(Hook):
         Raises:
             NonFiniteLossError: with step, terms, learning rate and the indices of the images.
         """
-        with distributed.together():
+        with distributed.same_error():
             self._check_own()
 
     def _check_own(self) -> None:
@@ -181,7 +181,7 @@ class Meters(Hook):
         self.names = [f"loss/{name}" for name in output.losses] + [f"monitor/{name}" for name in output.monitors]
         self.sums = values if self.sums is None else self.sums.to(values.device) + values
         self.count += len(target)
-        of_one = getattr(self.trainer.distiller, "images_of_one", 1)
+        of_one = getattr(self.trainer.distiller, "student_images_per_sample", 1)
         self.images_seen += of_one * sum(len(image) for image in images_of(output.batch))
 
     def averages(self) -> dict[str, float]:
@@ -213,7 +213,7 @@ class Meters(Hook):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
-        if not distributed.is_first():  # which carries on what all had seen
+        if not distributed.is_first_process():  # which carries on what all had seen
             self.count = self.images_seen = 0
             self.sums = None if self.sums is None else torch.zeros_like(self.sums)
 
@@ -274,7 +274,7 @@ class WeightAverage(Hook):
 
     def after_train(self) -> None:
         state = {"model": self.student.state_dict()}
-        distributed.first(lambda: save_checkpoint(state, self.trainer.folder / "student_ema"))
+        distributed.on_first_process(lambda: save_checkpoint(state, self.trainer.folder / "student_ema"))
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average.state_dict()}
@@ -354,7 +354,7 @@ class Evaluate(Hook):
         try:
             scored["best"] = self.score(self._best_student(results["best"]["epoch"]), trainer.test_loader)
         except CheckpointError as error:
-            print(log_msg(f"WARNING: the best student is not scored on the test images: {error}", "EVAL"), flush=True)
+            warn(f"the best student is not scored on the test images: {error}", "EVAL")
             results["best"]["problem"] = str(error)
         # Only now, since a signal during the scoring saves the results as they are.
         results["validation"] = {key: dict(results[key]) for key in (*scored, "mean_of_last")}
@@ -365,7 +365,7 @@ class Evaluate(Hook):
     def _best_student(self, epoch: int) -> torch.nn.Module:
         """A copy of the student with the weights of its best epoch; the student itself may be saved meanwhile."""
         student = copy.deepcopy(self.trainer.distiller.student)
-        distributed.first(lambda: load_into(student, self.trainer.folder / "student_best", "student"))
+        distributed.on_first_process(lambda: load_into(student, self.trainer.folder / "student_best", "student"))
         distributed.broadcast_state(student)
         if fingerprint(student.state_dict()) != self.best_fingerprint:
             raise CheckpointError(f"{self.trainer.folder / 'student_best'} is not the student of epoch {epoch}")
@@ -391,7 +391,7 @@ class TrainedTeacher(Hook):
         facts = trainer.results.setdefault("teacher", {})
         facts["after"] = {"top1": after.top1, "top5": after.top5}
         before = f", {facts['top1']:.2f} before" if "top1" in facts else ""
-        print(log_msg(f"Teacher after training: top-1 {after.top1:.2f}{before}", "EVAL"), flush=True)
+        say(f"Teacher after training: top-1 {after.top1:.2f}{before}", "EVAL")
 
 
 def _as_dict(result: Evaluation, epoch: int, split: str) -> dict[str, Any]:
@@ -479,7 +479,7 @@ class Checkpoints(Hook):
         super().__init__(trainer)
         self.evaluation, self.guard = evaluation, guard
         self.saved_at = time.monotonic()
-        self.due = distributed.Poll()
+        self.due = distributed.DelayedMax()
 
     def after_step(self, output: StepOutput) -> None:
         log = self.trainer.cfg.LOG
@@ -494,7 +494,7 @@ class Checkpoints(Hook):
         """Save the run as it stands; a state behind a loss that is not finite is never saved."""
         self.guard.check()
         state, path = self.trainer.state_dict(), self.trainer.folder / "latest"
-        distributed.first(lambda: save_checkpoint(state, path, keep_previous=True))
+        distributed.on_first_process(lambda: save_checkpoint(state, path, keep_previous=True))
         self.saved_at = time.monotonic()
 
     def epoch_done(self) -> None:
@@ -514,7 +514,7 @@ class Checkpoints(Hook):
             if finished == trainer.cfg.SOLVER.EPOCHS:
                 save_checkpoint(student, trainer.folder / "student_last")
 
-        distributed.first(save)
+        distributed.on_first_process(save)
         self.save_latest()  # last: all that it says has happened is on the disk then
 
     def close(self) -> None:
@@ -536,7 +536,7 @@ class StopSignals(Hook):
         self.checkpoints = checkpoints
         self.received = 0
         self.received_at = 0.0
-        self.anyone = distributed.Poll()
+        self.anyone = distributed.DelayedMax()
         self.before: dict[int, Any] = {}
 
     def before_train(self) -> None:
@@ -631,15 +631,12 @@ class Console(Hook):
         row = self.trainer.row
         for split in ("val", "test"):
             if f"{split}_acc" in row:
-                print(
-                    log_msg(
-                        f"Epoch {self.trainer.epoch}/{self.trainer.cfg.SOLVER.EPOCHS}| lr {row['lr']:.4g}| "
-                        f"train loss {row['train_loss']:.4f}, top-1 {row['train_acc']:.2f}| "
-                        f"{split} loss {row[f'{split}_loss']:.4f}, top-1 {row[f'{split}_acc']:.2f}, "
-                        f"top-5 {row[f'{split}_acc_top5']:.2f}",
-                        "EVAL",
-                    ),
-                    flush=True,
+                say(
+                    f"Epoch {self.trainer.epoch}/{self.trainer.cfg.SOLVER.EPOCHS}| lr {row['lr']:.4g}| "
+                    f"train loss {row['train_loss']:.4f}, top-1 {row['train_acc']:.2f}| "
+                    f"{split} loss {row[f'{split}_loss']:.4f}, top-1 {row[f'{split}_acc']:.2f}, "
+                    f"top-5 {row[f'{split}_acc_top5']:.2f}",
+                    "EVAL",
                 )
 
     def after_train(self) -> None:
@@ -647,14 +644,11 @@ class Console(Hook):
         if "last" not in results:
             return
         picked = results["best"].get("picked_on", results["best"]["split"])
-        print(
-            log_msg(
-                f"Last: top-1 {results['last']['top1']:.2f} on {results['last']['images']} {results['last']['split']} "
-                f"images| best (epoch {results['best']['epoch']}, picked on the {picked} split): "
-                f"{results['best']['top1']:.2f}| all of it in {self.trainer.folder}",
-                "EVAL",
-            ),
-            flush=True,
+        say(
+            f"Last: top-1 {results['last']['top1']:.2f} on {results['last']['images']} {results['last']['split']} "
+            f"images| best (epoch {results['best']['epoch']}, picked on the {picked} split): "
+            f"{results['best']['top1']:.2f}| all of it in {self.trainer.folder}",
+            "EVAL",
         )
 
     def close(self) -> None:
@@ -675,7 +669,7 @@ def default_hooks(trainer: BaseTrainer) -> list[Hook]:
     hooks: list[Hook] = [clock, LearningRate(trainer), guard, meters]
     hooks += [average] if average is not None else []
     hooks += [evaluation, TrainedTeacher(trainer)]
-    hooks += [Writers(trainer)] if distributed.is_first() else []
+    hooks += [Writers(trainer)] if distributed.is_first_process() else []
     hooks += [checkpoints, SameBuffers(trainer)]
-    hooks += [Console(trainer, meters, clock)] if distributed.is_first() else []
+    hooks += [Console(trainer, meters, clock)] if distributed.is_first_process() else []
     return [*hooks, stop]

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor, nn
 
 import mdistiller
+from mdistiller.messages import say, warn
 
-from . import distributed
 from .batch import to_batch
-from .checkpoint import CheckpointError, check_fit, fingerprint, load_checkpoint, save_checkpoint
-from .experiment import flatten
-from .utils import log_msg
+from .config.experiment import flatten
+from .folder.checkpoint import CheckpointError, check_fit, fingerprint, load_checkpoint, save_checkpoint
+from .processes import distributed
 
 if TYPE_CHECKING:
     from .trainer import BaseTrainer
@@ -77,7 +77,7 @@ def prepare(trainer: BaseTrainer) -> None:
         return
     settings = settings_of(trainer, own)
     path = file_of(trainer.cfg, settings)
-    content = distributed.first(lambda: _usable(path, settings, module))
+    content = distributed.on_first_process(lambda: _usable(path, settings, module))
     from_file = content is not None
     if content is None:
         seconds, facts = _compute(trainer, name)
@@ -86,10 +86,10 @@ def prepare(trainer: BaseTrainer) -> None:
         _check_finite(name, state)
         content = {"settings": settings, "model": state, "fingerprint": fingerprint(state)}
         content |= distributed.broadcast_object({"seconds": seconds, "facts": facts})
-        distributed.first(lambda: _save(content, path))
+        distributed.on_first_process(lambda: _save(content, path))
     else:
         module.load_state_dict(content["model"])
-        print(log_msg(f"{name}'s stage before training: taken from {path}", "INFO"), flush=True)
+        say(f"{name}'s stage before training: taken from {path}")
     trainer.results["preparation"] = {
         "seconds": content["seconds"],
         "from_file": from_file,
@@ -129,7 +129,7 @@ def _usable(path: Path, settings: dict[str, Any], module: nn.Module) -> dict[str
         content = load_checkpoint(path)
         _check_content(content, path, settings, module)
     except CheckpointError as error:
-        print(log_msg(f"WARNING: {error}; computing it again", "INFO"), flush=True)
+        warn(f"{error}; computing it again")
         return None
     return content
 
@@ -147,7 +147,7 @@ def _check_content(content: Any, path: Path, settings: dict[str, Any], module: n
 
 def _compute(trainer: BaseTrainer, name: str) -> tuple[float, dict[str, Any]]:
     """Run the stage; its seconds and the method's facts."""
-    print(log_msg(f"{name}'s stage before training: started", "INFO"), flush=True)
+    say(f"{name}'s stage before training: started")
     trainer.distiller.train()
     start = time.perf_counter()
     said = start
@@ -156,7 +156,7 @@ def _compute(trainer: BaseTrainer, name: str) -> tuple[float, dict[str, Any]]:
         nonlocal said
         if time.perf_counter() - said > MESSAGE_EVERY:
             said = time.perf_counter()
-            print(log_msg(f"{name}'s stage before training: epoch {epoch}", "INFO"), flush=True)
+            say(f"{name}'s stage before training: epoch {epoch}")
         if hasattr(trainer.train_loader, "set_epoch"):
             trainer.train_loader.set_epoch(epoch)
         for item in trainer.train_loader:
@@ -166,7 +166,7 @@ def _compute(trainer: BaseTrainer, name: str) -> tuple[float, dict[str, Any]]:
         facts = trainer.distiller.prepare(batches, trainer.precision.autocast) or {}
     trainer.precision.synchronize()
     seconds = round(time.perf_counter() - start, 3)
-    print(log_msg(f"{name}'s stage before training: done in {seconds:.1f} s", "INFO"), flush=True)
+    say(f"{name}'s stage before training: done in {seconds:.1f} s")
     return seconds, facts
 
 

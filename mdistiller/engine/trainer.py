@@ -16,21 +16,21 @@ import yaml
 from torch import Tensor, nn
 
 import mdistiller
+from mdistiller.messages import say, warn
 from mdistiller.registry import InputError, Registry
 
-from . import distributed
-from .acceleration import accelerate, begin_step
 from .batch import to_batch
-from .checkpoint import CheckpointError, check_fit, load_checkpoint, previous
-from .experiment import changed_keys
+from .config.experiment import changed_keys
+from .folder.checkpoint import CheckpointError, check_fit, load_checkpoint, previous
+from .forwards.cache import cache_teacher
+from .forwards.compile import accelerate, begin_step
+from .forwards.precision import Precision, hard_coded_cuda_explained
 from .hooks import Hook, default_hooks
-from .parallel import Parallel
-from .precision import Precision, hard_coded_cuda_explained
 from .prepare import prepare
+from .processes import distributed
+from .processes.parallel import Parallel
 from .random_state import random_state, restore_random_state, seed_process
 from .solver import build_optimizer
-from .teacher_cache import cache_teacher
-from .utils import log_msg
 
 trainer_dict = Registry("trainer")
 
@@ -115,10 +115,10 @@ class BaseTrainer:
         Args:
             resume: go on from ``latest`` in the run's folder.
         """
-        distributed.first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        distributed.on_first_process(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         if resume:
             self.resume()
-        if self.step == 0 and distributed.first((self.folder / "latest").exists):
+        if self.step == 0 and distributed.on_first_process((self.folder / "latest").exists):
             raise InputError(
                 f"{self.folder} holds a run already; go on with it by resume=True, or give another name or LOG.PREFIX"
             )
@@ -244,17 +244,17 @@ class BaseTrainer:
         latest, problems = self.folder / "latest", []
         for path in (latest, previous(latest)):
             try:
-                state = distributed.first(functools.partial(load_checkpoint, path))
-                with distributed.together():
+                state = distributed.on_first_process(functools.partial(load_checkpoint, path))
+                with distributed.same_error():
                     self.load_state(state, str(path))
             except CheckpointError as error:
                 problems.append(str(error))
                 continue
             for problem in problems:
-                print(log_msg(f"WARNING: {problem}; going on from {path} instead", "INFO"), flush=True)
+                warn(f"{problem}; going on from {path} instead")
             epochs = f"{self.epoch - 1} epoch{'' if self.epoch == 2 else 's'}"
             done = f"{epochs} and {self.step_in_epoch} of {self.steps_per_epoch} steps"
-            print(log_msg(f"Resuming from {path}: {done} are done", "INFO"), flush=True)
+            say(f"Resuming from {path}: {done} are done")
             return
         raise CheckpointError(
             f"cannot resume: {'; and '.join(problems)}; start again by --overwrite, or name another folder with "
@@ -441,7 +441,7 @@ def check_batches(distiller: nn.Module, loader: Any, batch_norm_over: str = "loc
     if world > 1 and getattr(loader, "share", (0, 1))[1] != world:
         raise InputError(
             f"{world} processes train, and the training batches are not divided among them; take the loaders of "
-            "build_loaders or get_dataset, made after mdistiller.engine.distributed.start()"
+            "build_loaders or get_dataset, made after mdistiller.engine.processes.distributed.start()"
         )
     smallest = getattr(loader, "last_batch_size", None)
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in distiller.student.modules())

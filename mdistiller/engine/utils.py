@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mdistiller.messages import log_msg
 from mdistiller.registry import InputError
 
-from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluate import evaluate, hits_at
+from .folder.checkpoint import load_checkpoint, save_checkpoint
 from .solver import learning_rate
 
 __all__ = [
@@ -27,15 +27,6 @@ __all__ = [
     "save_checkpoint",
     "validate",
 ]
-
-COLORS = {"INFO": 36, "TRAIN": 32, "EVAL": 31}
-
-
-def log_msg(msg: str, mode: str = "INFO") -> str:
-    """``[MODE] msg``, on a terminal in the colour of the mode (``INFO``, ``TRAIN`` or ``EVAL``)."""
-    if not sys.stdout.isatty():
-        return f"[{mode}] {msg}"
-    return f"\033[{COLORS[mode]}m[{mode}] {msg}\033[0m"
 
 
 class AverageMeter:

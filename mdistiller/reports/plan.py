@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.config_node import files_nearby, read_yaml
-from mdistiller.engine.run import run_folder
+from mdistiller.engine.config.node import files_nearby, read_yaml
+from mdistiller.engine.folder.run_folder import run_folder
 from mdistiller.registry import InputError, suggestion
 
 REQUIRED = {"TITLE": str, "OUTPUT": str, "SEEDS": list, "PAIRS": dict, "METHODS": dict}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mdistiller.engine.checkpoint import write_atomically
+from mdistiller.engine.folder.checkpoint import write_atomically
 from mdistiller.registry import InputError
 
 from .plan import Plan

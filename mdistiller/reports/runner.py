@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from mdistiller.engine.cfg import CFG
-from mdistiller.engine.config_node import read_yaml
-from mdistiller.engine.experiment import settings_of_result
+from mdistiller.engine.config.experiment import settings_of_result
+from mdistiller.engine.config.node import read_yaml
+from mdistiller.engine.forwards.precision import resolve_device
 from mdistiller.engine.hooks import StopRequested
-from mdistiller.engine.precision import resolve_device
 from mdistiller.engine.run import file_digest, run
 from mdistiller.registry import InputError
 

@@ -7,7 +7,7 @@ from mdistiller.dataset import Digits
 from mdistiller.dataset.base import Split
 from mdistiller.dataset.loader import BatchedImages, Loader
 from mdistiller.dataset.negatives import Negatives, negatives_from
-from mdistiller.engine.config_node import ConfigNode
+from mdistiller.engine.config.node import ConfigNode
 from mdistiller.registry import InputError
 
 LABELS = torch.tensor([0, 2, 1, 0, 2, 2, 1, 0, 5, 1, 2, 0])  # 4, 3, 4, 0, 0, 1

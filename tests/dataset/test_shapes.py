@@ -12,7 +12,7 @@ from mdistiller.dataset import Shapes, load_splits
 from mdistiller.dataset.shapes import OUTLINES, PATTERNS, Placement, draw_images, draw_split, other_color, paint
 from mdistiller.dataset.views import Draws
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.experiment import changed_keys
+from mdistiller.engine.config.experiment import changed_keys
 from mdistiller.registry import InputError
 
 

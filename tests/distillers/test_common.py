@@ -1,7 +1,6 @@
 """What method files import from ``_common``: the regressor's shapes, asking for shapes, and which maps are compared."""
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -105,16 +104,16 @@ def test_sides_of_mobilenetv1_and_of_an_imagenet_resnet():
         ("MobileNetV2", "resnet20", [(1, 1), (2, 2), (3, 3)]),
     ],
 )
-def test_what_is_left_over_is_said(student, teacher, expected, caplog):
-    with caplog.at_level(logging.WARNING):
-        assert pairs_of(network(student), network(teacher)) == expected
+def test_what_is_left_over_is_said(student, teacher, expected, capsys):
+    assert pairs_of(network(student), network(teacher)) == expected
+    said = capsys.readouterr().out
     role, other = ("teacher", "VGG") if teacher == "vgg8" else ("student", {"vgg8": "VGG"}.get(student, "MobileNetV2"))
-    assert f"the {role}'s from" in caplog.text and other in caplog.text
+    assert f"the {role}'s from" in said and other in said
 
 
-def test_equal_networks_warn_of_nothing(caplog):
+def test_equal_networks_warn_of_nothing(capsys):
     pairs_of(network("resnet8"), network("resnet20"))
-    assert not caplog.text
+    assert not capsys.readouterr().out
 
 
 def test_a_network_that_does_not_declare_its_stages_has_a_stem():

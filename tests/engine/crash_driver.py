@@ -12,7 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
-from mdistiller.engine import checkpoint, hooks
+from mdistiller.engine import hooks
+from mdistiller.engine.folder import checkpoint
 
 TRAIN = Path(__file__).parents[2] / "tools" / "train.py"
 

@@ -22,11 +22,12 @@ from runs import make_trainer, teacher_file, tiny_config
 from torch import nn
 
 from mdistiller.distillers import Distiller
-from mdistiller.engine import distributed, hooks
+from mdistiller.engine import hooks
 from mdistiller.engine.build import build_distiller
 from mdistiller.engine.dot import DOT
 from mdistiller.engine.evaluate import evaluate
-from mdistiller.engine.parallel import Parallel, SyncBatchNorm, average_gradients, shares
+from mdistiller.engine.processes import distributed
+from mdistiller.engine.processes.parallel import Parallel, SyncBatchNorm, average_gradients, shares
 from mdistiller.engine.run import run
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.functional.gather import batch_of_processes, gather_with_gradient
@@ -95,7 +96,7 @@ def fail_in(rank, error):
     """A function that fails in one process."""
 
     def work():
-        with distributed.together():
+        with distributed.same_error():
             if distributed.rank() == rank:
                 raise error
 
@@ -103,7 +104,7 @@ def fail_in(rank, error):
 
 
 def decisions(rank, folder):
-    poll, order = distributed.Poll(), []
+    poll, order = distributed.DelayedMax(), []
 
     def note():
         order.append(time.monotonic())
@@ -118,12 +119,14 @@ def decisions(rank, folder):
         "highest": distributed.highest(rank == 1),
         "total": distributed.total(torch.tensor([rank + 1.0])),
         "objects": distributed.gather_objects({"rank": rank}),
-        "first": distributed.first(lambda: f"of {rank}"),
+        "first": distributed.on_first_process(lambda: f"of {rank}"),
         "fine": raised(fail_in(5, InputError("none"))),
-        "error of 0": raised(lambda: distributed.first(lambda: (_ for _ in ()).throw(InputError("no such file")))),
+        "error of 0": raised(
+            lambda: distributed.on_first_process(lambda: (_ for _ in ()).throw(InputError("no such file")))
+        ),
         "error of 1": raised(fail_in(1, InputError("mine"))),
         "stubborn": raised(fail_in(1, Stubborn("a", "b"))),
-        "one by machine": distributed.one_by_machine(note),
+        "one by machine": distributed.one_process_per_machine(note),
         "began": order,
     }
 
@@ -294,7 +297,7 @@ def searches(name):
 
 @contextmanager
 def mock_print(lines):
-    from mdistiller.engine import parallel
+    from mdistiller.engine.processes import parallel
 
     parallel.print = lambda text, **_: lines.append(text)
     yield
@@ -340,7 +343,7 @@ def trainer_of(cls, folder):
 
 
 def trainers(rank, folder):
-    distributed.first(lambda: teacher_file(folder))
+    distributed.on_first_process(lambda: teacher_file(folder))
     dot = trainer_of(DOT, folder / "two")  # with two backward passes
     dot.train()
     return {"dot": dot.distiller.student.state_dict(), "forgetful": raised(trainer_of(Forgetful, folder / "two").train)}
@@ -351,7 +354,7 @@ def trainers(rank, folder):
 
 def runs(rank, folder):
     """One epoch of a run with everything; a stage before the training; what is refused."""
-    teacher = distributed.first(lambda: teacher_file(folder))
+    teacher = distributed.on_first_process(lambda: teacher_file(folder))
     values = {**RUN, "DISTILLER__TEACHER_CKPT": teacher}
     results = run(tiny_config(folder / "run", **{**values, "SOLVER__EPOCHS": 1}))
     prepared = run(tiny_config(folder / "prepared", **PREPARED, DISTILLER__TEACHER_CKPT=teacher))

@@ -9,7 +9,7 @@ import torch
 
 from mdistiller.engine.build import build_student
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.checkpoint import save_checkpoint
+from mdistiller.engine.folder.checkpoint import save_checkpoint
 from mdistiller.engine.run import build_run
 from mdistiller.engine.trainer import BaseTrainer
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from runs import make_trainer, teacher_file, tiny_config
 
-from mdistiller.engine import acceleration
-from mdistiller.engine.acceleration import begin_step, check_compiler, keep_freed_memory, uncompiled
 from mdistiller.engine.batch import to_batch
-from mdistiller.engine.precision import Precision
+from mdistiller.engine.forwards import compile as acceleration
+from mdistiller.engine.forwards.compile import begin_step, check_compiler, keep_freed_memory, uncompiled
+from mdistiller.engine.forwards.fold import FoldedForward
+from mdistiller.engine.forwards.precision import Precision
 from mdistiller.engine.solver import build_optimizer
-from mdistiller.engine.teacher import FoldedForward
 from mdistiller.registry import InputError
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
@@ -140,7 +140,7 @@ def test_a_state_saved_without_fusing_goes_on_fused(kd):
 MEMORY = """
 import resource
 import torch
-from mdistiller.engine.acceleration import keep_freed_memory
+from mdistiller.engine.forwards.compile import keep_freed_memory
 
 torch.set_num_threads(1)
 

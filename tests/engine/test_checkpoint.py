@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from mdistiller.engine import checkpoint
-from mdistiller.engine.checkpoint import (
+from mdistiller.engine.folder import checkpoint
+from mdistiller.engine.folder.checkpoint import (
     CheckpointError,
     DiskFullError,
     load_checkpoint,

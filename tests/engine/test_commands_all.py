@@ -15,7 +15,7 @@ from runs import same_state, teacher_file
 
 from mdistiller.dataset import dataset_dict
 from mdistiller.engine import trainer
-from mdistiller.engine.checkpoint import load_checkpoint
+from mdistiller.engine.folder.checkpoint import load_checkpoint
 
 TYPES = {
     path: yaml.safe_load(path.read_text()).get("DISTILLER", {}).get("TYPE")

@@ -10,7 +10,7 @@ import yaml
 
 from mdistiller.engine.build import build_student, model_table
 from mdistiller.engine.cfg import CFG, experiment_name, load_config, relevant_part, show_cfg, value_of
-from mdistiller.engine.config_node import ConfigNode
+from mdistiller.engine.config.node import ConfigNode
 from mdistiller.registry import InputError, distiller_dict
 
 CONFIGS = Path(__file__).parents[2] / "configs"

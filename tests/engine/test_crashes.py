@@ -16,8 +16,9 @@ import torch
 from runs import TINY, make_trainer, same_state, teacher_file, tiny_config
 
 from mdistiller.engine import hooks
-from mdistiller.engine.checkpoint import CheckpointError, DiskFullError, load_checkpoint, save_checkpoint
-from mdistiller.engine.run import _alone_in, run
+from mdistiller.engine.folder.checkpoint import CheckpointError, DiskFullError, load_checkpoint, save_checkpoint
+from mdistiller.engine.folder.run_folder import alone_in
+from mdistiller.engine.run import run
 from mdistiller.registry import InputError
 
 DRIVER = Path(__file__).with_name("crash_driver.py")
@@ -253,7 +254,7 @@ def test_a_signal_while_the_best_student_is_scored_leaves_the_last_one_alone(tmp
 def test_two_runs_never_share_a_folder(tmp_path):
     cfg = tiny_config(tmp_path, SOLVER__EPOCHS=1)
     with (
-        _alone_in(_made(tmp_path / "distill" / "default")),
+        alone_in(_made(tmp_path / "distill" / "default")),
         pytest.raises(InputError, match="another process is training in"),
     ):
         run(cfg)

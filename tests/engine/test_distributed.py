@@ -18,10 +18,10 @@ from method_cases import METHODS, build, config
 from processes import PER_IMAGE, PREPARED, RUN, SIZES, WORLD
 from runs import TINY, teacher_file, tiny_config
 
-from mdistiller.engine import distributed
 from mdistiller.engine.build import build_distiller
-from mdistiller.engine.checkpoint import load_checkpoint
-from mdistiller.engine.parallel import Parallel, shares
+from mdistiller.engine.folder.checkpoint import load_checkpoint
+from mdistiller.engine.processes import distributed
+from mdistiller.engine.processes.parallel import Parallel, shares
 from mdistiller.engine.run import run
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}
@@ -255,12 +255,12 @@ def test_what_goes_wrong_in_one_process_stops_all(found):
 
 
 def test_one_process_needs_no_others():
-    assert (distributed.rank(), distributed.world_size(), distributed.is_first()) == (0, 1, True)
+    assert (distributed.rank(), distributed.world_size(), distributed.is_first_process()) == (0, 1, True)
     distributed.start()
     assert distributed.world_size() == 1
-    poll = distributed.Poll()
-    assert [poll(3), distributed.highest(2), distributed.first(lambda: 5)] == [3, 2, 5]
-    with pytest.raises(KeyError, match="mine"), distributed.together():
+    poll = distributed.DelayedMax()
+    assert [poll(3), distributed.highest(2), distributed.on_first_process(lambda: 5)] == [3, 2, 5]
+    with pytest.raises(KeyError, match="mine"), distributed.same_error():
         raise KeyError("mine")
     distiller = build("KD")
     assert Parallel(distiller, True, "sync").wrapper is None

@@ -5,9 +5,10 @@ import json
 import pytest
 from runs import make_trainer, same_state, teacher_file, tiny_config
 
-from mdistiller.engine.checkpoint import load_checkpoint, save_checkpoint
+from mdistiller.engine.folder.checkpoint import load_checkpoint, save_checkpoint
+from mdistiller.engine.folder.run_folder import run_folder
 from mdistiller.engine.prepare import FOLDER, PreparationError, prepare
-from mdistiller.engine.run import run, run_folder
+from mdistiller.engine.run import run
 
 FAST = {"MDR__SM_EPOCHS": 2, "MDR__SM_LR_DECAY_STAGES": [1], "MDR__SM_WIDTH": 16}
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from mdistiller.distillers import Distiller
-from mdistiller.engine.teacher import FoldedForward, fold_batch_norms, speed_up_teacher
+from mdistiller.engine.forwards.fold import FoldedForward, fold_batch_norms, speed_up_teacher
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from test_models_all import ALL, DEEP, all_maps, build, parametrise, small_input

@@ -8,9 +8,10 @@ from runs import make_trainer, same_state, teacher_file, tiny_config
 from mdistiller.dataset import Loader, Split
 from mdistiller.dataset.loader import BatchedImages
 from mdistiller.dataset.negatives import Negatives
-from mdistiller.engine import distributed, teacher_cache
 from mdistiller.engine.batch import to_batch
-from mdistiller.engine.precision import Precision
+from mdistiller.engine.forwards import cache as teacher_cache
+from mdistiller.engine.forwards.precision import Precision
+from mdistiller.engine.processes import distributed
 from mdistiller.engine.trainer import accepted_fields
 from mdistiller.registry import InputError
 

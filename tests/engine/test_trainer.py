@@ -13,8 +13,8 @@ from torch import nn
 
 from mdistiller.distillers import Vanilla
 from mdistiller.engine.batch import to_batch
-from mdistiller.engine.checkpoint import CheckpointError, load_checkpoint, load_weights
 from mdistiller.engine.evaluate import evaluate
+from mdistiller.engine.folder.checkpoint import CheckpointError, load_checkpoint, load_weights
 from mdistiller.engine.hooks import Hook, NonFiniteLossError
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import AverageMeter, accuracy, validate

@@ -8,7 +8,7 @@ import torch
 from runs import make_trainer, tiny_config
 
 from mdistiller.engine import hooks
-from mdistiller.engine.writers import CsvWriter, TensorboardWriter, WandbWriter, WorklogWriter
+from mdistiller.engine.folder.writers import CsvWriter, TensorboardWriter, WandbWriter, WorklogWriter
 
 ROW = {"epoch": 1, "lr": 0.0005, "train_acc": 50.0, "train_loss": 1.25}
 SCORED = {**ROW, "epoch": 2, "test_acc": 61.256, "test_acc_top5": 90.0, "test_loss": 1.5, "loss/kd": 0.5}

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mdistiller.messages import say
+
 from .checkpoint import write_atomically
-from .utils import log_msg
 
 Row = dict[str, float]
 # mdistiller's tags, and those of a validation split; the rest of a row goes to TensorBoard under its own name.
@@ -104,7 +105,7 @@ class TensorboardWriter(Writer):
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
-            print(log_msg("no TensorBoard files: tensorboardX is not installed (pip install tensorboardX)"))
+            say("no TensorBoard files: tensorboardX is not installed (pip install tensorboardX)")
             return
         self.events = SummaryWriter(str(self.folder), purge_step=len(rows) + 1 if rows else None)
         if self.frequency:
@@ -149,7 +150,7 @@ class WandbWriter(Writer):
                 config=_plain(self.cfg),
             )
         except Exception as error:  # any of its failures: no network, no account, no package
-            print(log_msg(f"LOG.WANDB is on, but wandb failed; going on without it: {error}"))
+            say(f"LOG.WANDB is on, but wandb failed; going on without it: {error}")
 
     def write_epoch(self, row: Row) -> None:
         if self.run is not None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from mdistiller.registry import InputError
 
-from .teacher import FoldedForward, speed_up_teacher
+from .fold import FoldedForward, speed_up_teacher
 
 COMPILED = ("off", "teacher", "all")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")

@@ -8,7 +8,7 @@ from typing import Any
 Read = Callable[[Any], Any]
 
 
-def lazily(output: Any, read: Read) -> Any:
+def read_on_access(output: Any, read: Read) -> Any:
     """``output`` with ``read`` applied to its leaves: of tuples at once, of mappings and lists when they are looked at.
 
     Args:
@@ -16,7 +16,7 @@ def lazily(output: Any, read: Read) -> Any:
         read: is called once for each leaf at most.
     """
     if isinstance(output, tuple):
-        return tuple(lazily(part, read) for part in output)
+        return tuple(read_on_access(part, read) for part in output)
     if isinstance(output, Mapping):
         return _Features(output, read)
     if isinstance(output, list):
@@ -33,7 +33,7 @@ class _Features(Mapping):
 
     def __getitem__(self, key: str) -> Any:
         if key not in self.found:
-            self.found[key] = lazily(self.own[key], self.read)
+            self.found[key] = read_on_access(self.own[key], self.read)
         return self.found[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -55,7 +55,7 @@ class _Maps(Sequence):
             return [self[number] for number in range(*place.indices(len(self)))]
         number = range(len(self))[place]
         if number not in self.found:
-            self.found[number] = lazily(self.own[number], self.read)
+            self.found[number] = read_on_access(self.own[number], self.read)
         return self.found[number]
 
     def __len__(self) -> int:

@@ -5,7 +5,7 @@ of the networks and, at every step, a share of the batch. The process of rank 0,
 talks. Tensors on GPUs travel by NCCL; everything else, such as decisions, by gloo, so that no decision waits for a GPU.
 
 All functions that talk to other processes are collective: every process must call them, in one order. What may fail in
-one process alone stands within :func:`together`, so that the others learn of it instead of waiting for a message that
+one process alone stands within :func:`same_error`, so that the others learn of it instead of waiting for a message that
 never comes. A process that dies ends the job: the others see the connection break, or torchrun stops them.
 """
 
@@ -60,7 +60,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def leave(code: int) -> None:
+def exit_now(code: int) -> None:
     """End this process at once if there are others, which it cannot wait for to part together.
 
     gloo's threads, left over, would now and then abort the interpreter as it ends, and its exit code would be lost.
@@ -86,7 +86,7 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def is_first() -> bool:
+def is_first_process() -> bool:
     """Whether this process writes and talks."""
     return rank() == 0
 
@@ -120,7 +120,7 @@ def highest(value: int) -> int:
     return int(tensor)
 
 
-class Poll:
+class DelayedMax:
     """The highest of all processes' values, one call late, so that nobody waits: asked once a step.
 
     In one process it is the value itself, at once.
@@ -189,7 +189,7 @@ def broadcast_state(module: torch.nn.Module) -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def same_error() -> Iterator[None]:
     """Around what each process does by itself: an error in one is raised in all. Nothing in it may be collective.
 
     Where several fail, it is the error of the lowest rank. In the other processes it has an attribute
@@ -214,23 +214,23 @@ def together() -> Iterator[None]:
     raise foreign
 
 
-def first(function: Callable[[], T]) -> T:
+def on_first_process(function: Callable[[], T]) -> T:
     """Run ``function`` in the first process; all get its result, or its error."""
     result: Any = None
-    with together():
-        if is_first():
+    with same_error():
+        if is_first_process():
             result = function()
     return broadcast_object(result)
 
 
-def one_by_machine(function: Callable[[], T]) -> T:
+def one_process_per_machine(function: Callable[[], T]) -> T:
     """Run ``function`` in every process, on each machine in one process before the others: it may download files."""
     result: Any = None
-    with together():
+    with same_error():
         if local_rank() == 0:
             result = function()
     if world_size() > 1:
-        with together():
+        with same_error():
             if local_rank() != 0:
                 result = function()
     return result

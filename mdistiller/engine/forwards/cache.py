@@ -24,14 +24,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from mdistiller.dataset import Loader
 from mdistiller.dataset.build import training_views
 from mdistiller.dataset.views import is_random
+from mdistiller.messages import say
 from mdistiller.registry import InputError, dataset_dict, distiller_dict
 
-from . import distributed
-from .batch import images_of, to_batch
-from .build import needs_teacher
-from .lazy import lazily
+from ..batch import images_of, to_batch
+from ..build import needs_teacher
+from ..processes import distributed
+from .on_access import read_on_access
 from .precision import Precision
-from .utils import log_msg
 
 KEY = "SOLVER.CACHE_TEACHER"
 BEHIND_WEAK_VIEW = ("COLOR_JITTER", "RANDAUGMENT", "RANDOM_ERASING")
@@ -93,7 +93,7 @@ def cache_teacher(distiller: nn.Module, loader: Any, cfg: Any, precision: Precis
         raise InputError(f"{KEY} needs the training loader of build_loaders or get_dataset, to ask for single images")
     reasons = {
         "trains a part of its teacher": getattr(distiller, "teacher_parameters", list)(),
-        "makes copies of the images of its own": getattr(distiller, "images_of_one", 1) > 1,
+        "makes copies of the images of its own": getattr(distiller, "student_images_per_sample", 1) > 1,
         "runs its teacher on the statistics of the batch": getattr(distiller, "teacher_batch_statistics", False),
     }
     for reason, holds in reasons.items():
@@ -150,7 +150,7 @@ class TeacherCache:
             )
         if self.tree is None:
             self._compute(None)
-        return lazily(self.tree, partial(self._rows, index=index))
+        return read_on_access(self.tree, partial(self._rows, index=index))
 
     def _rows(self, leaf: int, index: Tensor) -> Tensor:
         if leaf not in self.kept:
@@ -179,7 +179,7 @@ class TeacherCache:
         self.shown = shown
         self.precision.synchronize()
         size, taken = sum(map(_megabytes, new.values())), time.perf_counter() - start
-        print(log_msg(f"{KEY}: {size:.1f} MB of the teacher's outputs computed in {taken:.1f} s", "INFO"), flush=True)
+        say(f"{KEY}: {size:.1f} MB of the teacher's outputs computed in {taken:.1f} s")
 
     def _room(self, number: int, leaf: Tensor) -> Tensor:
         """Room for an output of all images, in the type and the layout that it has for some.

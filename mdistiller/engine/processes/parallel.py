@@ -32,10 +32,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller.functional import at_least_float32
 from mdistiller.functional.gather import batch_of_processes, join_rows
+from mdistiller.messages import warn
 
+from ..forwards.on_access import read_on_access
 from . import distributed
-from .lazy import lazily
-from .utils import log_msg
 
 BATCH_NORMS = ("local", "sync")  # what SOLVER.BATCH_NORM takes
 # What DistributedDataParallel's option of that meaning is called; newer versions of torch have renamed it.
@@ -155,14 +155,10 @@ class Parallel:
         low, high = -_highest(-sums), _highest(sums)
         differing = [name for name, same in zip(buffers, (low == high).tolist(), strict=True) if not same]
         if differing:
-            print(
-                log_msg(
-                    f"WARNING: processes do not agree on {', '.join(differing[:4])}, which the method fills from the "
-                    "images that it sees; what is saved is the first process's. With SOLVER.GATHER True every "
-                    "process sees all images of the batch",
-                    "INFO",
-                ),
-                flush=True,
+            warn(
+                f"processes do not agree on {', '.join(differing[:4])}, which the method fills from the "
+                "images that it sees; what is saved is the first process's. With SOLVER.GATHER True every "
+                "process sees all images of the batch"
             )
 
 
@@ -247,7 +243,7 @@ def _work_shared(network: nn.Module, counts: Sequence[int]) -> Iterator[None]:
             return rows.of_this_process(value) if _has_rows(value, count) else value
 
         output = forward(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
-        return lazily(output, lambda part: rows.whole(part) if isinstance(part, Tensor) else part)
+        return read_on_access(output, lambda part: rows.whole(part) if isinstance(part, Tensor) else part)
 
     setattr(network, name, shared)
     try:

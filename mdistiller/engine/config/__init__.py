@@ -1,0 +1,1 @@
+"""The configuration: the node type, options by role, what makes two runs one experiment."""

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from mdistiller.dataset import batch_fields
-from mdistiller.dataset.fields import wants_negatives
+from mdistiller.contract import contract_of
 from mdistiller.dataset.negatives import Negatives
 from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import CFG
@@ -59,11 +58,11 @@ def make_batch(
     generator = torch.Generator().manual_seed(seed)
     batch = {
         field: torch.randn(images, 3, SIZE, SIZE, generator=generator).to(dtype)
-        for field in batch_fields(distiller_dict[method])
+        for field in contract_of(distiller_dict[method]).views
     }
     batch["target"] = torch.arange(images) % CLASSES
     batch["index"] = torch.arange(images)
-    if wants_negatives(distiller_dict[method]):
+    if contract_of(distiller_dict[method]).negatives:
         batch["contrastive_index"] = Negatives(torch.arange(IMAGES), NEGATIVES).draw(1, batch["index"])
     return batch
 

@@ -24,8 +24,9 @@ from plugin_files import (
 )
 
 from mdistiller import plugins
-from mdistiller.distillers import Distiller
-from mdistiller.engine.build import build_distiller, build_student, constructor_arguments
+from mdistiller.contract import contract_of
+from mdistiller.distillers import Distiller, register_distiller
+from mdistiller.engine.build import build_distiller, build_student
 from mdistiller.engine.cfg import CFG, load_config
 from mdistiller.engine.config.experiment import flatten
 from mdistiller.plugins import load_method_file
@@ -170,11 +171,11 @@ def test_a_name_that_a_file_registers_beside_the_librarys_own(tmp_path):
     assert file.taken == ("reviewkd", "FitNet", "FITNET")
 
 
-def test_helpers_beside_the_file_and_imports_that_are_not_used(tmp_path, caplog):
+def test_helpers_beside_the_file_and_imports_that_are_not_used(tmp_path, capsys):
     write(tmp_path, "smoothing", SMOOTHING)
     file = load_method_file(write(tmp_path, "WeakStrong", TWO_VIEWS))
     assert set(file.methods) == {"WeakStrong", "WEAKSTRONG"}
-    assert "left out, since it fails and is not used: from no_such_toolkit import st" in caplog.text
+    assert "left out, since it fails and is not used: from no_such_toolkit import st" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -375,8 +376,24 @@ def test_constructors_get_their_arguments_by_name_or_by_place(tmp_path):
         assert distiller.given == (cfg, expected)
     assert built("Optional")[1].given == (3, 30)
     assert built("StudentOnly")[1].teacher is None
-    with pytest.raises(TypeError, match="a method may ask for"):
-        constructor_arguments(TooMuch)
+    with pytest.raises(InputError, match=r"test_plugins.py, TooMuch: the constructor asks for 'moon', which nobody"):
+        contract_of(TooMuch)
+
+
+def test_a_registered_method_gets_nothing_by_place(monkeypatch):
+    class Mutual(Distiller):
+        def __init__(self, student, teacher, cfg, peer):
+            super().__init__(student, teacher)
+
+    assert contract_of(Mutual).arguments["peer"] == "num_data"  # a file of another project: by place
+    monkeypatch.setattr(distiller_dict, "add", lambda *_: None)
+
+    @register_distiller("MUTUAL")
+    class Registered(Mutual):
+        def __init__(self, student, teacher, cfg, peer): ...
+
+    with pytest.raises(InputError, match=r"asks for 'peer', which nobody gives; .* networks = {\"peer\": \"student\"}"):
+        contract_of(Registered)
 
 
 class TrainsTeacher(Distiller):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate
 
+from mdistiller.contract import contract_of
 from mdistiller.dataset import dataset_dict
-from mdistiller.engine.build import needs_teacher
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.forwards.compile import check_compiler
 from mdistiller.engine.forwards.fold import speed_up_teacher
@@ -333,7 +333,7 @@ def _methods(settings: Settings) -> list[str]:
     """Those that were named, else all that have a teacher."""
     if settings.methods:
         return list(settings.methods)
-    return [name for name in sorted(distiller_dict) if needs_teacher(with_options(settings.cfg, DISTILLER__TYPE=name))]
+    return [name for name in sorted(distiller_dict) if contract_of(distiller_dict[name]).teacher]
 
 
 def _repeated(once: Callable[[], Any], settings: Settings) -> Callable[[], None]:

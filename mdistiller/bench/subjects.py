@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mdistiller.dataset import Loaders, batch_fields, build_loaders
+from mdistiller.contract import contract_of
+from mdistiller.dataset import Loaders, build_loaders
 from mdistiller.engine.batch import to_batch
 from mdistiller.engine.build import (
     build_distiller,
@@ -21,7 +22,6 @@ from mdistiller.engine.build import (
     build_student,
     build_teacher,
     model_table,
-    needs_teacher,
 )
 from mdistiller.engine.forwards.precision import Precision
 from mdistiller.engine.trainer import BaseTrainer
@@ -47,7 +47,7 @@ class Subject:
 
 def baseline_of(method: str) -> str:
     """The plain KD that sees as many views as the method."""
-    return "KD_TWO_VIEWS" if "image_strong" in batch_fields(distiller_dict[method]) else "KD"
+    return "KD_TWO_VIEWS" if "image_strong" in contract_of(distiller_dict[method]).views else "KD"
 
 
 def with_options(cfg: Any, **values: Any) -> Any:
@@ -63,7 +63,7 @@ def build_networks(cfg: Any) -> tuple[nn.Module, nn.Module | None]:
     """Student and teacher. Without ``DISTILLER.TEACHER_CKPT`` the teacher has fresh weights."""
     classes = dataset_dict[cfg.DATASET.TYPE].num_classes
     student = build_student(cfg, classes)
-    if not needs_teacher(cfg):
+    if not contract_of(distiller_dict[cfg.DISTILLER.TYPE]).teacher:
         return student, None
     if cfg.DISTILLER.TEACHER_CKPT:
         return student, build_teacher(cfg, classes)

@@ -6,7 +6,6 @@ from .base import DataSet, Split, register_dataset
 from .build import Loaders, Splits, build_loaders, get_dataset, load_splits
 from .cifar100 import CIFAR100
 from .digits import Digits
-from .fields import batch_fields
 from .imagenet import ImageNet
 from .loader import Loader
 from .shapes import Shapes
@@ -21,7 +20,6 @@ __all__ = [
     "Shapes",
     "Split",
     "Splits",
-    "batch_fields",
     "build_loaders",
     "dataset_dict",
     "get_dataset",

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from mdistiller.contract import contract_of
 from mdistiller.functional.gather import this_process
 from mdistiller.registry import InputError, dataset_dict, distiller_dict, image_side
 
 from .augment import ColorJitter, RandomErasing
 from .base import DataSet, Split
-from .fields import batch_fields, chosen_recipes, views_of, wants_negatives
+from .fields import chosen_recipes, views_of
 from .loader import BatchedImages, Loader
 from .mixing import LabelMixing
 from .negatives import negatives_from
@@ -82,9 +83,9 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
             ``auto`` means that on a GPU, and anywhere with ``DATASET.NUM_WORKERS`` 0.
 
     Raises:
-        InputError: see :func:`load_splits`, :func:`batch_fields`, :func:`chosen_recipes` and :func:`views_of`; or no
-            batch is left; or the images do not fit into the device's memory; or the batch does not divide among the
-            processes.
+        InputError: see :func:`load_splits`, :func:`~mdistiller.contract.contract_of`, :func:`chosen_recipes` and
+            :func:`views_of`; or no batch is left; or the images do not fit into the device's memory; or the batch does
+            not divide among the processes.
     """
     share = this_process()
     if cfg.SOLVER.BATCH_SIZE % share[1]:
@@ -109,7 +110,7 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
 
     try:
         labels = splits.train.labels.to(place["device"])
-        negatives = negatives_from(cfg, method.section, labels) if wants_negatives(method) else None
+        negatives = negatives_from(cfg, method.section, labels) if contract_of(method).negatives else None
         train = Loader(
             BatchedImages(
                 splits.train,
@@ -158,7 +159,7 @@ def training_views(cfg: Any, method: type) -> dict[str, tuple[str, View]]:
     if keys.RANDOM_ERASING:
         added += (RandomErasing(keys.RANDOM_ERASING),)
     dataset = dataset_dict[cfg.DATASET.TYPE]
-    views = views_of(batch_fields(method), dataset, chosen_recipes(cfg, dataset))
+    views = views_of(contract_of(method).views, dataset, chosen_recipes(cfg, dataset))
     return {field: (name, (*view, *added) if name == "weak" else view) for field, (name, view) in views.items()}
 
 

@@ -1,8 +1,7 @@
-"""Which views a method asks for, read off its ``forward_train``, and the data set's recipes for them."""
+"""The data set's recipes for the views that a method asks for."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,34 +11,6 @@ from mdistiller.registry import InputError
 from .base import DataSet
 from .randaugment import RandAugment
 from .views import View
-
-GIVEN = ("self", "target", "index", "epoch", "contrastive_index")  # what a method may have beside views
-
-
-def batch_fields(distiller: type) -> tuple[str, ...]:
-    """The image fields of a batch for this method: ``("image",)``, or ``("image_weak", "image_strong")``.
-
-    They are the parameters of ``forward_train`` named ``image`` or ``image_<view>``. A method that names
-    none gets ``image``.
-
-    Raises:
-        InputError: ``forward_train`` requires something that no data set delivers.
-    """
-    parameters = inspect.signature(distiller.forward_train).parameters
-    fields = tuple(name for name in parameters if name == "image" or name.startswith("image_"))
-    for name, parameter in parameters.items():
-        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if name not in fields + GIVEN and not variadic and parameter.default is parameter.empty:
-            raise InputError(
-                f"{distiller.__name__}.forward_train requires {name!r}, which no data set delivers; it can "
-                f"have image, image_<view>, {', '.join(GIVEN[1:])}, and parameters with a default"
-            )
-    return fields or ("image",)
-
-
-def wants_negatives(distiller: type) -> bool:
-    """Whether ``forward_train`` names ``contrastive_index``: positions of images to contrast each image with."""
-    return "contrastive_index" in inspect.signature(distiller.forward_train).parameters
 
 
 def chosen_recipes(cfg: Any, dataset: type[DataSet]) -> dict[str, View]:
@@ -74,7 +45,7 @@ def views_of(
     """For each field the name and the recipe of its view; ``image`` is the weak view.
 
     Args:
-        fields: what :func:`batch_fields` gives.
+        fields: the views of :class:`mdistiller.contract.Contract`.
         dataset: whose views they are.
         recipes: by name; the data set's own where not given.
 

@@ -1,37 +1,29 @@
-"""What a method is: a module that holds the networks and turns a batch into named losses.
+"""The base of all methods: a module that holds the networks and turns a batch into named losses.
 
-The contract, which the trainer reads off the signatures and nothing else:
+A method defines ``__init__`` and ``forward_train``. The names of their parameters say what the method needs
+(:mod:`mdistiller.contract`):
 
-- ``__init__(self, student, teacher, cfg)`` builds what the method needs; a further parameter
-  ``num_data`` is given the number of training images, one left out is not passed.
-- ``forward_train(self, image, target, **kwargs)`` returns ``(student logits, {name: loss})``. The names
-  of its parameters say what a batch must hold: ``image`` is the data set's weak view, ``image_weak,
-  image_strong`` are two views of the same images, ``index`` is the position of each image in the training
-  set, ``contrastive_index`` a row of positions to contrast it with. ``epoch`` counts from 1. What is not named
-  is not passed, unless there is a ``**kwargs``, which takes ``index`` and ``epoch`` always.
-- ``target`` are class numbers ``(B,)``. A method that says ``mixed_labels = True`` can also be given shares ``(B, K)``
-  that sum to 1, as MixUp, CutMix and label smoothing make them; cross-entropies take both.
-- Everything trainable is a parameter of the module and is optimised with the student, unless
-  ``get_learnable_parameters`` says otherwise.
+- ``__init__(self, student, teacher, cfg)`` builds the method. It may also name ``num_data``, the number of training
+  images, and the further networks that the class declares (:attr:`Distiller.networks`). What it does not name is not
+  passed.
+- ``forward_train(self, image, target, **kwargs)`` returns ``(student logits, {name: loss})``. ``image`` is the data
+  set's weak view; ``image_weak, image_strong`` are two views of the same images; ``index`` is the position of each
+  image in the training set; ``contrastive_index`` holds positions to contrast each image with; ``epoch`` counts from 1.
+  Only named parameters are passed. With ``**kwargs``, the whole batch and ``epoch`` are passed.
+- ``target`` are class numbers ``(B,)``. A method with ``mixed_labels = True`` also takes shares ``(B, K)`` that sum
+  to 1, as MixUp, CutMix and label smoothing make them; cross-entropies take both.
 
-Optional: ``parameter_groups(cfg)`` (groups with their own ``lr``), ``teacher_parameters()`` (what of the
-teacher a method trains), ``on_epoch_start(epoch)``, and a stage of its own before training: ``prepare(batches,
-autocast)``, with ``preparation()`` if the result is to be kept for other runs; ``mdistiller/engine/prepare.py`` says
-what they are given and give back. ``student_images_per_sample``: how many images go through the student for each
-image of the batch, where the method makes rotated or mixed copies, so that ``images_seen`` is true. ``teacher_batch_statistics``:
-whether it runs its teacher on the statistics of the batch. ``forward_train`` may fill ``self.monitors`` with scalars to
-watch that are no losses, detached; the log has their means over an epoch's images as ``monitor/<name>``. A class method
-``logit_stand_options(cfg, base_temp, kd_weight)`` says that the method heeds ``EXPERIMENT.LOGIT_STAND``, and which
-``[KEY, VALUE, ...]`` LSKD's flags stand for; ``base_temp`` is ``None`` where it was not given.
+Every other part is optional: it is an attribute or a method of :class:`Distiller`, with a default and a docstring.
 
 Where several processes train, ``forward_train`` gets the process's own images, or those of all with ``SOLVER.GATHER``.
-What a method always wants of all images it gathers by ``mdistiller/functional/gather.py``.
+A method that always needs all images gathers them by ``mdistiller/functional/gather.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,6 +55,7 @@ def register_distiller(
     def register(cls: type) -> type:
         cls.defaults, cls.section = defaults, section or name
         cls.paper, cls.family, cls.weights = paper, family, weights
+        cls.declared = True  # its constructor's arguments count by name, see mdistiller/contract.py
         distiller_dict.add(name, cls)
         return cls
 
@@ -83,12 +76,22 @@ class Distiller(nn.Module):
     family = ""
     weights: tuple[str, ...] = ()
     mixed_labels = False
+    """Whether ``target`` may hold shares of classes."""
+    networks: ClassVar[dict[str, str]] = {}
+    """Further networks and their roles. ``{"peer": "student"}`` adds the keys ``DISTILLER.PEER`` and
+    ``DISTILLER.PEER_CKPT`` and the constructor's argument ``peer``. A ``"student"`` starts from fresh weights unless
+    its file is named; a ``"teacher"`` needs a file and is frozen. An empty key means the student's or teacher's own
+    architecture. The constructor keeps each network as an attribute of the same name."""
     student_images_per_sample = 1
+    """How many images pass the student for each image of the batch, where the method makes copies of its own."""
     teacher_batch_statistics = False
+    """Whether the method runs its teacher on the statistics of the batch."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
         super().__init__()
         self.monitors: dict[str, Tensor] = {}
+        """Scalars ``()`` to watch that are no losses, detached, filled by ``forward_train``. The log has their means
+        over an epoch's images as ``monitor/<name>``."""
         self.student = student
         self.teacher = teacher
         if teacher is not None:
@@ -96,43 +99,85 @@ class Distiller(nn.Module):
             teacher.eval()
 
     def train(self, mode: bool = True) -> Distiller:
-        """Switch everything but the teacher, whose BatchNorm statistics must not move."""
+        """Switch everything but the frozen networks, whose BatchNorm statistics must not move."""
         super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
+        for network in self.frozen_networks().values():
+            network.eval()
         return self
 
+    def forward_train(self, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Student logits ``(B, K)`` and the losses by name, weighted; their sum is minimised."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward_train")
+
+    def forward_test(self, image: Tensor) -> Tensor:
+        """Logits ``(B, K)`` of the deployed network."""
+        output = self.deployed()(image)
+        return output[0] if isinstance(output, tuple) else output
+
+    def forward(self, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]] | Tensor:
+        if self.training:
+            return self.forward_train(**kwargs)
+        return self.forward_test(kwargs["image"])
+
+    def deployed(self) -> nn.Module:
+        """The network that is scored, averaged, saved as the student and exported; the student by default.
+
+        A method that predicts by a head of its own returns a network that holds both.
+        """
+        return self.student
+
+    def frozen_networks(self) -> dict[str, nn.Module]:
+        """The networks that stay in eval mode and are not saved, by attribute; the teachers by default."""
+        names = ["teacher", *(name for name, role in type(self).networks.items() if role == "teacher")]
+        return {name: network for name in names if (network := getattr(self, name, None)) is not None}
+
+    def teacher_parameters(self) -> list[nn.Parameter]:
+        """The parameters of frozen networks that the method trains; none by default."""
+        return []
+
     def get_learnable_parameters(self) -> list[nn.Parameter]:
-        """What the optimiser gets: every trainable parameter outside the teacher, and ``teacher_parameters()``.
+        """All that the optimiser gets: every trainable parameter outside frozen networks, and ``teacher_parameters()``.
 
         mdistiller's base returns the student's only and each method adds its own modules; doing so on top
         of this is harmless, the optimiser takes each parameter once.
         """
-        frozen = set() if self.teacher is None else {id(p) for p in self.teacher.parameters()}
+        frozen = {id(p) for network in self.frozen_networks().values() for p in network.parameters()}
         own = [p for p in self.parameters() if p.requires_grad and id(p) not in frozen]
         return own + self.teacher_parameters()
-
-    def teacher_parameters(self) -> list[nn.Parameter]:
-        """The teacher's parameters that the method trains; none by default."""
-        return []
 
     def get_extra_parameters(self) -> int:
         """Number of trained elements that the method adds to the student's."""
         student = {id(p) for p in self.student.parameters()}
         return sum(p.numel() for p in self.get_learnable_parameters() if id(p) not in student)
 
-    def forward_train(self, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Student logits ``(B, K)`` and the losses by name, weighted; their sum is what is minimised."""
-        raise NotImplementedError(f"{type(self).__name__} has no forward_train")
+    def parameter_groups(self, cfg: Any) -> list[dict[str, Any]]:
+        """The optimiser's groups; one may have its own ``lr``. By default one group of all learnable parameters."""
+        return [{"params": self.get_learnable_parameters()}]
 
-    def forward_test(self, image: Tensor) -> Tensor:
-        """Student logits ``(B, K)``."""
-        return self.student(image)[0]
+    def on_epoch_start(self, epoch: int) -> None:
+        """Called before each epoch, counted from 1."""
 
-    def forward(self, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]] | Tensor:
-        if self.training:
-            return self.forward_train(**kwargs)
-        return self.forward_test(kwargs["image"])
+    def prepare(
+        self, batches: Callable[[int], Iterator[dict[str, Tensor]]], autocast: Callable[[], AbstractContextManager]
+    ) -> dict[str, Any] | None:
+        """A stage before training that changes the method's modules; ``mdistiller/engine/prepare.py`` runs it.
+
+        Args:
+            batches: ``batches(epoch)`` gives the batches of an epoch, as ``forward_train`` gets them.
+            autocast: ``autocast()`` is the context for the networks.
+
+        Returns:
+            Facts for ``results.json``, or ``None``.
+        """
+
+    prepare.does_nothing = True
+
+    def preparation(self) -> tuple[nn.Module, dict[str, Any]] | None:
+        """The module that holds the result of :meth:`prepare`, and the method's settings on which the result depends.
+
+        With them the result is kept for other runs. ``None``: the stage runs each time.
+        """
+        return None
 
 
 @register_distiller("NONE")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import yaml
 from torch import nn
 
 import mdistiller.models  # noqa: F401  fills the model tables
+from mdistiller.contract import contract_of
 from mdistiller.distillers import distiller_dict
-from mdistiller.registry import MODEL_FAMILIES, Registry, UnknownName, dataset_dict
+from mdistiller.registry import MODEL_FAMILIES, InputError, Registry, UnknownName, dataset_dict
 
 from .added_kd import add_kd
 from .folder.checkpoint import CheckpointError, check_fit, load_weights, not_a_folder
@@ -56,11 +58,6 @@ def _model_entry(cfg: Any, key: str) -> Any:
         return model_table(cfg)[cfg.DISTILLER[key]]
     except UnknownName as error:
         raise UnknownName(f"DISTILLER.{key}: {error}") from None
-
-
-def needs_teacher(cfg: Any) -> bool:
-    """Whether the method's constructor asks for a teacher."""
-    return "teacher" in constructor_arguments(distiller_dict[cfg.DISTILLER.TYPE]).values()
 
 
 def build_teacher(cfg: Any, num_classes: int, option: str = TEACHER_OPTION) -> nn.Module:
@@ -173,48 +170,53 @@ def training_recipe(dataset: str, student: str) -> Path | None:
     return None
 
 
-CONSTRUCTOR = ("student", "teacher", "cfg", "num_data")  # what a method may ask for, in mdistiller's order
+def build_networks(cfg: Any, num_classes: int) -> dict[str, nn.Module]:
+    """The further networks that the method declares (:attr:`Distiller.networks`), by their names.
 
-
-def constructor_arguments(method: type) -> dict[str, str]:
-    """For each parameter of a method's constructor that is given something, which of ``CONSTRUCTOR`` it is.
-
-    Parameters are known by these names. Where a method that needs them has others, they count by their place.
+    Fresh weights depend on the seed and on the network's name alone, so that a peer starts elsewhere than the student.
 
     Raises:
-        TypeError: it requires more than there is.
+        InputError: no such model; a teacher without a file; weights that do not fit.
     """
-    parameters = list(inspect.signature(method).parameters.values())
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    required = [p.name for p in named if p.default is p.empty]
-    if not named and any(p.kind is p.VAR_POSITIONAL for p in parameters):  # hands all on
-        return {name: name for name in CONSTRUCTOR[:3]}
-    if all(name in CONSTRUCTOR for name in required):
-        return {p.name: p.name for p in named if p.name in CONSTRUCTOR}
-    if len(required) > len(CONSTRUCTOR) or any(p.kind is p.KEYWORD_ONLY for p in named if p.name in required):
-        raise TypeError(f"{method.__name__}.__init__ asks for {required}; a method may ask for {list(CONSTRUCTOR)}")
-    return dict(zip(required, CONSTRUCTOR, strict=False))
+    networks = {}
+    for name, role in distiller_dict[cfg.DISTILLER.TYPE].networks.items():
+        key, table = name.upper(), model_table(cfg)
+        model, path = cfg.DISTILLER[key] or cfg.DISTILLER[role.upper()], cfg.DISTILLER[f"{key}_CKPT"]
+        if role == "teacher" and not path:
+            raise InputError(f"DISTILLER.{key}_CKPT names no file; {cfg.DISTILLER.TYPE} needs the weights of {name}")
+        torch.manual_seed((cfg.EXPERIMENT.SEED + zlib.crc32(name.encode())) % 2**63)
+        networks[name] = build_model(table, model, num_classes)
+        if path:
+            load_network(networks[name], path, f"{name} {model}", cfg, "it must be trained on the same classes")
+        if role == "teacher":
+            networks[name].requires_grad_(False).eval()
+    return networks
 
 
-def build_distiller(cfg: Any, student: nn.Module, teacher: nn.Module | None = None, num_data: int = 0) -> nn.Module:
+def build_distiller(
+    cfg: Any,
+    student: nn.Module,
+    teacher: nn.Module | None = None,
+    num_data: int = 0,
+    networks: Mapping[str, nn.Module] | None = None,
+) -> nn.Module:
     """The method that ``DISTILLER.TYPE`` names, with KD beside it where ``DISTILLER.ADD_KD`` says so.
 
-    The constructor's parameters say what it is given.
+    The method's contract says what its constructor is given.
 
     Args:
         cfg: the configuration.
         student: see :func:`build_student`.
         teacher: see :func:`build_teacher`; methods without one are not given any.
         num_data: number of training images.
+        networks: see :func:`build_networks`.
     """
     method = distiller_dict[cfg.DISTILLER.TYPE]
-    available = {"student": student, "teacher": teacher, "cfg": cfg, "num_data": num_data}
-    arguments = constructor_arguments(method)
+    available = {"student": student, "teacher": teacher, "cfg": cfg, "num_data": num_data, **(networks or {})}
+    contract = contract_of(method)
+    arguments = {name: available[source] for name, source in contract.arguments.items()}
     with hard_coded_cuda_explained(resolve_device(cfg.SOLVER.DEVICE)):
-        if arguments.keys() <= inspect.signature(method).parameters.keys():
-            distiller = method(**{name: available[source] for name, source in arguments.items()})
-        else:
-            distiller = method(*(available[source] for source in arguments.values()))
+        distiller = method(*arguments.values()) if contract.by_place else method(**arguments)
     if cfg.DISTILLER.ADD_KD:
         add_kd(distiller, cfg.DISTILLER.ADD_KD, cfg.DISTILLER.ADD_KD_TEMPERATURE)
     return distiller

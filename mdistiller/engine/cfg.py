@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from mdistiller.contract import contract_of
 from mdistiller.dataset import dataset_dict
 from mdistiller.dataset.build import LOADERS
 from mdistiller.dataset.fields import chosen_recipes
@@ -21,7 +22,6 @@ from mdistiller.messages import say
 from mdistiller.plugins import load_methods, method_file
 from mdistiller.registry import InputError, suggestion
 
-from .build import needs_teacher
 from .config.node import ConfigNode as CN
 from .forwards.cache import check_cacheable
 from .forwards.compile import COMPILE_MODES, COMPILED
@@ -172,6 +172,9 @@ def _collect_sections() -> None:
 
 def _add_section(cfg: CN, method: type) -> None:
     """Make room for a method's defaults. Methods may share a section; each adds the keys that it alone has."""
+    for network in getattr(method, "networks", {}):
+        cfg.DISTILLER.setdefault(network.upper(), "")
+        cfg.DISTILLER.setdefault(f"{network.upper()}_CKPT", "")
     if method.defaults is None:
         return
     section = cfg.setdefault(method.section, CN())
@@ -270,7 +273,7 @@ def check_config(cfg: CN) -> None:
     load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)
     _one_of(cfg, "DISTILLER.TYPE", distiller_dict, "method")
     _check_method_settings(cfg)
-    if cfg.DISTILLER.ADD_KD and not needs_teacher(cfg):
+    if cfg.DISTILLER.ADD_KD and not contract_of(distiller_dict[cfg.DISTILLER.TYPE]).teacher:
         raise InputError(
             f"DISTILLER.ADD_KD {cfg.DISTILLER.ADD_KD} needs a teacher, which {cfg.DISTILLER.TYPE} has not; use KD or "
             "KD_TWO_VIEWS"

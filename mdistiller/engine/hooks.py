@@ -181,7 +181,7 @@ class Meters(Hook):
         self.names = [f"loss/{name}" for name in output.losses] + [f"monitor/{name}" for name in output.monitors]
         self.sums = values if self.sums is None else self.sums.to(values.device) + values
         self.count += len(target)
-        of_one = getattr(self.trainer.distiller, "student_images_per_sample", 1)
+        of_one = self.trainer.distiller.student_images_per_sample
         self.images_seen += of_one * sum(len(image) for image in images_of(output.batch))
 
     def averages(self) -> dict[str, float]:
@@ -384,7 +384,7 @@ class TrainedTeacher(Hook):
 
     def after_train(self) -> None:
         trainer = self.trainer
-        if not getattr(trainer.distiller, "teacher_parameters", list)():
+        if not trainer.distiller.teacher_parameters():
             return
         loader = trainer.val_loader if trainer.test_loader is None else trainer.test_loader
         after = evaluate(trainer.distiller.teacher, loader, trainer.precision)

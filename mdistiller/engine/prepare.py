@@ -1,11 +1,8 @@
 """A method's stage before training, computed once and kept in a file.
 
-A method takes part by ``prepare(batches, autocast)``, with parameters of these names: ``batches(epoch)`` gives the
-batches of an epoch as ``forward_train`` gets them, ``autocast()`` is the context for the networks. It changes the
-method's modules and returns facts for ``results.json``. ``preparation()`` beside it gives the module that holds the
-result, and the method's own settings that the result depends on; together with the teacher's weights, the data, the
-seed and the number format they name the file, so that students of one teacher share it. Without ``preparation`` the
-stage is run each time.
+A method takes part by ``Distiller.prepare``. With ``Distiller.preparation`` the result is kept: the settings that the
+method names, the teacher's weights, the data, the seed and the number format name the file, so that students of one
+teacher share it.
 
 Several processes compute it all alike, each on whole batches, as one process would; what the first one has, computed or
 read, is taken by all.
@@ -17,7 +14,6 @@ the stage leaves nothing behind; the run starts it again.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import time
 from collections.abc import Iterator
@@ -29,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import mdistiller
+from mdistiller.contract import contract_of
 from mdistiller.messages import say, warn
 
 from .batch import to_batch
@@ -64,15 +61,15 @@ def prepare(trainer: BaseTrainer) -> None:
         PreparationError: the result is not finite; it is not kept.
     """
     distiller = trainer.distiller
-    if list(inspect.signature(getattr(distiller, "prepare", prepare)).parameters) != ["batches", "autocast"]:
-        return  # none, or a method file from elsewhere that calls something else so
-    name = trainer.cfg.DISTILLER.TYPE
-    if not hasattr(distiller, "preparation"):
+    if not contract_of(type(distiller)).prepares:
+        return
+    name, kept = trainer.cfg.DISTILLER.TYPE, distiller.preparation()
+    if kept is None:
         seconds, facts = _compute(trainer, name)
         distributed.broadcast_state(distiller)
         trainer.results["preparation"] = {"seconds": seconds, "from_file": False, **facts}
         return
-    module, own = distiller.preparation()
+    module, own = kept
     if not module.state_dict():  # these settings leave nothing to prepare
         return
     settings = settings_of(trainer, own)

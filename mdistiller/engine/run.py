@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from mdistiller.contract import contract_of
 from mdistiller.dataset import Loaders, build_loaders
 from mdistiller.messages import say
 from mdistiller.plugins import load_methods
-from mdistiller.registry import InputError, dataset_dict
+from mdistiller.registry import InputError, dataset_dict, distiller_dict
 
-from .build import build_distiller, build_student, build_teacher, needs_teacher, teacher_checkpoint
+from .build import build_distiller, build_networks, build_student, build_teacher, teacher_checkpoint
 from .cfg import experiment_name
 from .evaluate import evaluate
 from .folder.checkpoint import remove_leftovers, write_atomically
@@ -89,9 +90,9 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
         precision = Precision.from_cfg(cfg)
         num_classes = dataset_dict[cfg.DATASET.TYPE].num_classes
         student = build_student(cfg, num_classes)
-    teacher = distributed.one_process_per_machine(
-        lambda: build_teacher(cfg, num_classes) if needs_teacher(cfg) else None
-    )
+        networks = build_networks(cfg, num_classes)
+    needs_teacher = contract_of(distiller_dict[cfg.DISTILLER.TYPE]).teacher
+    teacher = distributed.one_process_per_machine(lambda: build_teacher(cfg, num_classes) if needs_teacher else None)
     loaders = distributed.one_process_per_machine(lambda: build_loaders(cfg, precision.device))
     facts: dict[str, Any] = {
         "experiment": experiment_name(cfg),
@@ -107,7 +108,7 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
         facts["teacher"] = score_teacher(cfg, teacher, loaders)
     with distributed.same_error():
         torch.manual_seed(cfg.EXPERIMENT.SEED)  # a method's own modules do not depend on the teacher's size
-        distiller = build_distiller(cfg, student, teacher, loaders.num_data)
+        distiller = build_distiller(cfg, student, teacher, loaders.num_data, networks)
     facts["extra_parameters"] = distiller.get_extra_parameters() if teacher is not None else 0
     compared_on = loaders.test if loaders.val is None else loaders.val
     trainer = trainer_dict[cfg.SOLVER.TRAINER](

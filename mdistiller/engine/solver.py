@@ -47,10 +47,7 @@ def _nesterov(solver: Any) -> bool:
 
 def parameter_groups(cfg: Any, distiller: nn.Module) -> list[dict[str, Any]]:
     """What the method trains, in groups without repeats; ``lr_scale`` is a group's rate as a share of ``SOLVER.LR``."""
-    if hasattr(distiller, "parameter_groups"):
-        groups = [dict(group) for group in distiller.parameter_groups(cfg)]
-    else:
-        groups = [{"params": distiller.get_learnable_parameters()}]
+    groups = [dict(group) for group in distiller.parameter_groups(cfg)]
     seen: set[int] = set()
     for group in groups:
         group["params"] = [p for p in group["params"] if not (id(p) in seen or seen.add(id(p)))]
@@ -60,8 +57,8 @@ def parameter_groups(cfg: Any, distiller: nn.Module) -> list[dict[str, Any]]:
 
 
 def _check_nothing_frozen(distiller: nn.Module, groups: list[dict[str, Any]]) -> None:
-    teacher = getattr(distiller, "teacher", None)
-    frozen = {id(p) for p in teacher.parameters() if not p.requires_grad} if teacher is not None else set()
+    networks = distiller.frozen_networks().values()
+    frozen = {id(p) for network in networks for p in network.parameters() if not p.requires_grad}
     if any(id(p) in frozen for group in groups for p in group["params"]):
         raise InputError(
             f"{type(distiller).__name__} optimises parameters of the teacher, which is frozen; its constructor must "

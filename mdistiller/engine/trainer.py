@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -16,6 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 import mdistiller
+from mdistiller.contract import contract_of
 from mdistiller.messages import say, warn
 from mdistiller.registry import InputError, Registry
 
@@ -97,7 +97,7 @@ class BaseTrainer:
         self.step = 0  # steps done since the start
         self.row: dict[str, float] = {}  # the epoch's line in the logs, filled by the hooks
         self.results: dict[str, Any] = {}  # results.json, filled by the hooks
-        self.accepted = accepted_fields(self.distiller)
+        self.contract = contract_of(type(self.distiller))
         self.hooks: list[Hook] = default_hooks(self)
         check_batches(self.distiller, train_loader, cfg.SOLVER.BATCH_NORM)
         self.averaged_at = 0  # the step after which processes last agreed on their statistics
@@ -141,8 +141,7 @@ class BaseTrainer:
         self.distiller.train()
         if self.step_in_epoch == 0:  # else the epoch goes on after a resume
             self.row = {"epoch": self.epoch}
-        if hasattr(self.distiller, "on_epoch_start"):
-            self.distiller.on_epoch_start(self.epoch)
+        self.distiller.on_epoch_start(self.epoch)
         self._call("before_epoch")
         self.parallel.begin_epoch()
         for item in self._items():
@@ -161,8 +160,8 @@ class BaseTrainer:
 
     def run_step(self, batch: dict[str, Tensor]) -> StepOutput:
         given = {**batch, "epoch": self.epoch}
-        if self.accepted is not None:
-            given = {name: value for name, value in given.items() if name in self.accepted}
+        if self.contract.fields is not None:
+            given = {name: value for name, value in given.items() if name in self.contract.fields}
         begin_step(self.cfg)
         known = nullcontext() if self.teacher_cache is None else self.teacher_cache.of(batch)
         with known, self.precision.autocast(), hard_coded_cuda_explained(self.precision.device):
@@ -174,7 +173,7 @@ class BaseTrainer:
         losses = {name: loss.mean() for name, loss in losses.items()}  # some methods return shape (1,)
         self.update(self.parallel.weighted(losses))
         detached = {name: loss.detach() for name, loss in losses.items()}
-        monitors = dict(getattr(self.distiller, "monitors", {}))
+        monitors = dict(self.distiller.monitors)
         return StepOutput(batch, logits.detach(), detached, sum(detached.values()), monitors)
 
     def update(self, losses: dict[str, Tensor]) -> None:
@@ -307,7 +306,7 @@ class BaseTrainer:
                 f"{source} cannot be resumed from: it must hold epoch, model and optimizer, and holds {found}"
             )
         if "config" in state:
-            section = getattr(self.distiller, "section", "")
+            section = self.distiller.section
             fatal, _ = changed_keys(yaml.safe_load(state["config"]), self.cfg, section)
             if fatal:
                 raise CheckpointError(f"{source} belongs to another experiment: {', '.join(fatal)}")
@@ -318,13 +317,6 @@ class BaseTrainer:
 trainer_dict["base"] = BaseTrainer
 trainer_dict["crd"] = BaseTrainer  # mdistiller's name for the loop with an index in the batch
 trainer_dict["ours"] = BaseTrainer  # and that of its fork MLLD, and of MLLD's forks, for the loop with two views
-
-
-def accepted_fields(distiller: nn.Module) -> set[str] | None:
-    """What ``forward_train`` takes of a batch; ``None``: all of it, by ``**kwargs``."""
-    parameters = inspect.signature(distiller.forward_train).parameters
-    variadic = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return None if variadic else set(parameters)
 
 
 @contextmanager
@@ -343,9 +335,7 @@ def contract_explained(distiller: nn.Module, given: dict[str, Any]) -> Iterator[
     try:
         yield
     except (TypeError, ValueError, KeyError) as error:
-        parameters = inspect.signature(distiller.forward_train).parameters.values()
-        lacking = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-        lacking = [name for name in lacking if name not in given]
+        lacking = [name for name in contract_of(type(distiller)).required if name not in given]
         method = type(distiller).__name__
         if lacking:
             raise InputError(
@@ -379,12 +369,10 @@ def _check_output(net: nn.Module, role: str, method: str, images: Tensor, error:
 
 def trained_state(distiller: nn.Module) -> dict[str, Tensor]:
     """The distiller's state dict without what is frozen of the teacher."""
-    trained = set()
-    if getattr(distiller, "teacher", None) is not None:
-        moving = {id(p) for p in getattr(distiller, "teacher_parameters", list)()}
-        trained = {f"teacher.{name}" for name, p in distiller.teacher.named_parameters() if id(p) in moving}
+    moving, frozen = {id(p) for p in distiller.teacher_parameters()}, distiller.frozen_networks()
+    trained = {f"{role}.{n}" for role, net in frozen.items() for n, p in net.named_parameters() if id(p) in moving}
     state = distiller.state_dict()
-    return {key: value for key, value in state.items() if not key.startswith("teacher.") or key in trained}
+    return {key: value for key, value in state.items() if key.split(".")[0] not in frozen or key in trained}
 
 
 def fitting_state(distiller: nn.Module, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -395,7 +383,8 @@ def fitting_state(distiller: nn.Module, state: dict[str, Tensor], source: str) -
     """
     own = trained_state(distiller)
     given = {key.removeprefix("module."): value for key, value in state.items()}
-    given = {key: value for key, value in given.items() if key in own or not key.startswith("teacher.")}
+    frozen = distiller.frozen_networks()
+    given = {key: value for key, value in given.items() if key in own or key.split(".")[0] not in frozen}
     check_fit(own, given, f"the model in {source}")
     return given
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdistiller.dataset import batch_fields
-from mdistiller.dataset.fields import wants_negatives
-from mdistiller.engine.build import build_distiller, needs_teacher
+from mdistiller.contract import contract_of
+from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import CFG
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import InputError, distiller_dict
@@ -78,12 +77,12 @@ def write_methods_page(path: Path, step: Path, memory: Path, golden: Path, comma
 def facts(name: str) -> list[str]:
     """The columns that are read off the code."""
     cls = distiller_dict[name]
-    fields = [field.removeprefix("image_") if field != "image" else "one view" for field in batch_fields(cls)]
-    batch = fields + (["negatives"] if wants_negatives(cls) else [])
+    fields = [field.removeprefix("image_") if field != "image" else "one view" for field in contract_of(cls).views]
+    batch = fields + (["negatives"] if contract_of(cls).negatives else [])
     cfg = CFG.clone()
     cfg.merge_from_list(["DISTILLER.TYPE", name])
     extra = _build(cfg, "resnet32x4", "resnet8x4", 100).get_extra_parameters()
-    used = ", ".join(OUTPUTS[key] for key in teacher_outputs(cfg)) if needs_teacher(cfg) else ""
+    used = ", ".join(OUTPUTS[key] for key in teacher_outputs(cfg)) if contract_of(cls).teacher else ""
     return [
         f"`{name}`", getattr(cls, "paper", "") or "-", getattr(cls, "family", "") or "-", ", ".join(batch), used or "-",
         f"{extra:,}",
@@ -126,9 +125,9 @@ def _losses(cfg: Any, disturbed: str) -> Tensor:
     distiller.teacher.register_forward_hook(disturb)
     generator = torch.Generator().manual_seed(0)
     cls, images = type(distiller), 8
-    batch = {field: torch.randn(images, 3, 16, 16, generator=generator) for field in batch_fields(cls)}
+    batch = {field: torch.randn(images, 3, 16, 16, generator=generator) for field in contract_of(cls).views}
     batch |= {"target": torch.arange(images), "index": torch.arange(images)}
-    if wants_negatives(cls):
+    if contract_of(cls).negatives:
         batch["contrastive_index"] = torch.arange(images).repeat(images, 1)
     torch.manual_seed(0)
     _, losses = distiller(**batch, epoch=1)

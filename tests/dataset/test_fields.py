@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mdistiller.dataset import CIFAR100, Digits, batch_fields, build_loaders
+from mdistiller.contract import contract_of
+from mdistiller.dataset import CIFAR100, Digits, build_loaders
 from mdistiller.dataset.fields import chosen_recipes, views_of
 from mdistiller.dataset.randaugment import RandAugment
 from mdistiller.dataset.views import Cutout, Draws, HorizontalFlip, RandomCrop, apply_view
@@ -36,12 +37,12 @@ class Rotated:
     [(Plain, ("image",)), (TwoViews, ("image_weak", "image_strong")), (Anything, ("image",))],
 )
 def test_fields(method, fields):
-    assert batch_fields(method) == fields
+    assert contract_of(method).views == fields
 
 
 def test_a_field_that_nobody_delivers():
-    with pytest.raises(InputError, match=r"NeedsMore.forward_train requires 'saliency'"):
-        batch_fields(NeedsMore)
+    with pytest.raises(InputError, match=r"test_fields.py, NeedsMore: forward_train requires 'saliency'"):
+        contract_of(NeedsMore)
 
 
 @pytest.mark.parametrize("dataset", [CIFAR100, Digits])
@@ -52,7 +53,7 @@ def test_views(dataset):
 
 def test_an_unknown_view():
     with pytest.raises(InputError, match=r"'image_rotated', but data set digits .* 'rotated'; .*weak, strong"):
-        views_of(batch_fields(Rotated), Digits)
+        views_of(contract_of(Rotated).views, Digits)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_strength_pairs(weak, strong):
     """Either view can have either recipe, under its own name: that of its random numbers."""
     cfg = CFG.clone()
     cfg.merge_from_list(["DATASET.VIEW_WEAK", weak, "DATASET.VIEW_STRONG", strong])
-    found = views_of(batch_fields(TwoViews), CIFAR100, chosen_recipes(cfg, CIFAR100))
+    found = views_of(contract_of(TwoViews).views, CIFAR100, chosen_recipes(cfg, CIFAR100))
     recipes = CIFAR100.views
     assert found == {"image_weak": ("weak", recipes[weak]), "image_strong": ("strong", recipes[strong])}
 

@@ -18,7 +18,7 @@ from method_cases import (
     weights,
 )
 
-from mdistiller.dataset import batch_fields
+from mdistiller.contract import contract_of
 from mdistiller.registry import distiller_dict
 
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -76,7 +76,7 @@ def test_teacher_stays_in_eval_and_does_not_move(method):
 
 @each_teacher_method
 def test_own_weight_zero_is_plain_training_to_the_bit(method):
-    plain = "NONE_TWO_VIEWS" if "image_weak" in batch_fields(distiller_dict[method]) else "NONE"
+    plain = "NONE_TWO_VIEWS" if "image_weak" in contract_of(distiller_dict[method]).views else "NONE"
     with_method, without = build(method, weights(method, ce=1.0, own=0.0)), build(plain)
     without.student.load_state_dict(with_method.student.state_dict())
     train(with_method, method, steps=3)

@@ -194,8 +194,13 @@ def test_a_method_without_a_result_to_keep(tmp_path, monkeypatch):
     assert not (tmp_path / FOLDER).exists()
 
 
-def test_something_else_of_that_name_is_left_alone(tmp_path, monkeypatch):
+def test_something_else_of_that_name_is_left_alone(tmp_path):
     trainer = mdr(tmp_path)
-    monkeypatch.setattr(type(trainer.distiller), "prepare", lambda self, feat: 1 / 0)
+
+    class Other(type(trainer.distiller)):
+        def prepare(self, feat):
+            raise AssertionError
+
+    trainer.distiller.__class__ = Other
     prepare(trainer)
     assert "preparation" not in trainer.results

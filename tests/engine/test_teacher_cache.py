@@ -5,6 +5,7 @@ import torch
 from method_cases import IMAGES, NEGATIVES, SIZE, TEACHER_METHODS, build
 from runs import make_trainer, same_state, teacher_file, tiny_config
 
+from mdistiller.contract import contract_of
 from mdistiller.dataset import Loader, Split
 from mdistiller.dataset.loader import BatchedImages
 from mdistiller.dataset.negatives import Negatives
@@ -12,7 +13,6 @@ from mdistiller.engine.batch import to_batch
 from mdistiller.engine.forwards import cache as teacher_cache
 from mdistiller.engine.forwards.precision import Precision
 from mdistiller.engine.processes import distributed
-from mdistiller.engine.trainer import accepted_fields
 from mdistiller.registry import InputError
 
 HALF = {"SOLVER__AMP": "bf16", "SOLVER__CHANNELS_LAST": True}
@@ -71,7 +71,7 @@ def test_every_method_with_one_view_has_the_same_losses(method):
     cached, plain = (build(method, values) for _ in range(2))
     batch = dataset[(1, index)]
     cache = teacher_cache.TeacherCache(method, cached.teacher, Loader(dataset, 3), Precision(torch.device("cpu")))
-    accepted = accepted_fields(plain)
+    accepted = contract_of(type(plain)).fields
     given = {name: v for name, v in {**batch, **extra}.items() if accepted is None or name in accepted}
     with cache.of(batch):
         logits, losses = cached(**given)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mdistiller.contract import contract_of
 from mdistiller.dataset import Loader
 from mdistiller.dataset.build import training_views
 from mdistiller.dataset.views import is_random
@@ -28,7 +29,6 @@ from mdistiller.messages import say
 from mdistiller.registry import InputError, dataset_dict, distiller_dict
 
 from ..batch import images_of, to_batch
-from ..build import needs_teacher
 from ..processes import distributed
 from .on_access import read_on_access
 from .precision import Precision
@@ -46,7 +46,7 @@ def check_cacheable(cfg: Any) -> None:
         InputError: names the keys, their values and what to set.
     """
     name, keys = cfg.DISTILLER.TYPE, cfg.DATASET
-    if not needs_teacher(cfg):
+    if not contract_of(distiller_dict[name]).teacher:
         raise InputError(f"{KEY} needs a teacher, which {name} has not; set it to False")
     if cfg.SOLVER.COMPILE == "teacher":
         raise InputError(f"{KEY}: a teacher whose outputs are kept is not compiled; set SOLVER.COMPILE off")
@@ -92,9 +92,9 @@ def cache_teacher(distiller: nn.Module, loader: Any, cfg: Any, precision: Precis
     if not isinstance(loader, Loader):
         raise InputError(f"{KEY} needs the training loader of build_loaders or get_dataset, to ask for single images")
     reasons = {
-        "trains a part of its teacher": getattr(distiller, "teacher_parameters", list)(),
-        "makes copies of the images of its own": getattr(distiller, "student_images_per_sample", 1) > 1,
-        "runs its teacher on the statistics of the batch": getattr(distiller, "teacher_batch_statistics", False),
+        "trains a part of its teacher": distiller.teacher_parameters(),
+        "makes copies of the images of its own": distiller.student_images_per_sample > 1,
+        "runs its teacher on the statistics of the batch": distiller.teacher_batch_statistics,
     }
     for reason, holds in reasons.items():
         if holds:

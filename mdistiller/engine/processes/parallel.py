@@ -133,8 +133,7 @@ class Parallel:
         """
         if self.world == 1 or not self.local_batch_norm:
             return
-        teacher = getattr(self.distiller, "teacher", None)
-        fixed = set() if teacher is None else set(teacher.modules())
+        fixed = {module for network in self.distiller.frozen_networks().values() for module in network.modules()}
         for part in (self.distiller, *modules):
             for module in part.modules():
                 if isinstance(module, _BatchNorm) and module not in fixed and module.running_mean is not None:
@@ -146,8 +145,7 @@ class Parallel:
         """Say so if a method keeps something, such as a memory of features, that each process fills differently."""
         if self.world == 1:
             return
-        teacher = getattr(self.distiller, "teacher", None)
-        fixed = set() if teacher is None else {id(buffer) for buffer in teacher.buffers()}
+        fixed = {id(buffer) for network in self.distiller.frozen_networks().values() for buffer in network.buffers()}
         buffers = {name: b for name, b in self.distiller.named_buffers() if b.numel() and id(b) not in fixed}
         if not buffers:
             return
@@ -301,7 +299,8 @@ def synchronize_batch_norm(part: nn.Module) -> None:
 
 
 def _networks(distiller: nn.Module) -> list[nn.Module]:
-    return [net for net in (distiller.student, getattr(distiller, "teacher", None)) if net is not None]
+    names = {"student", *type(distiller).networks, *distiller.frozen_networks()}
+    return [getattr(distiller, name) for name in sorted(names)]
 
 
 class SyncBatchNorm(_BatchNorm):

@@ -1,0 +1,117 @@
+"""A method's contract: the names in its signatures say what the method needs, and are read here once.
+
+``forward_train`` names the fields of a batch, the constructor names what the builder passes. Nothing else in the
+library looks at a method's signatures or at a method's name.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+from mdistiller.registry import InputError
+
+ARGUMENTS = ("student", "teacher", "cfg", "num_data")  # what every constructor may name, in mdistiller's order
+FIELDS = ("target", "index", "epoch", "contrastive_index")  # what forward_train may name beside views
+PREPARE = ["batches", "autocast"]  # a method file of another project may call something else prepare
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a method's signatures ask for.
+
+    Args:
+        views: the image fields of a batch, ``("image",)`` or ``("image_weak", "image_strong")``; a method that names
+            none gets ``image``.
+        fields: all that ``forward_train`` takes of a batch; ``None``: everything, by ``**kwargs``.
+        named: the names of its parameters.
+        required: those of them that have no default.
+        arguments: for each parameter of the constructor that is given something, which of the builder's values it gets.
+        by_place: the constructor is called by place, because its names are another project's.
+        prepares: the method has a stage before training.
+    """
+
+    views: tuple[str, ...]
+    fields: frozenset[str] | None
+    named: tuple[str, ...]
+    required: tuple[str, ...]
+    arguments: dict[str, str]
+    by_place: bool
+    prepares: bool
+
+    @property
+    def teacher(self) -> bool:
+        """The method has a teacher."""
+        return "teacher" in self.arguments.values()
+
+    @property
+    def negatives(self) -> bool:
+        """``forward_train`` names ``contrastive_index``: positions of images to contrast each image with."""
+        return "contrastive_index" in self.named
+
+
+@functools.cache
+def contract_of(method: type) -> Contract:
+    """The contract of a method's class.
+
+    Raises:
+        InputError: a signature requires something that nobody gives; names the file, the parameter and what there is.
+    """
+    parameters = inspect.signature(method.forward_train).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "self"]
+    views = tuple(p.name for p in named if p.name == "image" or p.name.startswith("image_"))
+    required = tuple(p.name for p in named if p.default is p.empty)
+    unknown = [name for name in required if name not in views + FIELDS]
+    if unknown:
+        raise InputError(
+            f"{where(method)}: forward_train requires {unknown[0]!r}, which no data set delivers; it can have image, "
+            f"image_<view>, {', '.join(FIELDS)}, and parameters with a default"
+        )
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    arguments, by_place = _constructor(method)
+    prepare = getattr(method, "prepare", None)
+    prepares = prepare is not None and not getattr(prepare, "does_nothing", False)
+    return Contract(
+        views=views or ("image",),
+        fields=None if takes_all else frozenset(p.name for p in named),
+        named=tuple(p.name for p in named),
+        required=required,
+        arguments=arguments,
+        by_place=by_place,
+        prepares=prepares and list(inspect.signature(prepare).parameters)[1:] == PREPARE,
+    )
+
+
+def _constructor(method: type) -> tuple[dict[str, str], bool]:
+    """:attr:`Contract.arguments` and :attr:`Contract.by_place`.
+
+    Parameters count by their names. They count by their place only in a class that our decorator has not registered:
+    the constructors of other projects' files have other names in mdistiller's order.
+    """
+    parameters = list(inspect.signature(method).parameters.values())
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    required = [p for p in named if p.default is p.empty]
+    known = (*ARGUMENTS, *getattr(method, "networks", {}))
+    if not named and any(p.kind is p.VAR_POSITIONAL for p in parameters):  # the constructor hands all on
+        return {name: name for name in ARGUMENTS[:3]}, True
+    unknown = [p.name for p in required if p.name not in known]
+    if not unknown:
+        return {p.name: p.name for p in named if p.name in known}, False
+    by_keyword = any(p.kind is p.KEYWORD_ONLY for p in required)
+    if "declared" in vars(method) or by_keyword or len(required) > len(ARGUMENTS):
+        raise InputError(
+            f"{where(method)}: the constructor asks for {unknown[0]!r}, which nobody gives; it can have "
+            f"{', '.join(known)}, parameters with a default, and further networks that the class declares: "
+            f'networks = {{"{unknown[0]}": "student"}}'
+        )
+    return dict(zip([p.name for p in required], ARGUMENTS, strict=False)), True
+
+
+def where(method: type) -> str:
+    """File and name of a class, for messages."""
+    try:
+        return f"{Path(inspect.getfile(method)).name}, {method.__name__}"
+    except (TypeError, OSError):  # a class of a notebook or of an interactive session
+        return method.__name__

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mdistiller.registry import InputError
 
@@ -45,6 +47,13 @@ class Contract:
     def teacher(self) -> bool:
         """The method has a teacher."""
         return "teacher" in self.arguments.values()
+
+    def given(self, batch: Mapping[str, Any], epoch: int) -> dict[str, Any]:
+        """What ``forward_train`` takes of a batch and the number of the epoch."""
+        everything = {**batch, "epoch": epoch}
+        if self.fields is None:
+            return everything
+        return {name: value for name, value in everything.items() if name in self.fields}
 
     @property
     def negatives(self) -> bool:

@@ -25,7 +25,7 @@ from plugin_files import (
 
 from mdistiller import plugins
 from mdistiller.contract import contract_of
-from mdistiller.distillers import Distiller, register_distiller
+from mdistiller.distillers import Distiller
 from mdistiller.engine.build import build_distiller, build_student
 from mdistiller.engine.cfg import CFG, load_config
 from mdistiller.engine.config.experiment import flatten
@@ -378,22 +378,6 @@ def test_constructors_get_their_arguments_by_name_or_by_place(tmp_path):
     assert built("StudentOnly")[1].teacher is None
     with pytest.raises(InputError, match=r"test_plugins.py, TooMuch: the constructor asks for 'moon', which nobody"):
         contract_of(TooMuch)
-
-
-def test_a_registered_method_gets_nothing_by_place(monkeypatch):
-    class Mutual(Distiller):
-        def __init__(self, student, teacher, cfg, peer):
-            super().__init__(student, teacher)
-
-    assert contract_of(Mutual).arguments["peer"] == "num_data"  # a file of another project: by place
-    monkeypatch.setattr(distiller_dict, "add", lambda *_: None)
-
-    @register_distiller("MUTUAL")
-    class Registered(Mutual):
-        def __init__(self, student, teacher, cfg, peer): ...
-
-    with pytest.raises(InputError, match=r"asks for 'peer', which nobody gives; .* networks = {\"peer\": \"student\"}"):
-        contract_of(Registered)
 
 
 class TrainsTeacher(Distiller):

@@ -136,9 +136,7 @@ def loss_alone(subject: Subject) -> Callable[[], None]:
     distiller = trainer.distiller.train()
     networks = [(distiller.student, True), (getattr(distiller, "teacher", None), False)]
     recordings = [Recording(network, own) for network, own in networks if network is not None]
-    given = {**batch, "epoch": 1}
-    if trainer.accepted is not None:
-        given = {name: value for name, value in given.items() if name in trainer.accepted}
+    given = trainer.contract.given(batch, epoch=1)
 
     def step() -> None:
         with trainer.precision.autocast():

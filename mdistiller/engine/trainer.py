@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from mdistiller.registry import InputError, Registry
 
 from .batch import to_batch
 from .config.experiment import changed_keys
-from .folder.checkpoint import CheckpointError, check_fit, load_checkpoint, previous
+from .explain import check_batches, contract_explained, read_output
+from .folder.checkpoint import CheckpointError, load_checkpoint, previous
+from .folder.state import check_optimizer_fit, fitting_state, trained_state
 from .forwards.cache import cache_teacher
 from .forwards.compile import accelerate, begin_step
 from .forwards.precision import Precision, hard_coded_cuda_explained
@@ -159,15 +161,14 @@ class BaseTrainer:
         self._call("epoch_done")
 
     def run_step(self, batch: dict[str, Tensor]) -> StepOutput:
-        given = {**batch, "epoch": self.epoch}
-        if self.contract.fields is not None:
-            given = {name: value for name, value in given.items() if name in self.contract.fields}
+        given = self.contract.given(batch, self.epoch)
         begin_step(self.cfg)
         known = nullcontext() if self.teacher_cache is None else self.teacher_cache.of(batch)
         with known, self.precision.autocast(), hard_coded_cuda_explained(self.precision.device):
             if distributed.world_size() == 1:
                 with contract_explained(self.distiller, given):
-                    logits, losses = self.distiller(**given)
+                    output = self.distiller(**given)
+                logits, losses = read_output(self.distiller, output)
             else:
                 logits, losses = self.parallel(given, self.train_loader.images_in(self.step_in_epoch))
         losses = {name: loss.mean() for name, loss in losses.items()}  # some methods return shape (1,)
@@ -317,133 +318,3 @@ class BaseTrainer:
 trainer_dict["base"] = BaseTrainer
 trainer_dict["crd"] = BaseTrainer  # mdistiller's name for the loop with an index in the batch
 trainer_dict["ours"] = BaseTrainer  # and that of its fork MLLD, and of MLLD's forks, for the loop with two views
-
-
-@contextmanager
-def contract_explained(distiller: nn.Module, given: dict[str, Any]) -> Iterator[None]:
-    """Around a method's step: where it fails, say if a loader's batches lack a part or a network returns no features.
-
-    The library's loaders and networks do neither; those that a script brings may.
-
-    Args:
-        distiller: the method.
-        given: what it is called with.
-
-    Raises:
-        InputError: in place of what Python says when such a batch or output is unpacked.
-    """
-    try:
-        yield
-    except (TypeError, ValueError, KeyError) as error:
-        lacking = [name for name in contract_of(type(distiller)).required if name not in given]
-        method = type(distiller).__name__
-        if lacking:
-            raise InputError(
-                f"{method} reads {', '.join(lacking)}, and the training batches hold "
-                f"{', '.join(name for name in given if name != 'epoch')}; see mdistiller/engine/batch.py"
-            ) from error
-        images = next((value for name, value in given.items() if name.startswith("image")), None)
-        for role in ("student", "teacher"):
-            net = getattr(distiller, role, None)
-            if net is not None and images is not None:
-                _check_output(net, role, method, images, error)
-        raise
-
-
-def _check_output(net: nn.Module, role: str, method: str, images: Tensor, error: Exception) -> None:
-    """Refuse a network whose output is not what ``mdistiller/models/_features.py`` says, or lacks what was read."""
-    with torch.no_grad():
-        output = net(images)
-    what, advice = f"the {role} ({type(net).__name__})", "see mdistiller/models/_features.py"
-    if not (isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[1], Mapping)):
-        raise InputError(
-            f"{what} returns {type(output).__name__}; a network must return (logits, features), features being a "
-            f"dictionary: {advice}"
-        ) from error
-    key = error.args[0] if isinstance(error, KeyError) and error.args else None
-    if key in ("feats", "preact_feats", "pooled_feat") and key not in output[1]:
-        raise InputError(
-            f"{method} reads features[{key!r}], which {what} does not return; it has {list(output[1])}: {advice}"
-        ) from error
-
-
-def trained_state(distiller: nn.Module) -> dict[str, Tensor]:
-    """The distiller's state dict without what is frozen of the teacher."""
-    moving, frozen = {id(p) for p in distiller.teacher_parameters()}, distiller.frozen_networks()
-    trained = {f"{role}.{n}" for role, net in frozen.items() for n, p in net.named_parameters() if id(p) in moving}
-    state = distiller.state_dict()
-    return {key: value for key, value in state.items() if key.split(".")[0] not in frozen or key in trained}
-
-
-def fitting_state(distiller: nn.Module, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Of a saved model what the distiller takes: mdistiller's ``module.`` prefix and saved teacher are dropped.
-
-    Raises:
-        CheckpointError: names or shapes differ from :func:`trained_state`.
-    """
-    own = trained_state(distiller)
-    given = {key.removeprefix("module."): value for key, value in state.items()}
-    frozen = distiller.frozen_networks()
-    given = {key: value for key, value in given.items() if key in own or key.split(".")[0] not in frozen}
-    check_fit(own, given, f"the model in {source}")
-    return given
-
-
-def check_optimizer_fit(optimizer: torch.optim.Optimizer, state: dict[str, Any], source: str) -> None:
-    """Compare a saved optimiser state with the optimiser: groups, their sizes, the shapes of the moments.
-
-    Raises:
-        CheckpointError: they differ.
-    """
-    groups, saved = optimizer.param_groups, state.get("param_groups", [])
-    sizes, saved_sizes = ([len(group["params"]) for group in part] for part in (groups, saved))
-    if sizes != saved_sizes:
-        raise CheckpointError(
-            f"the optimiser in {source} does not fit: it has groups of {saved_sizes} parameters, this run {sizes}"
-        )
-    parameters = [p for group in groups for p in group["params"]]
-    numbers = [number for group in saved for number in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
-        for name, value in state.get("state", {}).get(number, {}).items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
-                raise CheckpointError(
-                    f"the optimiser in {source} does not fit: {name} of parameter {number} is {tuple(value.shape)}, "
-                    f"the parameter {tuple(parameter.shape)}"
-                )
-
-
-def check_batches(distiller: nn.Module, loader: Any, batch_norm_over: str = "local") -> None:
-    """Refuse an epoch without steps, and a last batch of one image where BatchNorm needs several.
-
-    Where several processes train, each needs a share of every batch, and BatchNorm of the process's own images
-    (``batch_norm_over`` ``"local"``) several in each.
-
-    Raises:
-        InputError: what was found and which key to change.
-    """
-    if not len(loader):
-        raise InputError(
-            "an epoch has no step: there are fewer training images than SOLVER.BATCH_SIZE and SOLVER.DROP_LAST "
-            "is on; lower SOLVER.BATCH_SIZE or turn SOLVER.DROP_LAST off"
-        )
-    world = distributed.world_size()
-    if world > 1 and getattr(loader, "share", (0, 1))[1] != world:
-        raise InputError(
-            f"{world} processes train, and the training batches are not divided among them; take the loaders of "
-            "build_loaders or get_dataset, made after mdistiller.engine.processes.distributed.start()"
-        )
-    smallest = getattr(loader, "last_batch_size", None)
-    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in distiller.student.modules())
-    if world > 1 and smallest < world * (2 if batch_norm and batch_norm_over == "local" else 1):
-        raise InputError(
-            f"the last batch of an epoch holds {smallest} images ({loader.num_data} training images, SOLVER.BATCH_SIZE "
-            f"{loader.batch_size}), too few for {world} processes, each of which needs one, and two where BatchNorm "
-            "takes its statistics from them; use another SOLVER.BATCH_SIZE, SOLVER.BATCH_NORM sync, or set "
-            "SOLVER.DROP_LAST True"
-        )
-    if smallest == 1 and batch_norm:
-        raise InputError(
-            f"the last batch of an epoch holds a single image ({loader.num_data} training images, "
-            f"SOLVER.BATCH_SIZE {loader.batch_size}), from which BatchNorm cannot take statistics; "
-            "use another SOLVER.BATCH_SIZE, at least 2, or set SOLVER.DROP_LAST True"
-        )

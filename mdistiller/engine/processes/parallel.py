@@ -34,6 +34,7 @@ from mdistiller.functional import at_least_float32
 from mdistiller.functional.gather import batch_of_processes, join_rows
 from mdistiller.messages import warn
 
+from ..explain import read_output
 from ..forwards.on_access import read_on_access
 from . import distributed
 
@@ -205,8 +206,15 @@ class Replica(nn.Module):
 
     def forward(self, counts: list[int], given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         with batch_of_processes(counts, gathered=self.gather):
-            logits, losses = self._whole_batch(counts, given) if self.gather else self.distiller(**given)
+            logits, losses = (
+                self._whole_batch(counts, given)
+                if self.gather
+                else read_output(self.distiller, self.distiller(**given))
+            )
         return logits.detach(), losses  # or the search for unused parameters would count what only logits use
+
+    def _own_share(self, counts: list[int], given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        return read_output(self.distiller, self.distiller(**given))
 
     def _whole_batch(self, counts: list[int], given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         rank = distributed.rank()
@@ -216,7 +224,7 @@ class Replica(nn.Module):
         with ExitStack() as stack:
             for network in _networks(self.distiller):
                 stack.enter_context(_work_shared(network, counts))
-            logits, losses = self.distiller(**whole)
+            logits, losses = read_output(self.distiller, self.distiller(**whole))
         return logits.split(counts)[rank], losses
 
 

@@ -1,0 +1,145 @@
+"""Messages for broken contracts: batches, networks and methods that are not as the trainer needs them.
+
+The library's own loaders, networks and methods never break a contract. Those of a script or of another project may.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.contract import contract_of, where
+from mdistiller.messages import say
+from mdistiller.registry import InputError
+
+from .processes import distributed
+
+
+def read_output(distiller: nn.Module, output: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logits and the losses that ``forward_train`` returned.
+
+    A method file of another project may return more than that; the rest is dropped, and a notice says so once.
+
+    Raises:
+        InputError: something else was returned; names the file, what was found and what is expected.
+    """
+    method = type(distiller)
+    if isinstance(output, (tuple, list)) and len(output) > 2 and "declared" not in vars(method):
+        _say_dropped(method, len(output))
+        output = output[:2]
+    if not (isinstance(output, (tuple, list)) and len(output) == 2):
+        found = f"{len(output)} values" if isinstance(output, (tuple, list)) else type(output).__name__
+        raise _returned(method, found)
+    logits, losses = output
+    if not isinstance(logits, Tensor):
+        raise _returned(method, f"{type(logits).__name__} in place of the logits")
+    if not (isinstance(losses, Mapping) and losses):
+        raise _returned(method, f"{losses!r:.80} in place of the losses")
+    for name, loss in losses.items():
+        if not (isinstance(loss, Tensor) and loss.is_floating_point()):
+            raise _returned(method, f"the loss {name!r} as {type(loss).__name__}")
+    if torch.is_grad_enabled() and not any(loss.requires_grad for loss in losses.values()):
+        raise _returned(method, f"losses without gradient ({', '.join(map(str, losses))})")
+    return logits, losses
+
+
+def _returned(method: type, found: str) -> InputError:
+    return InputError(
+        f"{where(method)}: forward_train returned {found}; it must return the student's logits, a tensor (B, K), and "
+        "the weighted losses by name, a dictionary of tensors (); at least one needs a gradient"
+    )
+
+
+@functools.cache
+def _say_dropped(method: type, values: int) -> None:
+    say(f"{where(method)}: forward_train returns {values} values; all but the logits and the losses are dropped")
+
+
+@contextmanager
+def contract_explained(distiller: nn.Module, given: dict[str, Any]) -> Iterator[None]:
+    """Around a method's step: where it fails, say if a loader's batches lack a part or a network returns no features.
+
+    The library's loaders and networks do neither; those that a script brings may.
+
+    Args:
+        distiller: the method.
+        given: what it is called with.
+
+    Raises:
+        InputError: in place of what Python says when such a batch or output is unpacked.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, KeyError) as error:
+        method = type(distiller).__name__
+        lacking = [name for name in contract_of(type(distiller)).required if name not in given]
+        if lacking:
+            raise InputError(
+                f"{method} reads {', '.join(lacking)}, and the training batches hold "
+                f"{', '.join(name for name in given if name != 'epoch')}; see mdistiller/engine/batch.py"
+            ) from error
+        images = next((value for name, value in given.items() if name.startswith("image")), None)
+        for role in ("student", "teacher"):
+            net = getattr(distiller, role, None)
+            if net is not None and images is not None:
+                _check_output(net, role, method, images, error)
+        raise
+
+
+def _check_output(net: nn.Module, role: str, method: str, images: Tensor, error: Exception) -> None:
+    """Refuse a network whose output is not what ``mdistiller/models/_features.py`` says, or lacks what was read."""
+    with torch.no_grad():
+        output = net(images)
+    what, advice = f"the {role} ({type(net).__name__})", "see mdistiller/models/_features.py"
+    if not (isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[1], Mapping)):
+        raise InputError(
+            f"{what} returns {type(output).__name__}; a network must return (logits, features), features being a "
+            f"dictionary: {advice}"
+        ) from error
+    key = error.args[0] if isinstance(error, KeyError) and error.args else None
+    if key in ("feats", "preact_feats", "pooled_feat") and key not in output[1]:
+        raise InputError(
+            f"{method} reads features[{key!r}], which {what} does not return; it has {list(output[1])}: {advice}"
+        ) from error
+
+
+def check_batches(distiller: nn.Module, loader: Any, batch_norm_over: str = "local") -> None:
+    """Refuse an epoch without steps, and a last batch of one image where BatchNorm needs several.
+
+    Where several processes train, each needs a share of every batch, and BatchNorm of the process's own images
+    (``batch_norm_over`` ``"local"``) several in each.
+
+    Raises:
+        InputError: what was found and which key to change.
+    """
+    if not len(loader):
+        raise InputError(
+            "an epoch has no step: there are fewer training images than SOLVER.BATCH_SIZE and SOLVER.DROP_LAST "
+            "is on; lower SOLVER.BATCH_SIZE or turn SOLVER.DROP_LAST off"
+        )
+    world = distributed.world_size()
+    if world > 1 and getattr(loader, "share", (0, 1))[1] != world:
+        raise InputError(
+            f"{world} processes train, and the training batches are not divided among them; take the loaders of "
+            "build_loaders or get_dataset, made after mdistiller.engine.processes.distributed.start()"
+        )
+    smallest = getattr(loader, "last_batch_size", None)
+    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in distiller.student.modules())
+    if world > 1 and smallest < world * (2 if batch_norm and batch_norm_over == "local" else 1):
+        raise InputError(
+            f"the last batch of an epoch holds {smallest} images ({loader.num_data} training images, SOLVER.BATCH_SIZE "
+            f"{loader.batch_size}), too few for {world} processes, each of which needs one, and two where BatchNorm "
+            "takes its statistics from them; use another SOLVER.BATCH_SIZE, SOLVER.BATCH_NORM sync, or set "
+            "SOLVER.DROP_LAST True"
+        )
+    if smallest == 1 and batch_norm:
+        raise InputError(
+            f"the last batch of an epoch holds a single image ({loader.num_data} training images, "
+            f"SOLVER.BATCH_SIZE {loader.batch_size}), from which BatchNorm cannot take statistics; "
+            "use another SOLVER.BATCH_SIZE, at least 2, or set SOLVER.DROP_LAST True"
+        )

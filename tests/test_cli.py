@@ -488,5 +488,6 @@ def test_list_names_everything_there_is():
         assert set(table) <= words
     for path in ("cifar100/kd/res32x4_res8x4.yaml", "digits/vanilla/res8.yaml", "plans/demo.yaml"):
         assert f"configs/{path}" in words
+    assert not any("/_" in word for word in words)  # bases
     assert succeed("list", "datasets models").startswith("DATA SET")
     assert "`" not in succeed("list", "methods")  # docstrings without their markup

@@ -66,9 +66,9 @@ def plans() -> list[tuple[str, ...]]:
 
 
 def _yaml_files(wanted: Callable[[Path], bool]) -> list[tuple[str]]:
-    """Files below ``configs/``, as seen from the checkout; those named ``_..._`` are only inherited from."""
-    found = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.name[0] != "_" and wanted(path)]
-    return [(str(path.relative_to(ROOT)),) for path in found]
+    """Files below ``configs/``, as seen from the checkout, without bases: ``_base_.yaml``, ``_pairs_/``."""
+    found = [path.relative_to(ROOT) for path in sorted((ROOT / "configs").rglob("*.yaml")) if wanted(path)]
+    return [(str(path),) for path in found if not any(part.startswith("_") for part in path.parts)]
 
 
 SECTIONS = Registry(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 import mdistiller.models  # noqa: F401  fills the model tables
@@ -17,6 +16,7 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.registry import MODEL_FAMILIES, InputError, Registry, UnknownName, dataset_dict
 
 from .added_kd import add_kd
+from .config.node import ConfigNode
 from .folder.checkpoint import CheckpointError, check_fit, load_weights, not_a_folder
 from .forwards.precision import hard_coded_cuda_explained, resolve_device
 
@@ -163,9 +163,10 @@ def teacher_checkpoint(cfg: Any, option: str = TEACHER_OPTION) -> Path | None:
 
 def training_recipe(dataset: str, student: str) -> Path | None:
     """The config below ``configs/`` that trains ``student`` plainly on ``dataset``, if there is one."""
-    for path in sorted(Path("configs").glob(f"{dataset}/vanilla/*.yaml")):
-        content = yaml.safe_load(path.read_text()) or {}
-        if content.get("DISTILLER", {}).get("STUDENT") == student:
+    for path in sorted(Path("configs").glob(f"{dataset}/vanilla/[!_]*.yaml")):
+        tree = ConfigNode(new_allowed=True)
+        tree.merge_from_file(path)
+        if tree.get("DISTILLER", {}).get("STUDENT") == student:
             return path
     return None
 

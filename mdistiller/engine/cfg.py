@@ -78,7 +78,7 @@ CFG = ConfigTree()
 CFG.EXPERIMENT = CN()
 CFG.EXPERIMENT.PROJECT = "distill"  # a run's folder is LOG.PREFIX/PROJECT/(NAME or TAG)
 CFG.EXPERIMENT.NAME = ""
-CFG.EXPERIMENT.TAG = "default"  # comma-separated words
+CFG.EXPERIMENT.TAG = "default"  # comma-separated words; {TAG} in a config stands for those of its bases
 CFG.EXPERIMENT.SEED = 0  # weights, order of images, augmentation, splits
 CFG.EXPERIMENT.LOGIT_STAND = False  # LSKD: standardise each image's logits before they are compared
 

@@ -8,19 +8,16 @@ import signal
 from pathlib import Path
 
 import pytest
-import yaml
 from cli_runner import ROOT, run_tool
 from method_cases import FALLING, TEACHER_METHODS, weights
 from runs import same_state, teacher_file
 
 from mdistiller.dataset import dataset_dict
 from mdistiller.engine import trainer
+from mdistiller.engine.cfg import load_config
 from mdistiller.engine.folder.checkpoint import load_checkpoint
 
-TYPES = {
-    path: yaml.safe_load(path.read_text()).get("DISTILLER", {}).get("TYPE")
-    for path in sorted((ROOT / "configs").glob("*/*/res20_res8.yaml"))
-}
+TYPES = {path: load_config(path).DISTILLER.TYPE for path in sorted((ROOT / "configs").glob("*/[!_]*/res20_res8.yaml"))}
 CONFIGS = {path: method for path, method in TYPES.items() if path.parts[-3] == "digits"}
 ON_SHAPES = {path: method for path, method in TYPES.items() if path.parts[-3] == "shapes"}
 SHORT = {"DISTILLER.TEACHER": "resnet8", "SOLVER.EPOCHS": 2, "SOLVER.DEVICE": "cpu", "LOG.EVAL_FREQ": 2}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from mdistiller.engine.build import build_student, model_table
+from mdistiller.engine.build import build_student, model_table, training_recipe
 from mdistiller.engine.cfg import CFG, experiment_name, load_config, relevant_part, show_cfg, value_of
 from mdistiller.engine.config.node import ConfigNode
 from mdistiller.registry import InputError, distiller_dict
@@ -131,12 +132,43 @@ def test_bases_are_merged_first_and_in_order(tmp_path):
     assert found == (0.2, 3, 0.1, "child", 0)
 
 
-def test_two_children_may_share_a_base(tmp_path):
-    """Only a file that is its own ancestor is a cycle."""
+@pytest.mark.parametrize("bases", [["left", "right"], ["right", "left"], ["left", "root"]])
+def test_a_base_reached_twice_is_merged_once_before_all_that_build_on_it(tmp_path, bases):
+    """It was merged a second time, over the files merged since. Only a file that is its own ancestor is a cycle."""
+    write(tmp_path / "root.yaml", SOLVER={"LR": 0.1, "EPOCHS": 1})
+    write(tmp_path / "left.yaml", _BASE_="root.yaml", SOLVER={"LR": 0.2})
+    write(tmp_path / "right.yaml", _BASE_=["../" + tmp_path.name + "/root.yaml"], SOLVER={"MOMENTUM": 0.5})
+    cfg = load_config(write(tmp_path / "a.yaml", _BASE_=[f"{base}.yaml" for base in bases]))
+    assert (cfg.SOLVER.LR, cfg.SOLVER.EPOCHS) == (0.2, 1)
+
+
+@pytest.mark.parametrize(
+    ("bases", "message"),
+    [
+        (["root.yaml", "loop.yaml"], "(the _BASE_ of {0}/loop.yaml) inherits from itself: {0}/a.yaml -> {0}/loop.yaml"),
+        (["root.yaml", "rot.yaml"], "no config file {0}/rot.yaml (the _BASE_ of {0}/a.yaml); in {0}, closest: "),
+        (["root.yaml", 5], "_BASE_ takes a file or a list of files, got ['root.yaml', 5]"),
+        ({"root.yaml": 1}, "_BASE_ takes a file or a list of files, got {{'root.yaml': 1}}"),
+    ],
+)
+def test_a_wrong_base_among_others_is_named(tmp_path, bases, message):
     write(tmp_path / "root.yaml", SOLVER={"LR": 0.1})
-    for name in ("left", "right"):
-        write(tmp_path / f"{name}.yaml", _BASE_="root.yaml")
-    assert load_config(write(tmp_path / "a.yaml", _BASE_=["left.yaml", "right.yaml"])).SOLVER.LR == 0.1
+    write(tmp_path / "loop.yaml", _BASE_=["root.yaml", "a.yaml"])
+    with pytest.raises(InputError) as error:
+        load_config(write(tmp_path / "a.yaml", _BASE_=bases))
+    assert message.format(tmp_path) in str(error.value)
+
+
+def test_a_text_may_add_to_the_text_so_far(tmp_path):
+    write(tmp_path / "method.yaml", EXPERIMENT={"TAG": "kd"})
+    write(tmp_path / "pair.yaml", EXPERIMENT={"TAG": "{TAG},res20,res8", "NAME": "{TAG}{}"})
+    path = write(tmp_path / "a.yaml", _BASE_=["method.yaml", "pair.yaml"])
+    assert load_config(path).EXPERIMENT.TAG == "kd,res20,res8"
+    assert load_config(path).EXPERIMENT.NAME == "{TAG}{}"  # of its own value only
+    assert load_config(path, ["EXPERIMENT.TAG", "{TAG},t2"]).EXPERIMENT.TAG == "kd,res20,res8,t2"
+    assert load_config(path, ["EXPERIMENT.TAG", "x"]).EXPERIMENT.TAG == "x"
+    (tmp_path / "again.yaml").write_text(load_config(path).dump())  # a run's config.yaml
+    assert load_config(tmp_path / "again.yaml") == load_config(path)
 
 
 @pytest.mark.parametrize("content", ["_BASE_:", "_BASE_: []"])
@@ -293,9 +325,13 @@ def test_a_runs_folder(project, name, tag, expected):
     assert experiment_name(load_config(options=[part for item in options.items() for part in item])) == expected
 
 
-# Everything below configs/
+# Everything below configs/; a name that begins with _ is that of a base or of a folder of bases
 
-FILES = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.parent.name != "plans" and path.name[0] != "_"]
+FILES = [
+    path
+    for path in sorted(CONFIGS.rglob("*.yaml"))
+    if path.parent.name != "plans" and not any(part.startswith("_") for part in path.relative_to(CONFIGS).parts)
+]
 PAIR_FILES = [path for path in FILES if path.parent.parent != CONFIGS]  # configs/<data set>/<method>/<pair>.yaml
 LIGHT = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
 
@@ -304,39 +340,82 @@ def short(path: Path) -> str:
     return path.relative_to(CONFIGS).with_suffix("").as_posix()
 
 
-@pytest.mark.parametrize("path", FILES, ids=short)
-def test_a_config_loads_and_names_models_that_exist(path):
-    cfg = load_config(path)
-    dataset, *_ = path.relative_to(CONFIGS).parts
-    assert dataset == cfg.DATASET.TYPE
-    for name in (cfg.DISTILLER.STUDENT, cfg.DISTILLER.TEACHER):
-        assert name in model_table(cfg)
+def by_folder(files: list[Path]):
+    """Run a test once for each folder, with its files."""
+    folders = {path.parent: [other for other in files if other.parent == path.parent] for path in files}
+    return pytest.mark.parametrize("paths", folders.values(), ids=map(short, folders))
 
 
-@pytest.mark.parametrize("path", PAIR_FILES, ids=short)
-def test_its_tag_is_its_path_and_its_comment_the_command(path):
-    cfg = load_config(path)
-    method, _, pair = cfg.EXPERIMENT.TAG.partition(",")
-    assert (method, pair.replace(",", "_")) == (path.parent.name, path.stem)
-    assert f"# python tools/train.py --cfg configs/{short(path)}.yaml\n" in path.read_text()
-    is_plain = "teacher" not in distiller_dict[cfg.DISTILLER.TYPE].__init__.__annotations__
-    assert is_plain == method.startswith("vanilla")
+@functools.cache
+def config(path: Path) -> ConfigNode:
+    try:
+        return load_config(path)
+    except InputError as error:
+        pytest.fail(f"{short(path)}: {error}")
 
 
-@pytest.mark.parametrize("path", [path for path in PAIR_FILES if "cifar100" in path.parts], ids=short)
-def test_the_recipe_on_cifar100(path):
+@by_folder(FILES)
+def test_configs_load_and_name_models_that_exist(paths):
+    for path in paths:
+        cfg = config(path)
+        assert path.relative_to(CONFIGS).parts[0] == cfg.DATASET.TYPE, short(path)
+        for name in (cfg.DISTILLER.STUDENT, cfg.DISTILLER.TEACHER):
+            assert name in model_table(cfg), short(path)
+
+
+@by_folder(PAIR_FILES)
+def test_tags_are_paths_and_comments_the_commands(paths):
+    for path in paths:
+        cfg = config(path)
+        method, _, pair = cfg.EXPERIMENT.TAG.partition(",")
+        assert (method, pair.replace(",", "_")) == (path.parent.name, path.stem)
+        assert f"# python tools/train.py --cfg configs/{short(path)}.yaml\n" in path.read_text(), short(path)
+        is_plain = "teacher" not in distiller_dict[cfg.DISTILLER.TYPE].__init__.__annotations__
+        assert is_plain == method.startswith("vanilla"), short(path)
+
+
+@by_folder(PAIR_FILES)
+def test_configs_are_the_method_s_recipe_with_the_pair(paths):
+    for path in paths:
+        bases, pair = stated(path).get("_BASE_", []), f"../_pairs_/{path.name}"
+        assert "_method_.yaml" in bases, short(path)
+        if (path.parent / pair).exists():
+            assert bases == ["_method_.yaml", pair], short(path)
+
+
+@by_folder([path for path in sorted(CONFIGS.rglob("*.yaml")) if path.parent.name != "plans"])
+def test_configs_say_nothing_that_their_bases_say(paths, tmp_path):
+    for path in paths:
+        own = stated(path)
+        bases = own.pop("_BASE_", [])
+        bases = [bases] if isinstance(bases, str) else bases
+        inherited = ConfigNode(new_allowed=True)
+        inherited.merge_from_file(write(tmp_path / "a.yaml", _BASE_=[str(path.parent / base) for base in bases]))
+        inherited = list(leaves(inherited))
+        assert not [item for item in leaves(own) if item in inherited], short(path)
+
+
+def stated(path: Path) -> dict:
+    """The keys of one file, without those of its bases."""
+    return yaml.safe_load(path.read_text())
+
+
+@by_folder([path for path in PAIR_FILES if "cifar100" in path.parts])
+def test_the_recipe_on_cifar100(paths):
     """``_lt``: VRM's longer schedule, its Tab. 15."""
-    cfg = load_config(path)
-    light, solver = cfg.DISTILLER.STUDENT in LIGHT, cfg.SOLVER
-    rate, epochs = (0.01 if light else 0.05), 240
-    if path.parent.name == "mlkd":  # its authors' recipe
-        shuffle_from_resnet = path.stem in ("res32x4_shuv1", "res32x4_shuv2")
-        rate, epochs = (0.01, 960 if shuffle_from_resnet else 480) if light else (0.025, 240)
-    assert rate == solver.LR
-    assert (solver.WEIGHT_DECAY, solver.MOMENTUM, solver.BATCH_SIZE, solver.TYPE) == (5e-4, 0.9, 64, "SGD")
-    schedule = (360, [150, 180, 210, 270]) if path.parent.name.endswith("_lt") else (epochs, [150, 180, 210])
-    assert schedule == (solver.EPOCHS, solver.LR_DECAY_STAGES)
-    assert solver.LR_DECAY_RATE == 0.1
+    for path in paths:
+        cfg = config(path)
+        light, solver = cfg.DISTILLER.STUDENT in LIGHT, cfg.SOLVER
+        rate, epochs = (0.01 if light else 0.05), 240
+        if path.parent.name == "mlkd":  # its authors' recipe
+            shuffle_from_resnet = path.stem in ("res32x4_shuv1", "res32x4_shuv2")
+            rate, epochs = (0.01, 960 if shuffle_from_resnet else 480) if light else (0.025, 240)
+        assert rate == solver.LR, short(path)
+        fixed = (solver.WEIGHT_DECAY, solver.MOMENTUM, solver.BATCH_SIZE, solver.TYPE)
+        assert fixed == (5e-4, 0.9, 64, "SGD"), short(path)
+        schedule = (360, [150, 180, 210, 270]) if path.parent.name.endswith("_lt") else (epochs, [150, 180, 210])
+        assert schedule == (solver.EPOCHS, solver.LR_DECAY_STAGES), short(path)
+        assert solver.LR_DECAY_RATE == 0.1, short(path)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +429,7 @@ def test_the_recipe_on_cifar100(path):
 )
 def test_the_strategies_of_dist_plus(name, expected):
     """Tab. 2."""
-    cfg = load_config(CONFIGS / "imagenet" / f"{name}.yaml")
+    cfg = config(CONFIGS / "imagenet" / f"{name}.yaml")
     solver, data = cfg.SOLVER, cfg.DATASET
     found = (solver.EPOCHS, solver.BATCH_SIZE, solver.LR, solver.TYPE, solver.WEIGHT_DECAY, solver.LR_SCHEDULE)
     assert (*found, data.LABEL_SMOOTHING, solver.EMA_DECAY, data.RANDAUGMENT) == expected
@@ -359,8 +438,20 @@ def test_the_strategies_of_dist_plus(name, expected):
 
 
 def test_no_two_configs_share_a_folder():
-    folders = [experiment_name(load_config(path)) for path in PAIR_FILES]
+    folders = [experiment_name(config(path)) for path in PAIR_FILES]
     assert len(set(folders)) == len(folders)
+
+
+def test_the_config_that_trains_a_network_may_inherit_its_name(tmp_path, monkeypatch):
+    """Else a missing teacher's message does not say how to train it."""
+    folder = tmp_path / "configs" / "digits" / "vanilla"
+    folder.mkdir(parents=True)
+    write(folder / "_method_.yaml", DISTILLER={"TYPE": "NONE", "STUDENT": "resnet20"})
+    write(folder / "other.yaml", _BASE_="_method_.yaml", DISTILLER={"STUDENT": "resnet8"})
+    write(folder / "res20.yaml", _BASE_="_method_.yaml", EXPERIMENT={"TAG": "a"})
+    monkeypatch.chdir(tmp_path)
+    assert training_recipe("digits", "resnet20") == Path("configs/digits/vanilla/res20.yaml")
+    assert training_recipe("digits", "resnet110") is None
 
 
 def test_mdistillers_file_names_are_one_line_children():
@@ -373,7 +464,7 @@ def test_mdistillers_file_names_are_one_line_children():
 def networks() -> list[tuple[str, str]]:
     """Data set and name of every teacher and student of the configs."""
     found = set()
-    for cfg in map(load_config, FILES):
+    for cfg in map(config, FILES):
         found |= {(cfg.DATASET.TYPE, cfg.DISTILLER.STUDENT), (cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER)}
     return sorted(found)
 

@@ -83,13 +83,17 @@ class ConfigNode(CfgNode):
         """Called with what is about to be merged; may add what it needs."""
 
     def merge_from_file(self, cfg_filename: str | os.PathLike[str]) -> None:
-        """Merge a YAML file, the files that its ``_BASE_`` names first.
+        """Merge a YAML file.
+
+        The files that its ``_BASE_`` names are merged first, in their order, each behind its own bases. A file that
+        several of them build on is merged once, before all of these. In a text, ``{KEY}`` stands for the value so far:
+        ``TAG: "{TAG},lt"`` adds a word to the tag of the bases.
 
         Raises:
             InputError: a file that is missing, is no YAML mapping, or inherits from itself; an unknown key;
                 a value of the wrong type.
         """
-        files = _read_with_bases(Path(cfg_filename))
+        files = _read_with_bases(Path(cfg_filename)).values()
         self.before_merge([tree for _, tree in files])
         for path, tree in files:
             self._merge(tree, source=str(path))
@@ -140,6 +144,8 @@ class ConfigNode(CfgNode):
             if key not in self and not untyped:
                 full_key = ".".join([full_key, *_only_path(value)])
                 raise InputError(f"{source}: unknown config key {full_key!r}; {_keys_nearby(full_key, root)}")
+            if isinstance(value, str) and isinstance(self.get(key), str):
+                value = value.replace(f"{{{key}}}", self[key])
             if isinstance(self.get(key), CfgNode):
                 if not isinstance(self[key], ConfigNode):  # a script put a plain yacs node here
                     self[key] = ConfigNode(self[key])
@@ -248,8 +254,8 @@ def _keys(node: CfgNode, prefix: str = "") -> list[str]:
     return keys
 
 
-def _read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
-    """The file's tree behind those of its bases, in the order in which they are merged."""
+def _read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> dict[Path, tuple[Path, dict[str, Any]]]:
+    """The file's path and tree behind those of its bases, by resolved path, in the order in which they are merged."""
     where = f" (the {BASE_KEY} of {below[-1]})" if below else ""
     resolved = path.resolve()
     if resolved in [p.resolve() for p in below]:
@@ -266,10 +272,10 @@ def _read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> list[tuple[Pat
     bases = [bases] if isinstance(bases, str) else bases
     if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
         raise InputError(f"config file {path}{where}: {BASE_KEY} takes a file or a list of files, got {bases!r}")
-    files: list[tuple[Path, dict[str, Any]]] = []
+    files: dict[Path, tuple[Path, dict[str, Any]]] = {}
     for base in bases:
-        files += _read_with_bases(path.parent / base, (*below, path))
-    return [*files, (path, tree)]
+        files |= _read_with_bases(path.parent / base, (*below, path))  # one that is there already keeps its place
+    return files | {resolved: (path, tree)}
 
 
 def files_nearby(path: Path) -> str:

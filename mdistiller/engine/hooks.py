@@ -29,6 +29,7 @@ from mdistiller.functional.mixing import class_numbers
 from mdistiller.messages import log_msg, say, warn
 
 from .batch import images_of
+from .deployed import deploys_whole
 from .evaluate import Evaluation, evaluate, hits_at
 from .folder.checkpoint import (
     CheckpointError,
@@ -84,7 +85,7 @@ class Hook:
     def close(self) -> None: ...
 
     def modules(self) -> list[torch.nn.Module]:
-        """Copies of the student that the hook keeps."""
+        """Copies of the deployed network that the hook trains along with it."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,27 +254,25 @@ class Clock(Hook):
 
 
 class WeightAverage(Hook):
-    """Exponential moving average of the student (``SOLVER.EMA_DECAY``), BatchNorm statistics included."""
+    """Exponential moving average of the deployed network (``SOLVER.EMA_DECAY``), BatchNorm statistics included."""
 
     def __init__(self, trainer: BaseTrainer) -> None:
         super().__init__(trainer)
         decay = trainer.cfg.SOLVER.EMA_DECAY
-        self.average = AveragedModel(
-            trainer.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
-        )
+        self.average = AveragedModel(trainer.deployed, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
     @property
-    def student(self) -> torch.nn.Module:
+    def network(self) -> torch.nn.Module:
         return self.average.module
 
     def after_step(self, output: StepOutput) -> None:
-        self.average.update_parameters(self.trainer.distiller.student)
+        self.average.update_parameters(self.trainer.deployed)
 
     def modules(self) -> list[torch.nn.Module]:
-        return [self.student]
+        return [self.network]
 
     def after_train(self) -> None:
-        state = {"model": self.student.state_dict()}
+        state = {"model": self.network.state_dict()}
         distributed.on_first_process(lambda: save_checkpoint(state, self.trainer.folder / "student_ema"))
 
     def state_dict(self) -> dict[str, Any]:
@@ -286,7 +285,7 @@ class WeightAverage(Hook):
 
 
 class Evaluate(Hook):
-    """Scores the student every ``LOG.EVAL_FREQ`` epochs and after the last, and keeps last, best and mean.
+    """Scores the deployed network every ``LOG.EVAL_FREQ`` epochs and after the last, and keeps last, best and mean.
 
     *Last* is the honest headline. *Best* is picked on the validation split where there is one, else on the
     test split, and says so.
@@ -300,14 +299,25 @@ class Evaluate(Hook):
         self.scores: list[tuple[float, float]] = []  # top-1 and top-5 of each evaluation
         self.prefix = "val" if trainer.test_loader is not None else "test"
         self.is_best = False
-        self.best_fingerprint = 0  # of the student in student_best
+        self.best_fingerprint = 0  # of the network in student_best
+
+    def before_train(self) -> None:
+        if deploys_whole(type(self.trainer.distiller)):
+            method = type(self.trainer.distiller).__name__
+            warn(
+                f"{method} predicts by its own forward_test and does not say which network that is: the whole method "
+                f"is scored, averaged and saved as the student. Define deployed(self) in {method}: it returns the "
+                "network that predicts, self.student where forward_test calls nothing else"
+            )
+        # Copied before the first step, because a method may keep tensors of a step, and these cannot be copied.
+        self.best = copy.deepcopy(self.trainer.deployed) if self.trainer.test_loader is not None else None
 
     def after_epoch(self) -> None:
         trainer, self.is_best = self.trainer, False
         if trainer.epoch % trainer.cfg.LOG.EVAL_FREQ and trainer.epoch != trainer.cfg.SOLVER.EPOCHS:
             return
         start = time.perf_counter()
-        result = self.score(trainer.distiller, trainer.val_loader)
+        result = self.score(trainer.deployed, trainer.val_loader)
         trainer.row.update(
             {
                 f"{self.prefix}_acc": result.top1,
@@ -316,7 +326,7 @@ class Evaluate(Hook):
             }
         )
         if self.weight_average is not None:
-            ema = self.score(self.weight_average.student, trainer.val_loader)
+            ema = self.score(self.weight_average.network, trainer.val_loader)
             trainer.row[f"{self.prefix}_acc_ema"] = ema.top1
             trainer.results["ema"] = _as_dict(ema, trainer.epoch, self.prefix)
         self.clock.seconds["evaluation"] += time.perf_counter() - start
@@ -333,7 +343,7 @@ class Evaluate(Hook):
             "top1", -1.0
         ):  # a tie goes to the later, as in mdistiller
             self.is_best = True
-            self.best_fingerprint = fingerprint(trainer.distiller.student.state_dict())
+            self.best_fingerprint = fingerprint(trainer.deployed.state_dict())
             trainer.results["best"] = _as_dict(result, trainer.epoch, self.prefix)
         recent = [top1 for top1, _ in self.scores[-trainer.cfg.LOG.MEAN_OF_LAST :]]
         trainer.results["mean_of_last"] = {
@@ -348,11 +358,11 @@ class Evaluate(Hook):
         trainer = self.trainer
         if trainer.test_loader is None:
             return
-        results, scored = trainer.results, {"last": self.score(trainer.distiller, trainer.test_loader)}
+        results, scored = trainer.results, {"last": self.score(trainer.deployed, trainer.test_loader)}
         if self.weight_average is not None:
-            scored["ema"] = self.score(self.weight_average.student, trainer.test_loader)
+            scored["ema"] = self.score(self.weight_average.network, trainer.test_loader)
         try:
-            scored["best"] = self.score(self._best_student(results["best"]["epoch"]), trainer.test_loader)
+            scored["best"] = self.score(self._best_network(results["best"]["epoch"]), trainer.test_loader)
         except CheckpointError as error:
             warn(f"the best student is not scored on the test images: {error}", "EVAL")
             results["best"]["problem"] = str(error)
@@ -362,14 +372,18 @@ class Evaluate(Hook):
             results[key] = _as_dict(score, results[key]["epoch"], "test")
         results["best"]["picked_on"] = "validation"
 
-    def _best_student(self, epoch: int) -> torch.nn.Module:
-        """A copy of the student with the weights of its best epoch; the student itself may be saved meanwhile."""
-        student = copy.deepcopy(self.trainer.distiller.student)
-        distributed.on_first_process(lambda: load_into(student, self.trainer.folder / "student_best", "student"))
-        distributed.broadcast_state(student)
-        if fingerprint(student.state_dict()) != self.best_fingerprint:
-            raise CheckpointError(f"{self.trainer.folder / 'student_best'} is not the student of epoch {epoch}")
-        return student
+    def _best_network(self, epoch: int) -> torch.nn.Module:
+        """The deployed network of the best epoch; the trained one stays as it is and may be saved meanwhile."""
+        path, best = self.trainer.folder / "student_best", self.best
+
+        def load() -> None:
+            load_into(best, path, "student")
+            if fingerprint(best.state_dict()) != self.best_fingerprint:
+                raise CheckpointError(f"{path} is not the student of epoch {epoch}")
+
+        distributed.on_first_process(load)
+        distributed.broadcast_state(best)
+        return best
 
     def state_dict(self) -> dict[str, Any]:
         return {"scores": self.scores, "best_fingerprint": self.best_fingerprint}
@@ -504,7 +518,7 @@ class Checkpoints(Hook):
             names.append(str(finished))
         if self.evaluation.is_best:
             names.append("best")
-        state, student = trainer.state_dict(), {"model": trainer.distiller.student.state_dict()}
+        state, student = trainer.state_dict(), {"model": trainer.deployed.state_dict()}
 
         def save() -> None:
             for name in names:

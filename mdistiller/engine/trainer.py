@@ -21,6 +21,7 @@ from mdistiller.registry import InputError, Registry
 
 from .batch import to_batch
 from .config.experiment import changed_keys
+from .deployed import deployed_network
 from .explain import check_batches, contract_explained, read_output
 from .folder.checkpoint import CheckpointError, load_checkpoint, previous
 from .folder.state import check_optimizer_fit, fitting_state, trained_state
@@ -106,6 +107,11 @@ class BaseTrainer:
 
     def init_optimizer(self, cfg: Any) -> torch.optim.Optimizer:
         return build_optimizer(cfg, self.distiller)
+
+    @property
+    def deployed(self) -> nn.Module:
+        """The network that is scored, averaged and saved as the student."""
+        return deployed_network(self.distiller)
 
     @property
     def steps_per_epoch(self) -> int:

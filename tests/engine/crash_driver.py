@@ -33,7 +33,7 @@ def arm(moment, count, number):
         check = hooks.StopSignals.check
 
         def check_in_evaluation(self):
-            if not self.trainer.distiller.training:
+            if not self.trainer.distiller.student.training:
                 strike()
             check(self)
 

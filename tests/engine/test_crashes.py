@@ -229,19 +229,19 @@ def test_a_student_best_of_another_run_is_not_scored(tmp_path, capsys):
     assert results["last"]["split"] == "test"
 
 
-def test_a_signal_while_the_best_student_is_scored_leaves_the_last_one_alone(tmp_path):
+def test_a_signal_while_the_best_network_is_scored_leaves_the_last_one_alone(tmp_path):
     values = {"DATASET__VAL_FRACTION": 0.2, "SOLVER__EMA_DECAY": 0.5}
     expected = make_trainer(tmp_path / "whole", **values).train()
     trainer = make_trainer(tmp_path / "struck", **values)
     stop = next(hook for hook in trainer.hooks if isinstance(hook, hooks.StopSignals))
-    best_student = hooks.Evaluate._best_student
+    best_network = hooks.Evaluate._best_network
 
     def strike(self, epoch):
         stop.received = signal.SIGINT
-        return best_student(self, epoch)
+        return best_network(self, epoch)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(hooks.StopRequested):
-        patch.setattr(hooks.Evaluate, "_best_student", strike)
+        patch.setattr(hooks.Evaluate, "_best_network", strike)
         trainer.train()
     assert json.loads((trainer.folder / "results.json").read_text())["status"] == "stopped"
     resumed = make_trainer(tmp_path / "struck", **values).train(resume=True)

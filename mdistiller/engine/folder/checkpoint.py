@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mdistiller.messages import say
 from mdistiller.registry import InputError
 
 
@@ -282,11 +283,15 @@ def _damaged(path: Path, reason: str) -> str:
     )
 
 
-def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def load_weights(path: str | os.PathLike[str], whole: bool = False) -> dict[str, Tensor]:
     """A model's state dict from a file: ``{"model": state_dict}``, ``{"state_dict": ...}`` or the dict itself.
 
     ``module.`` in front of every key, as DataParallel writes it, is dropped. Of a distiller (``latest``, ``best``) it
     is the student.
+
+    Args:
+        path: the file.
+        whole: keep all of a distiller.
 
     Raises:
         CheckpointError: see :func:`load_checkpoint`; or a file that holds no state dict.
@@ -301,9 +306,16 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise CheckpointError(f"checkpoint {path} holds no state dict under 'model'; found: {found}")
     if all(key.startswith("module.") for key in content):
         content = {key.removeprefix("module."): value for key, value in content.items()}
-    if any(key.startswith("student.") for key in content):  # latest, best: a whole distiller
+    if _has_student(content) and not whole:  # latest, best: a whole distiller
+        others = {key.split(".")[0] for key in content} - {"student", "teacher"}
+        if others:
+            say(f"{path} holds a whole method; its student is taken, without {', '.join(sorted(others))}")
         content = {key.removeprefix("student."): v for key, v in content.items() if key.startswith("student.")}
     return dict(content)
+
+
+def _has_student(state: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith("student.") for key in state)
 
 
 def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
@@ -353,6 +365,6 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], what: str) -> None
     Raises:
         CheckpointError: the file cannot be read or does not fit.
     """
-    state = load_weights(path)
+    state = load_weights(path, whole=_has_student(model.state_dict()))
     check_fit(model.state_dict(), state, f"checkpoint {path} for {what}")
     model.load_state_dict(state)

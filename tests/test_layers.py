@@ -11,10 +11,11 @@ import pytest
 from cli_runner import ROOT
 
 # Each part of the package and what it may import of it. Parts that stand side by side do not know each other.
-NETWORKS_AND_DATA = {"registry", "contract", "functional", "messages"}
+NETWORKS_AND_DATA = {"registry", "options", "contract", "functional", "messages"}
 BELOW_ENGINE = NETWORKS_AND_DATA | {"distillers", "dataset", "models"}
 MAY_IMPORT = {
     "registry": set(),
+    "options": {"registry"},
     "contract": {"registry"},
     "functional": {"registry"},
     "messages": {"functional"},

@@ -55,7 +55,7 @@ class DataSet:
         dict[str, View]
     ]  # "weak": what a method gets that asks for "image"; "plain": the same in each epoch; "test" where there is one
     in_files: ClassVar[bool] = False  # images are decoded batch by batch, instead of lying in memory
-    defaults: ClassVar[dict[str, Any]] = {}  # keys of its own, in the section DATASET.<NAME>
+    defaults: ClassVar[dict[str, Any]] = {}  # options (mdistiller/options.py) of its own section, DATASET.<NAME>
 
     @classmethod
     def load(cls, root: Path, image_size: int, download: bool, **options: Any) -> tuple[Split, Split]:

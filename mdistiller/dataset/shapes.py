@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.functional import draws
-from mdistiller.registry import InputError
+from mdistiller.options import Option
 
 from .base import DataSet, Split, register_dataset
 from .randaugment import RandAugment
@@ -52,18 +52,15 @@ class Shapes(DataSet):
         "strong": (RandomCrop(), HorizontalFlip(), RandAugment(n=2), Cutout()),
         **rotations((RandomCrop(), HorizontalFlip())),
     }
-    defaults: ClassVar[dict[str, int]] = {"TRAIN_SIZE": 20_000, "TEST_SIZE": 2_000}
+    defaults: ClassVar[dict[str, Option]] = {
+        "TRAIN_SIZE": Option(20_000, "training images", at_least=num_classes, role="data"),
+        "TEST_SIZE": Option(2_000, "test images", at_least=num_classes, role="data"),
+    }
 
     @classmethod
     def load(
         cls, root: Path, image_size: int, download: bool, train_size: int = 20_000, test_size: int = 2_000
     ) -> tuple[Split, Split]:
-        for key, size in (("TRAIN_SIZE", train_size), ("TEST_SIZE", test_size)):
-            if size < cls.num_classes:
-                raise InputError(
-                    f"DATASET.SHAPES.{key}={size} leaves some of the {cls.num_classes} classes without an image; "
-                    f"give at least {cls.num_classes}"
-                )
         return draw_split("train", train_size, image_size), draw_split("test", test_size, image_size)
 
 

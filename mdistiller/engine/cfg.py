@@ -1,14 +1,14 @@
-"""The configuration: every key, its default and its meaning.
+"""The configuration: every key, its default, meaning, range and role.
 
-``CFG`` is the tree of defaults (mdistiller's keys and values where it has them). Each method's section comes
-from its own file. ``load_config`` makes a checked copy; mdistiller's way, ``CFG.merge_from_file(...)`` on the
-global tree, works too.
+``CFG`` is the tree of the defaults, plain values (mdistiller's keys and values where it has them). Each method's
+section comes from its own file. ``load_config`` makes a checked copy; mdistiller's way, ``CFG.merge_from_file(...)`` on
+the global tree, works too.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -19,9 +19,11 @@ from mdistiller.dataset.build import LOADERS
 from mdistiller.dataset.fields import chosen_recipes
 from mdistiller.distillers import distiller_dict
 from mdistiller.messages import say
+from mdistiller.options import OPTIONS, Option, options_of, options_of_dataset, options_of_method, weight
 from mdistiller.plugins import load_methods, method_file
 from mdistiller.registry import InputError, suggestion
 
+from .config.experiment import flatten, relevant_part
 from .config.node import ConfigNode as CN
 from .forwards.cache import check_cacheable
 from .forwards.compile import COMPILE_MODES, COMPILED
@@ -73,113 +75,145 @@ class ConfigTree(CN):
                 self.allow_key(key)
 
 
+# fmt: off
+OPTIONS |= {
+    "EXPERIMENT.PROJECT": Option("distill", "a run's folder is LOG.PREFIX/PROJECT/(NAME or TAG)", role="place"),
+    "EXPERIMENT.NAME": Option("", "the run's folder; empty: TAG", role="place"),
+    "EXPERIMENT.TAG": Option("default", "comma-separated words", role="place"),
+    "EXPERIMENT.SEED": Option(0, "weights, order of images, augmentation, splits",
+                              at_least=0, at_most=2**63 - 1, role="data"),
+    "EXPERIMENT.LOGIT_STAND": Option(False, "LSKD: standardise each image's logits before they are compared"),
+
+    "DATASET.TYPE": Option("cifar100", "the data set", one_of=dataset_dict, role="data"),
+    "DATASET.ROOT": Option("./data", "folder of the files of all data sets", role="place"),
+    "DATASET.DOWNLOAD": Option(True, "fetch what is missing, where the data set can be fetched", role="place"),
+    "DATASET.IMAGE_SIZE": Option(0, "pixels a side; 0: the data set's own", at_least=0, role="data"),
+    "DATASET.LOADER": Option("auto", "where batches are made. device: where the networks run; workers: in CPU "
+                             "processes; auto: device on a GPU or with NUM_WORKERS 0", one_of=LOADERS, role="speed"),
+    "DATASET.NUM_WORKERS": Option(2, "processes of LOADER workers", at_least=0, role="speed"),
+    "DATASET.VIEW_WEAK": Option("weak", "recipe for the fields image and image_weak: weak, strong, plain (no "
+                                "augmentation), or another of the data set's", role="data"),
+    "DATASET.VIEW_STRONG": Option("strong", "recipe for the field image_strong; two views of one recipe differ",
+                                  role="data"),
+    "DATASET.STRONG_N": Option(2, "RandAugment's operations in the strong recipe", at_least=0, role="data"),
+    "DATASET.TRAIN_FRACTION": Option(1.0, "share of the training images that is used, the same of each class",
+                                     above=0, at_most=1, role="data"),
+    "DATASET.TRAIN_PER_CLASS": Option(0, "or: this many of each class; 0: all", at_least=0, role="data"),
+    "DATASET.VAL_FRACTION": Option(0.0, "share of the training images held out to pick the best epoch on",
+                                   at_least=0, below=1, role="data"),
+    "DATASET.COLOR_JITTER": Option(0.0, "behind the weak view: brightness, contrast, saturation change by up to this "
+                                   "share", at_least=0, at_most=1, role="data", varies=True),
+    "DATASET.RANDAUGMENT": Option(0, "then: so many operations of RandAugment", at_least=0, role="data", varies=True),
+    "DATASET.RANDOM_ERASING": Option(0.0, "then: probability of painting a rectangle over with noise",
+                                     at_least=0, at_most=1, role="data", varies=True),
+    "DATASET.MIXUP_ALPHA": Option(0.0, "blend images and labels of a batch, shares from Beta(alpha, alpha); 0: not",
+                                  at_least=0, role="data", varies=True),
+    "DATASET.CUTMIX_ALPHA": Option(0.0, "paste rectangles; with both, each image is treated by one of them",
+                                   at_least=0, role="data", varies=True),
+    "DATASET.LABEL_SMOOTHING": Option(0.0, "share of each label that is spread over all classes",
+                                      at_least=0, below=1, role="data"),
+    "DATASET.TEST.BATCH_SIZE": Option(64, "of each process, where several train", at_least=1, role="speed"),
+
+    "DISTILLER.TYPE": Option("NONE", "the method; NONE: plain training", one_of=distiller_dict),
+    "DISTILLER.TEACHER": Option("ResNet50", "the teacher's architecture"),
+    "DISTILLER.TEACHER_CKPT": Option("", "the teacher's weights; empty: where its public weights are unpacked",
+                                     role="place"),
+    "DISTILLER.STUDENT": Option("resnet32", "the student's architecture"),
+    "DISTILLER.PLUGINS": Option([], "method files from elsewhere, as paths; see mdistiller/plugins.py", resumable=True),
+    "DISTILLER.ADD_KD": weight(0.0, "of a KD term beside any method's own; see mdistiller/engine/added_kd.py"),
+    "DISTILLER.ADD_KD_TEMPERATURE": Option(4.0, "of that term", above=0),
+
+    "SOLVER.TRAINER": Option("base", "base; dot: two momenta, see mdistiller/engine/dot.py; other names are base too",
+                             one_of=trainer_dict),
+    "SOLVER.DOT.DELTA": Option(0.075, "dot: by how much the distillation's momentum is above MOMENTUM, and the task's "
+                               "below", resumable=True),
+    "SOLVER.BATCH_SIZE": Option(64, "of all processes together, where several train; LR belongs to it",
+                                at_least=1, role="data"),
+    "SOLVER.GATHER": Option(False, "several processes: the method sees the batch of all, not only its own images",
+                            resumable=True),
+    "SOLVER.BATCH_NORM": Option("local", "several processes: statistics of the own images (local) or of all (sync)",
+                                one_of=BATCH_NORMS, resumable=True),
+    "SOLVER.DROP_LAST": Option(False, "leave out the last batch of an epoch where it is smaller", role="data"),
+    "SOLVER.EPOCHS": Option(240, "how often all images are seen", at_least=1, resumable=True),
+    "SOLVER.TYPE": Option("SGD", "the optimiser", one_of=("SGD", "AdamW", "RMSProp")),
+    "SOLVER.LR": Option(0.05, "learning rate", above=0, resumable=True),
+    "SOLVER.LR_RULE": Option("none", "linear, sqrt: rates grow so with BATCH_SIZE / LR_BATCH_SIZE",
+                             one_of=LR_RULES, resumable=True),
+    "SOLVER.LR_BATCH_SIZE": Option(64, "the batch size that LR, WARMUP_LR and LR_MIN are meant for; LR_RULE none: any",
+                                   at_least=1, resumable=True),
+    "SOLVER.MOMENTUM": Option(0.9, "of SGD and RMSProp", at_least=0, below=1, resumable=True),
+    "SOLVER.NESTEROV": Option(False, "of SGD", resumable=True),
+    "SOLVER.BETAS": Option((0.9, 0.999), "of AdamW", at_least=0, below=1, resumable=True,
+                           holds=(lambda betas: len(betas) == 2, "two numbers")),
+    "SOLVER.ALPHA": Option(0.99, "RMSProp: decay of the squared gradients", at_least=0, below=1, resumable=True),
+    "SOLVER.EPS": Option(1e-8, "of AdamW and RMSProp", above=0, resumable=True),
+    "SOLVER.WEIGHT_DECAY": Option(0.0001, "of all weights", at_least=0, resumable=True),
+    "SOLVER.LR_SCHEDULE": Option("step", "how the rate falls", one_of=("step", "cosine", "exponential"),
+                                 resumable=True),
+    "SOLVER.LR_DECAY_STAGES": Option([150, 180, 210], "step: the epochs after which the rate falls", resumable=True),
+    "SOLVER.LR_DECAY_RATE": Option(0.1, "step: factor at each stage; exponential: factor every LR_DECAY_EPOCHS epochs",
+                                   above=0, resumable=True),
+    "SOLVER.LR_DECAY_EPOCHS": Option(1.0, "exponential: epochs for one factor", above=0, resumable=True),
+    "SOLVER.LR_MIN": Option(0.0, "cosine: rate at the end", at_least=0, resumable=True),
+    "SOLVER.WARMUP_EPOCHS": Option(0, "linear, step by step, from WARMUP_LR up to LR", at_least=0, resumable=True),
+    "SOLVER.WARMUP_LR": Option(0.0, "rate at the start of the warm-up", at_least=0, resumable=True),
+    "SOLVER.DEVICE": Option("auto", "auto: the GPU where there is one; else as torch names it: cpu, cuda, cuda:1",
+                            role="speed"),
+    "SOLVER.AMP": Option("off", "off: float32; fp16: GPU only", one_of=("off", "bf16", "fp16"), resumable=True),
+    "SOLVER.CHANNELS_LAST": Option(False, "memory layout NHWC: faster convolutions, above all with AMP", role="speed"),
+    "SOLVER.FAST_TEACHER": Option(True, "BatchNorms of the frozen teacher folded into its convolutions; equal but for "
+                                  "rounding", role="speed"),
+    "SOLVER.CACHE_TEACHER": Option(False, "the teacher's outputs computed once and kept in memory; needs "
+                                   "DATASET.VIEW_WEAK plain", role="speed"),
+    "SOLVER.COMPILE": Option("off", "torch.compile. teacher; all: student and teacher", one_of=COMPILED, role="speed"),
+    "SOLVER.COMPILE_MODE": Option("default", "of torch.compile; reduce-overhead: CUDA graphs",
+                                  one_of=COMPILE_MODES, role="speed"),
+    "SOLVER.EMA_DECAY": Option(0.0, "exponential moving average of the student's weights, per step; 0: none",
+                               at_least=0, below=1, resumable=True),
+
+    "LOG.PREFIX": Option("./output", "folder of all runs", role="place"),
+    "LOG.EVAL_FREQ": Option(1, "evaluate every so many epochs, and after the last", at_least=1, role="place"),
+    "LOG.MEAN_OF_LAST": Option(5, "results.json gives the mean accuracy of the last so many evaluations",
+                               at_least=1, role="place"),
+    "LOG.SAVE_CHECKPOINT_FREQ": Option(40, "keep epoch_N and student_N every so many epochs; 0: never",
+                                       at_least=0, role="place"),
+    "LOG.SAVE_EVERY_STEPS": Option(0, "besides after each epoch, save latest every so many steps; 0: not",
+                                   at_least=0, role="place"),
+    "LOG.SAVE_EVERY_MINUTES": Option(0.0, "or every so many minutes; 0: not", at_least=0, role="place"),
+    "LOG.TENSORBOARD_FREQ": Option(500, "besides the values of each epoch, loss and rate every so many steps; 0: never",
+                                   at_least=0, role="place"),
+    "LOG.PROGRESS": Option("auto", "progress bar; auto: on a terminal only", one_of=("auto", "on", "off"),
+                           role="place"),
+    "LOG.WANDB": Option(False, "log to Weights & Biases too", role="place"),
+}
+# fmt: on
+
 CFG = ConfigTree()
-
-CFG.EXPERIMENT = CN()
-CFG.EXPERIMENT.PROJECT = "distill"  # a run's folder is LOG.PREFIX/PROJECT/(NAME or TAG)
-CFG.EXPERIMENT.NAME = ""
-CFG.EXPERIMENT.TAG = "default"  # comma-separated words; {TAG} in a config stands for those of its bases
-CFG.EXPERIMENT.SEED = 0  # weights, order of images, augmentation, splits
-CFG.EXPERIMENT.LOGIT_STAND = False  # LSKD: standardise each image's logits before they are compared
-
-CFG.DATASET = CN()
-CFG.DATASET.TYPE = "cifar100"
-CFG.DATASET.ROOT = "./data"
-CFG.DATASET.DOWNLOAD = True  # fetch what is missing, where the data set can be fetched
-CFG.DATASET.IMAGE_SIZE = 0  # pixels a side; 0: the data set's own
-CFG.DATASET.LOADER = "auto"  # where batches are made: device: where the networks run; workers: on the CPU
-CFG.DATASET.NUM_WORKERS = 2  # processes of LOADER workers; LOADER auto: device on a GPU or where this is 0
-CFG.DATASET.VIEW_WEAK = "weak"  # recipe of the weak view, image and image_weak: strong, plain (nothing changed), ...
-CFG.DATASET.VIEW_STRONG = "strong"  # recipe of the strong view, image_strong; views differ even if recipes do not
-CFG.DATASET.STRONG_N = 2  # RandAugment's operations in the strong recipe
-CFG.DATASET.TRAIN_FRACTION = 1.0  # share of the training images that is used, the same of each class
-CFG.DATASET.TRAIN_PER_CLASS = 0  # or: this many of each class; 0: all
-CFG.DATASET.VAL_FRACTION = 0.0  # share of the training images held out to pick the best epoch on
-CFG.DATASET.COLOR_JITTER = 0.0  # behind the weak view: brightness, contrast, saturation change by up to this share
-CFG.DATASET.RANDAUGMENT = 0  # then: so many operations of RandAugment
-CFG.DATASET.RANDOM_ERASING = 0.0  # then: probability of painting a rectangle over with noise
-CFG.DATASET.MIXUP_ALPHA = 0.0  # blend images and labels of a batch, shares from Beta(alpha, alpha); 0: not
-CFG.DATASET.CUTMIX_ALPHA = 0.0  # paste rectangles; with both, each image is treated by one of them
-CFG.DATASET.LABEL_SMOOTHING = 0.0  # share of each label that is spread over all classes
-CFG.DATASET.TEST = CN()
-CFG.DATASET.TEST.BATCH_SIZE = 64  # of each process, where several train
-
-CFG.DISTILLER = CN()
-CFG.DISTILLER.TYPE = "NONE"  # plain training
-CFG.DISTILLER.TEACHER = "ResNet50"
-CFG.DISTILLER.TEACHER_CKPT = ""  # the teacher's weights; empty: where its public weights are unpacked
-CFG.DISTILLER.STUDENT = "resnet32"
-CFG.DISTILLER.PLUGINS = []  # method files from elsewhere, as paths; see mdistiller/plugins.py
-CFG.DISTILLER.ADD_KD = 0.0  # weight of a KD term beside any method's own; see mdistiller/engine/added_kd.py
-CFG.DISTILLER.ADD_KD_TEMPERATURE = 4.0
-
-CFG.SOLVER = CN()
-CFG.SOLVER.TRAINER = "base"  # base; dot: two momenta, see mdistiller/engine/dot.py
-CFG.SOLVER.DOT = CN()
-CFG.SOLVER.DOT.DELTA = 0.075  # dot: by how much the distillation's momentum is above MOMENTUM, and the task's below
-CFG.SOLVER.BATCH_SIZE = 64  # of all processes together, where several train; LR belongs to it
-CFG.SOLVER.GATHER = False  # several processes: the method sees the batch of all, not only its own images
-CFG.SOLVER.BATCH_NORM = "local"  # several processes: statistics of the own images (local) or of all (sync)
-CFG.SOLVER.DROP_LAST = False  # leave out the last batch of an epoch where it is smaller
-CFG.SOLVER.EPOCHS = 240
-CFG.SOLVER.TYPE = "SGD"  # SGD, AdamW, RMSProp
-CFG.SOLVER.LR = 0.05
-CFG.SOLVER.LR_RULE = "none"  # linear, sqrt: rates grow so with BATCH_SIZE / LR_BATCH_SIZE
-CFG.SOLVER.LR_BATCH_SIZE = 64  # the batch size that LR, WARMUP_LR and LR_MIN are meant for; LR_RULE none: any
-CFG.SOLVER.MOMENTUM = 0.9  # SGD, RMSProp
-CFG.SOLVER.NESTEROV = False  # SGD
-CFG.SOLVER.BETAS = (0.9, 0.999)  # AdamW
-CFG.SOLVER.ALPHA = 0.99  # RMSProp: decay of the squared gradients
-CFG.SOLVER.EPS = 1e-8  # AdamW, RMSProp
-CFG.SOLVER.WEIGHT_DECAY = 0.0001
-CFG.SOLVER.LR_SCHEDULE = "step"  # step, cosine, exponential
-CFG.SOLVER.LR_DECAY_STAGES = [150, 180, 210]  # step: the epochs after which the rate falls
-CFG.SOLVER.LR_DECAY_RATE = 0.1  # step: factor at each stage; exponential: factor every LR_DECAY_EPOCHS epochs
-CFG.SOLVER.LR_DECAY_EPOCHS = 1.0
-CFG.SOLVER.LR_MIN = 0.0  # cosine: rate at the end
-CFG.SOLVER.WARMUP_EPOCHS = 0  # linear, step by step, from WARMUP_LR up to LR
-CFG.SOLVER.WARMUP_LR = 0.0
-CFG.SOLVER.DEVICE = "auto"  # auto: the GPU where there is one; else as torch names it: cpu, cuda, cuda:1
-CFG.SOLVER.AMP = "off"  # off: float32; bf16; fp16 (GPU only)
-CFG.SOLVER.CHANNELS_LAST = False  # memory layout NHWC: faster convolutions, above all with AMP
-CFG.SOLVER.FAST_TEACHER = True  # BatchNorms of the frozen teacher folded into its convolutions; equal but for rounding
-CFG.SOLVER.CACHE_TEACHER = False  # its outputs computed once and kept in memory; needs DATASET.VIEW_WEAK plain
-CFG.SOLVER.COMPILE = "off"  # torch.compile: off; teacher; all: student and teacher
-CFG.SOLVER.COMPILE_MODE = "default"  # default; reduce-overhead: CUDA graphs; max-autotune
-CFG.SOLVER.EMA_DECAY = 0.0  # exponential moving average of the student's weights, per step; 0: none
-
-CFG.LOG = CN()
-CFG.LOG.PREFIX = "./output"
-CFG.LOG.EVAL_FREQ = 1  # evaluate every so many epochs, and after the last
-CFG.LOG.MEAN_OF_LAST = 5  # results.json gives the mean accuracy of the last so many evaluations
-CFG.LOG.SAVE_CHECKPOINT_FREQ = 40  # keep epoch_N and student_N every so many epochs; 0: never
-CFG.LOG.SAVE_EVERY_STEPS = 0  # besides after each epoch, save latest every so many steps; 0: not
-CFG.LOG.SAVE_EVERY_MINUTES = 0.0  # or every so many minutes; 0: not
-CFG.LOG.TENSORBOARD_FREQ = 500  # besides the values of each epoch, loss and rate every so many steps; 0: never
-CFG.LOG.PROGRESS = "auto"  # progress bar; auto: on a terminal only; on; off
-CFG.LOG.WANDB = False
 
 
 def _collect_sections() -> None:
-    """One section for each method, and below ``DATASET`` for each data set, that has defaults, as its file states."""
+    """Room for the library's options, below ``DATASET`` for each data set's, and in one section for each method's."""
+    _add(CFG, OPTIONS)
     for dataset in dataset_dict.values():
-        section = dataset.name.upper()
-        if dataset.defaults and section not in CFG.DATASET:
-            CFG.DATASET[section] = CN(copy.deepcopy(dataset.defaults))
+        _add(CFG, options_of_dataset(dataset))
     for method in distiller_dict.values():
         _add_section(CFG, method)
 
 
 def _add_section(cfg: CN, method: type) -> None:
-    """Make room for a method's defaults. Methods may share a section; each adds the keys that it alone has."""
-    for network in getattr(method, "networks", {}):
-        cfg.DISTILLER.setdefault(network.upper(), "")
-        cfg.DISTILLER.setdefault(f"{network.upper()}_CKPT", "")
-    if method.defaults is None:
-        return
-    section = cfg.setdefault(method.section, CN())
-    for key, value in CN(copy.deepcopy(method.defaults)).items():
-        section.setdefault(key, value)
+    """Make room for a method's options. Methods may share a section; each adds the keys that it alone has."""
+    if method.defaults is not None:
+        cfg.setdefault(method.section, CN())
+    _add(cfg, options_of_method(method))
+
+
+def _add(cfg: CN, options: dict[str, Option]) -> None:
+    """Enter the defaults of keys that are not there yet."""
+    for key, option in options.items():
+        node, (*sections, last) = cfg, key.split(".")
+        for section in sections:
+            node = node.setdefault(section, CN())
+        node.setdefault(last, copy.deepcopy(option.default))
 
 
 _collect_sections()
@@ -245,23 +279,9 @@ def show_cfg(cfg: CN) -> None:
     say(f"CONFIG:\n{relevant_part(cfg).dump()}")
 
 
-def relevant_part(cfg: CN) -> CN:
-    """The configuration without the sections of other methods."""
-    part = CN({key: cfg[key] for key in ("EXPERIMENT", "DATASET", "DISTILLER", "SOLVER", "LOG")})
-    section = getattr(distiller_dict.get(cfg.DISTILLER.TYPE), "section", cfg.DISTILLER.TYPE)
-    if section in cfg:
-        part[section] = cfg[section]
-    return part
-
-
 def experiment_name(cfg: CN) -> str:
     """``PROJECT/NAME``, or ``PROJECT/TAG`` where no name is given."""
     return "/".join(filter(None, [cfg.EXPERIMENT.PROJECT, cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG]))
-
-
-OPTIMIZERS = ("SGD", "AdamW", "RMSProp")
-SCHEDULES = ("step", "cosine", "exponential")
-PRECISIONS = ("off", "bf16", "fp16")
 
 
 def check_config(cfg: CN) -> None:
@@ -271,55 +291,18 @@ def check_config(cfg: CN) -> None:
         InputError: names the key, the value found and what is allowed.
     """
     load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)
-    _one_of(cfg, "DISTILLER.TYPE", distiller_dict, "method")
+    OPTIONS["DISTILLER.TYPE"].check("DISTILLER.TYPE", cfg.DISTILLER.TYPE)
     _check_method_settings(cfg)
+    options = options_of(cfg)
+    for key, value in flatten(relevant_part(cfg)).items():
+        if key in options:
+            options[key].check(key, value)
     if cfg.DISTILLER.ADD_KD and not contract_of(distiller_dict[cfg.DISTILLER.TYPE]).teacher:
         raise InputError(
             f"DISTILLER.ADD_KD {cfg.DISTILLER.ADD_KD} needs a teacher, which {cfg.DISTILLER.TYPE} has not; use KD or "
             "KD_TWO_VIEWS"
         )
     _check_mixed_labels(cfg)
-    _one_of(cfg, "DATASET.TYPE", dataset_dict, "data set")
-    _one_of(cfg, "DATASET.LOADER", LOADERS, "loader")
-    _one_of(cfg, "SOLVER.TRAINER", trainer_dict, "trainer")
-    _one_of(cfg, "SOLVER.TYPE", OPTIMIZERS, "optimiser")
-    _one_of(cfg, "SOLVER.LR_SCHEDULE", SCHEDULES, "schedule")
-    _one_of(cfg, "SOLVER.LR_RULE", LR_RULES, "rule")
-    _one_of(cfg, "SOLVER.AMP", PRECISIONS, "precision")
-    _one_of(cfg, "SOLVER.BATCH_NORM", BATCH_NORMS, "choice")
-    _one_of(cfg, "SOLVER.COMPILE", COMPILED, "choice")
-    _one_of(cfg, "SOLVER.COMPILE_MODE", COMPILE_MODES, "mode of torch.compile")
-    _one_of(cfg, "LOG.PROGRESS", ("auto", "on", "off"), "choice")
-    positive = (
-        "SOLVER.BATCH_SIZE", "SOLVER.LR_BATCH_SIZE", "SOLVER.EPOCHS", "DATASET.TEST.BATCH_SIZE",
-        "LOG.EVAL_FREQ", "LOG.MEAN_OF_LAST",
-    )  # fmt: skip
-    _each(cfg, positive, lambda v: v >= 1, "at least 1")
-    _each(
-        cfg,
-        ("SOLVER.LR", "SOLVER.LR_DECAY_RATE", "SOLVER.LR_DECAY_EPOCHS", "SOLVER.EPS", "DISTILLER.ADD_KD_TEMPERATURE"),
-        lambda v: v > 0,
-        "above 0",
-    )
-    not_negative = (
-        "SOLVER.WEIGHT_DECAY", "SOLVER.LR_MIN", "SOLVER.WARMUP_EPOCHS", "SOLVER.WARMUP_LR",
-        "DATASET.NUM_WORKERS", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_PER_CLASS", "DATASET.STRONG_N",
-        "LOG.SAVE_CHECKPOINT_FREQ", "LOG.SAVE_EVERY_STEPS", "LOG.SAVE_EVERY_MINUTES", "LOG.TENSORBOARD_FREQ",
-        "DISTILLER.ADD_KD", "DATASET.RANDAUGMENT", "DATASET.MIXUP_ALPHA", "DATASET.CUTMIX_ALPHA",
-    )  # fmt: skip
-    _each(cfg, not_negative, lambda v: v >= 0, "0 or more")
-    _each(cfg, ("DATASET.TRAIN_FRACTION",), lambda v: 0 < v <= 1, "above 0 and at most 1")
-    _each(cfg, ("DATASET.COLOR_JITTER", "DATASET.RANDOM_ERASING"), lambda v: 0 <= v <= 1, "from 0 to 1")
-    below_one = (
-        "DATASET.VAL_FRACTION",
-        "DATASET.LABEL_SMOOTHING",
-        "SOLVER.EMA_DECAY",
-        "SOLVER.MOMENTUM",
-        "SOLVER.ALPHA",
-    )
-    _each(cfg, below_one, lambda v: 0 <= v < 1, "0 or more and below 1")
-    _each(cfg, ("EXPERIMENT.SEED",), lambda v: 0 <= v < 2**63, "from 0 to 2^63 - 1")
-    _each(cfg, ("SOLVER.BETAS",), lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1")
     chosen_recipes(cfg, dataset_dict[cfg.DATASET.TYPE])
     if cfg.SOLVER.CACHE_TEACHER:
         check_cacheable(cfg)
@@ -381,16 +364,3 @@ def value_of(cfg: CN, key: str) -> Any:
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
-
-
-def _one_of(cfg: CN, key: str, allowed: Iterable[str], kind: str) -> None:
-    value = value_of(cfg, key)
-    if value not in allowed:
-        raise InputError(f"{key}: no {kind} named {value!r}; {suggestion(str(value), allowed)}")
-
-
-def _each(cfg: CN, keys: Iterable[str], holds: Callable[[Any], bool], allowed: str) -> None:
-    for key in keys:
-        value = value_of(cfg, key)
-        if not holds(value):
-            raise InputError(f"{key} must be {allowed}, got {value}")

@@ -1,8 +1,8 @@
 """A method's stage before training, computed once and kept in a file.
 
 A method takes part by ``Distiller.prepare``. With ``Distiller.preparation`` the result is kept: the settings that the
-method names, the teacher's weights, the data, the seed and the number format name the file, so that students of one
-teacher share it.
+method names, the options of the role ``data`` (the seed is one), the teacher's weights and the number format name the
+file, so that students of one teacher share it.
 
 Several processes compute it all alike, each on whole batches, as one process would; what the first one has, computed or
 read, is taken by all.
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import mdistiller
 from mdistiller.contract import contract_of
 from mdistiller.messages import say, warn
+from mdistiller.options import options_of
 
 from .batch import to_batch
 from .config.experiment import flatten
@@ -37,13 +38,6 @@ if TYPE_CHECKING:
     from .trainer import BaseTrainer
 
 FOLDER = "prepared"  # below LOG.PREFIX
-DEPENDS_ON = (
-    "DATASET.TYPE", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_FRACTION", "DATASET.TRAIN_PER_CLASS", "DATASET.VAL_FRACTION",
-    "DATASET.COLOR_JITTER", "DATASET.RANDAUGMENT", "DATASET.RANDOM_ERASING", "DATASET.MIXUP_ALPHA",
-    "DATASET.CUTMIX_ALPHA", "DATASET.LABEL_SMOOTHING",
-    "DATASET.VIEW_WEAK", "DATASET.VIEW_STRONG", "DATASET.STRONG_N",
-    "DISTILLER.TYPE", "DISTILLER.TEACHER", "EXPERIMENT.SEED", "SOLVER.BATCH_SIZE", "SOLVER.DROP_LAST", "SOLVER.AMP",
-)  # fmt: skip
 MESSAGE_EVERY = 30  # seconds
 
 
@@ -103,10 +97,11 @@ def _save(content: dict[str, Any], path: Path) -> None:
 def settings_of(trainer: BaseTrainer, own: dict[str, Any]) -> dict[str, Any]:
     """All that the result follows from, as plain values."""
     teacher = trainer.distiller.teacher
-    general = flatten(trainer.cfg)
-    settings = {key: general[key] for key in DEPENDS_ON}
+    options = options_of(trainer.cfg)
+    settings = {key: v for key, v in flatten(trainer.cfg).items() if key in options and options[key].role == "data"}
     settings |= {f"{trainer.distiller.section}.{key}": value for key, value in flatten(own).items()}
     settings["teacher's weights"] = None if teacher is None else fingerprint(teacher.state_dict())
+    settings["autocast"] = str(trainer.precision.autocast_dtype)
     settings["device"] = trainer.precision.device.type  # other devices round differently
     settings["mdistiller"] = mdistiller.__version__
     return settings

@@ -313,8 +313,7 @@ class BaseTrainer:
                 f"{source} cannot be resumed from: it must hold epoch, model and optimizer, and holds {found}"
             )
         if "config" in state:
-            section = self.distiller.section
-            fatal, _ = changed_keys(yaml.safe_load(state["config"]), self.cfg, section)
+            fatal, _ = changed_keys(yaml.safe_load(state["config"]), self.cfg)
             if fatal:
                 raise CheckpointError(f"{source} belongs to another experiment: {', '.join(fatal)}")
         check_optimizer_fit(self.optimizer, state["optimizer"], source)

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from mdistiller.engine.cfg import CFG
-from mdistiller.engine.config.experiment import settings_of_result
+from mdistiller.engine.config.experiment import same_result
 from mdistiller.engine.config.node import read_yaml
 from mdistiller.engine.forwards.precision import resolve_device
 from mdistiller.engine.hooks import StopRequested
@@ -80,8 +79,7 @@ def _same_run(cell: Cell) -> bool:
         return False
     if not isinstance(before, dict):
         return False
-    # A key that is newer than the run counts as its default.
-    if {**settings_of_result(CFG), **settings_of_result(before)} != settings_of_result(cell.cfg):
+    if not same_result(before, cell.cfg):
         return False
     used, now = _results(cell).get("teacher", {}).get("sha256"), Path(cell.cfg.DISTILLER.TEACHER_CKPT)
     return used is None or not now.is_file() or used == file_digest(now)

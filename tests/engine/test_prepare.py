@@ -59,6 +59,18 @@ def test_what_it_depends_on_has_another_file(tmp_path, other):
     assert not facts["from_file"] and len(files(tmp_path)) == 2
 
 
+def test_another_training_set_of_drawn_images_has_another_file(tmp_path):
+    """Modules that 400 images had trained were once taken for a run on 200 of them."""
+    shapes = {
+        "DATASET__TYPE": "shapes", "DATASET__TRAIN_PER_CLASS": 1, "DATASET__SHAPES__TEST_SIZE": 100,
+        "DISTILLER__TEACHER_CKPT": teacher_file(tmp_path, classes=100), "SOLVER__BATCH_SIZE": 100,
+    }  # fmt: skip
+    for size in (200, 100):
+        _, facts = prepared(tmp_path, DATASET__SHAPES__TRAIN_SIZE=size, **shapes)
+        assert not facts["from_file"]
+    assert len(files(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("other", [{"SOLVER__LR": 0.01}, {"MDR__ANGLE_WEIGHT": 30.0}, {"SOLVER__EPOCHS": 5}])
 def test_what_it_does_not_depend_on_shares_the_file(tmp_path, other):
     prepared(tmp_path)

@@ -87,5 +87,5 @@ def test_rates_grow_with_the_batch(tmp_path, rule, factor):
 
 
 def test_an_unknown_rule(tmp_path):
-    with pytest.raises(InputError, match=r"SOLVER.LR_RULE: no rule named 'root'"):
+    with pytest.raises(InputError, match=r"SOLVER.LR_RULE: no choice named 'root'"):
         solver(tmp_path, LR_RULE="root")

@@ -1,17 +1,24 @@
-"""What makes two configurations one experiment: what may change when a run is resumed and what may not."""
+"""What makes two configurations one experiment: what may change on resume, and what makes another run."""
 
 from __future__ import annotations
 
 from typing import Any
 
-FIXED_ON_RESUME = (
-    "DATASET.TYPE", "DATASET.IMAGE_SIZE", "DATASET.TRAIN_FRACTION", "DATASET.TRAIN_PER_CLASS", "DATASET.VAL_FRACTION",
-    "DATASET.VIEW_WEAK", "DATASET.VIEW_STRONG", "DATASET.STRONG_N",
-    "DATASET.SHAPES.TRAIN_SIZE", "DATASET.SHAPES.TEST_SIZE",
-    "DISTILLER.TYPE", "DISTILLER.TEACHER", "DISTILLER.STUDENT", "DISTILLER.ADD_KD", "DISTILLER.ADD_KD_TEMPERATURE",
-    "EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND",
-    "SOLVER.TYPE", "SOLVER.TRAINER", "SOLVER.BATCH_SIZE", "SOLVER.DROP_LAST",
-)  # fmt: skip
+from mdistiller.options import Option, options_of
+from mdistiller.registry import distiller_dict
+
+from .node import ConfigNode
+
+UNDECLARED = Option(None)  # a key that a method file of another project reads
+
+
+def relevant_part(cfg: Any) -> ConfigNode:
+    """The configuration without the sections of other methods."""
+    part = ConfigNode({key: cfg[key] for key in ("EXPERIMENT", "DATASET", "DISTILLER", "SOLVER", "LOG")})
+    section = getattr(distiller_dict.get(cfg.DISTILLER.TYPE), "section", cfg.DISTILLER.TYPE)
+    if section in cfg:
+        part[section] = cfg[section]
+    return part
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -25,33 +32,33 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def changed_keys(before: dict[str, Any], now: dict[str, Any], section: str) -> tuple[list[str], list[str]]:
-    """Compare two trees of settings; keys that only one of them has do not count.
+def changed_keys(before: dict[str, Any], cfg: Any) -> tuple[list[str], list[str]]:
+    """Compare the settings of a run with those that it is to go on with; keys that only one has do not count.
 
     Args:
         before: the settings that the run was started with.
-        now: those it is to go on with.
-        section: the method's own, of which everything is part of the experiment.
+        cfg: those that it is to go on with.
 
     Returns:
         The changes that make it another experiment, and the others, each as ``"KEY was A, is B"``.
     """
-    before, now = flatten(before), flatten(now)
+    before, options = flatten(before), options_of(cfg)
     fatal, harmless = [], []
-    for key in now:
-        if key in before and before[key] != now[key]:
-            part_of_it = key in FIXED_ON_RESUME or key.startswith(f"{section}.")
-            (fatal if part_of_it else harmless).append(f"{key} was {before[key]}, is {now[key]}")
+    for key, value in flatten(relevant_part(cfg)).items():
+        if key in before and before[key] != value:
+            changes = fatal if options.get(key, UNDECLARED).fixed else harmless
+            changes.append(f"{key} was {before[key]}, is {value}")
     return fatal, harmless
 
 
-# What says where and how fast a run works, not what comes out of it.
-WITHOUT_INFLUENCE = (
-    "LOG.", "EXPERIMENT.PROJECT", "EXPERIMENT.NAME", "EXPERIMENT.TAG", "DATASET.ROOT", "DATASET.DOWNLOAD",
-    "DATASET.NUM_WORKERS", "DATASET.LOADER", "DATASET.TEST.BATCH_SIZE", "SOLVER.DEVICE", "DISTILLER.TEACHER_CKPT",
-)  # fmt: skip
+def same_result(before: dict[str, Any], cfg: Any) -> bool:
+    """Whether a run with the settings ``before`` gives what one of ``cfg`` would, as far as the settings tell.
 
-
-def settings_of_result(tree: dict[str, Any]) -> dict[str, Any]:
-    """The flat settings that decide a run's result; of the teacher, its file counts rather than the path to it."""
-    return {key: value for key, value in flatten(tree).items() if not key.startswith(WITHOUT_INFLUENCE)}
+    Of the teacher, its file counts rather than the path to it. A key that is newer than the run counts as its default.
+    """
+    options, method, now = options_of(cfg), distiller_dict[cfg.DISTILLER.TYPE], flatten(relevant_part(cfg))
+    before = {**flatten({key: option.default for key, option in options.items()}), **flatten(before)}
+    keys = [key for key in now if options.get(key, UNDECLARED).decides_result]
+    if method.defaults is None:  # whose settings have no defaults, so that one that is gone counts
+        keys += [key for key in before if key.startswith(f"{method.section}.")]
+    return all(key in before and key in now and before[key] == now[key] for key in keys)

@@ -22,9 +22,9 @@ import torchvision
 
 import mdistiller
 from mdistiller.messages import say
-from mdistiller.registry import InputError, distiller_dict
+from mdistiller.registry import InputError
 
-from ..cfg import experiment_name, relevant_part
+from ..cfg import experiment_name
 from ..config.experiment import changed_keys
 from ..config.node import read_yaml
 from ..processes import distributed
@@ -101,7 +101,7 @@ def _check_same_experiment(folder: Path, cfg: Any) -> list[str]:
     content = read_yaml(folder / "config.yaml")
     if not isinstance(content, dict):
         raise InputError(f"{folder / 'config.yaml'} holds no configuration; replace the run by --overwrite")
-    fatal, harmless = changed_keys(content, relevant_part(cfg), distiller_dict[cfg.DISTILLER.TYPE].section)
+    fatal, harmless = changed_keys(content, cfg)
     if fatal:
         raise InputError(
             f"{folder} holds another experiment and cannot be resumed as this one: {', '.join(fatal)}; "

@@ -26,16 +26,16 @@ from mdistiller.dataset import Loader
 from mdistiller.dataset.build import training_views
 from mdistiller.dataset.views import is_random
 from mdistiller.messages import say
+from mdistiller.options import options_of
 from mdistiller.registry import InputError, dataset_dict, distiller_dict
 
 from ..batch import images_of, to_batch
+from ..config.experiment import flatten
 from ..processes import distributed
 from .on_access import read_on_access
 from .precision import Precision
 
 KEY = "SOLVER.CACHE_TEACHER"
-BEHIND_WEAK_VIEW = ("COLOR_JITTER", "RANDAUGMENT", "RANDOM_ERASING")
-MIXING = ("MIXUP_ALPHA", "CUTMIX_ALPHA")
 SHARE_OF_MEMORY = 0.5  # of what is free, for one output
 
 
@@ -58,9 +58,8 @@ def check_cacheable(cfg: Any) -> None:
         )
     ((_, (view, recipe)),) = views.items()
     dataset, chosen = dataset_dict[keys.TYPE], f"VIEW_{view.upper()}"
-    found = [f"DATASET.{key} {keys[key]}" for key in MIXING if keys[key]]
-    if view == "weak":
-        found += [f"DATASET.{key} {keys[key]}" for key in BEHIND_WEAK_VIEW if keys[key]]
+    options = options_of(cfg)
+    found = [f"{key} {v}" for key, v in flatten(cfg).items() if v and key in options and options[key].varies]
     if chosen not in keys:
         found += [f"the view {view!r}, which {name} asks for"] if is_random(recipe) else []
     elif is_random(dataset.views[keys[chosen]]):

@@ -1,0 +1,114 @@
+"""Options: their checks in words, and what follows from their roles."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mdistiller.engine.cfg import CFG, load_config
+from mdistiller.engine.config.experiment import changed_keys, flatten, same_result
+from mdistiller.options import OPTIONS, Option, dead, options_in, options_of, weight
+from mdistiller.registry import InputError, Registry
+
+ODD = (lambda number: number % 2 == 1, "odd")
+
+
+@pytest.mark.parametrize(
+    ("option", "allowed", "good", "bad"),
+    [
+        (Option(1.0, above=0), "above 0", [1e-9, 7], [0, -1, math.nan]),
+        (Option(1, at_least=1), "at least 1", [1, 2], [0]),
+        (Option(1, at_least=0), "0 or more", [0], [-1e-9]),
+        (Option(0.0, at_least=0, below=1), "0 or more and below 1", [0, 0.9], [1, -0.1]),
+        (Option(0.5, above=0, at_most=1), "above 0 and at most 1", [1], [0, 1.1]),
+        (Option(0.5, at_least=0, at_most=1), "from 0 to 1", [0, 1], [-1, 2]),
+        (Option(1, holds=ODD, at_least=1), "odd, at least 1", [1, 3], [2, -1]),
+        (Option([1], at_least=0), "0 or more", [[], [0, 5], (1,)], [[0, -1]]),
+        (Option("a", one_of=("a", "b")), "a, b", ["b"], ["c", ""]),
+        (weight(0.0), "0 or more", [0.0, 3], [-0.5]),
+        (Option(-7.0), "", [-1e30, 0], []),
+        (dead([1], "says why"), "", [[2]], []),
+    ],
+    ids=lambda value: value.allowed if isinstance(value, Option) else "",
+)
+def test_what_is_allowed(option, allowed, good, bad):
+    assert option.allowed == allowed
+    assert [option.check("A.B", value) for value in good] == good
+    for value in bad:
+        with pytest.raises(InputError, match=r"A\.B"):
+            option.check("A.B", value)
+
+
+def test_messages_name_key_value_and_what_is_allowed():
+    with pytest.raises(InputError, match=r"^A\.B must be above 0, got -2$"):
+        Option(1.0, above=0).check("A.B", -2)
+    with pytest.raises(InputError, match=r"^A\.B: no choice named 'ro'; closest: row; known: column, row$"):
+        Option("row", one_of=("row", "column")).check("A.B", "ro")
+
+
+def test_a_table_may_grow():
+    table = Registry("colour", {"red": 1})
+    option = Option("red", one_of=table)
+    with pytest.raises(InputError, match="A: no colour named 'blue'"):
+        option.check("A", "blue")
+    table["blue"] = 2
+    assert option.check("A", "blue") == "blue"
+
+
+def test_plain_values_count():
+    found = options_in({"W": weight(2.0), "LOSS": {"CE": 1.0}}, "M.", role="data")
+    assert list(found) == ["M.W", "M.LOSS.CE"]
+    assert (found["M.W"].role, found["M.LOSS.CE"]) == ("result", Option(1.0, role="data"))
+
+
+def test_the_tree_holds_the_defaults_of_all_options():
+    flat = flatten(CFG)
+    for key, option in OPTIONS.items():
+        assert flat[key] == (list(option.default) if isinstance(option.default, tuple) else option.default)
+        assert option.help
+    assert not any(isinstance(value, Option) for value in flat.values())
+    for key, option in options_of(CFG).items():
+        option.check(key, option.default)
+
+
+def merged(**values):
+    """``KD__TEMPERATURE=2`` stands for ``KD.TEMPERATURE``."""
+    options = {"DISTILLER.TYPE": "KD"} | {key.replace("__", "."): value for key, value in values.items()}
+    return load_config(options=[part for item in options.items() for part in item])
+
+
+@pytest.mark.parametrize(
+    ("changed", "may_resume", "same_run"),
+    [
+        ({"EXPERIMENT__SEED": 1}, False, False),
+        ({"DATASET__MIXUP_ALPHA": 0.2}, False, False),  # could once be changed, because a list lacked it
+        ({"DATASET__SHAPES__TRAIN_SIZE": 500}, False, False),
+        ({"KD__TEMPERATURE": 2}, False, False),
+        ({"SOLVER__BATCH_SIZE": 128}, False, False),
+        ({"SOLVER__EPOCHS": 300}, True, False),
+        ({"SOLVER__AMP": "bf16"}, True, False),
+        ({"SOLVER__COMPILE": "all"}, True, True),
+        ({"DATASET__NUM_WORKERS": 7}, True, True),
+        ({"LOG__PREFIX": "elsewhere"}, True, True),
+        ({"DISTILLER__TEACHER_CKPT": "elsewhere"}, True, True),
+        ({"VRM__ALPHA": 1}, True, True),  # another method's
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+)
+def test_what_follows_from_the_role(changed, may_resume, same_run):
+    before, now = dict(merged()), merged(**changed)
+    fatal, harmless = changed_keys(before, now)
+    assert bool(fatal) != may_resume
+    assert same_result(before, now) == same_run
+    assert len(fatal) + len(harmless) == ("VRM__ALPHA" not in changed)
+
+
+def test_a_key_that_only_one_side_has_does_not_count():
+    now = merged()
+    older = flatten(now)
+    del older["SOLVER.EMA_DECAY"]
+    older["KD.GONE"] = 3
+    assert changed_keys(older, now) == ([], [])
+    assert same_result(older, now)
+    assert not same_result(older, merged(SOLVER__EMA_DECAY=0.9))

@@ -1,14 +1,28 @@
-"""VRM's losses against the edges written out one by one, at the ends, and what they cost."""
+"""VRM: its losses against ``oracles/vrm.py``, where every edge is written out; at the ends; and the method around them.
+
+Tolerances are relative to the largest entry. The oracle gets float32 inputs as the same numbers in float64, so that
+what is measured is the arithmetic and not the rounding of the inputs.
+
+Three choices jump: which side of the percentile or of ``edge_eps`` an edge is on, and the sign in L1's gradient. Within
+float32's rounding of the jump both answers are right, and a whole edge apart. So every case draws its inputs anew until
+no edge is that close (``jumps``, which asks the oracle alone), and the comparison stays strict.
+"""
 
 import itertools
+import math
 import statistics
 import sys
 import time
+import zlib
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from method_cases import build, config, make_batch, total
+from oracles import vrm as oracle
+from oracles.cases import each_and_some
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from mdistiller.distillers.VRM import compare_samples, edge_uncertainty, stack_views, vrm_loss
@@ -18,7 +32,113 @@ from mdistiller.functional.graphs import compare_graphs
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import InputError, distiller_dict
 
-NAMES = ("p_real_s", "p_virtual_s", "p_real_t", "p_virtual_t")
+EPS = torch.finfo(torch.float32).eps
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+KINDS = ["cross", "mixture", "sum"]
+
+
+# The formula: by hand
+#
+# B = C = 2. Student: real (.8 .2 / .3 .7), virtual (.5 .5 / .7 .3). Teacher: real (.1 .9 / .2 .8), virtual all .5.
+#
+# Inter-sample: a difference of two predictions is (d, -d), so its edge is +-(1, -1) / sqrt(2) by the sign of d. For the
+# pairs 00, 01, 10, 11 d is .3, .1, -.2, -.4 (student) and -.4, -.4, -.3, -.3 (teacher): 00 and 01 are opposite, and
+# differ by sqrt(2) in both entries: squares 2 + 2.
+# Inter-class, columns: student real (.8 .3), (.2 .7), virtual (.5 .7), (.5 .3); differences (.3 -.4), (.3 0), (-.3 0),
+# (-.3 .4), edges (.6 -.8), (1 0), (-1 0), (-.6 .8). Teacher: real (.1 .2), (.9 .8), virtual (.5 .5) twice; differences
+# (-.4 -.3) twice, (.4 .3) twice, edges (-.8 -.6) twice, (.8 .6) twice. Edges less edges: (1.4 -.2), (1.8 .6),
+# (-1.8 -.6), (-1.4 .2); their squares 2, 3.6, 3.6, 2.
+#
+# Cross entropies: rows, ln 2 = .6931 (00, 10), -.8 ln .7 - .2 ln .3 = .5261 (01), -.3 ln .7 - .7 ln .3 = .9498 (11);
+# columns over their sums 1.1, .9, 1.2, .8: .7837, .6093, .6138, .8673. At m = 95 the threshold has rank 2.85 of 0 to 3:
+# both graphs drop 11. edge_eps = .5 drops what is shorter than half the mean, here the student's inter-sample 01
+# (.1 against a mean of .25, both times sqrt(2)); the inter-class lengths .5, .3, .3, .5 and .5 all stay.
+
+HAND = [[[0.8, 0.2], [0.3, 0.7]], [[0.5, 0.5], [0.7, 0.3]], [[0.1, 0.9], [0.2, 0.8]], [[0.5, 0.5], [0.5, 0.5]]]
+ROOT = math.sqrt(2)
+BY_HAND = [
+    ({}, 8 / 8, 11.2 / 8),
+    ({"reduction": "edge"}, 8 / 4, 11.2 / 4),
+    ({"reduction": "sum"}, 8, 11.2),
+    ({"metric": "cosine"}, 4 / 8, 5.6 / 8),
+    ({"metric": "l1"}, 4 * ROOT / 8, (1.6 + 2.4 + 2.4 + 1.6) / 8),
+    # delta 1: d^2 / 2 up to 1, d - 1/2 above
+    ({"metric": "huber"}, 4 * (ROOT - 0.5) / 8, (0.92 + 1.48 + 1.48 + 0.92) / 8),
+    # delta 0.5: d^2 / 2 up to .5, (d - .25) / 2 above
+    ({"metric": "huber", "huber_delta": 0.5}, 2 * (ROOT - 0.25) / 8, 2 * (0.575 + 0.02 + 0.775 + 0.175) / 8),
+    ({"prune_percentile": 95.0}, 8 / 6, 9.2 / 6),
+    ({"edge_eps": 0.5}, 4 / 6, 11.2 / 8),
+    ({"edge_eps": 0.5, "reduction": "edge"}, 4 / 3, 11.2 / 4),
+]
+
+
+@pytest.mark.parametrize("loss", [oracle.vrm_loss, vrm_loss], ids=["oracle", "library"])
+@pytest.mark.parametrize(("options", "isv", "icv"), BY_HAND, ids=[str(row[0]) for row in BY_HAND])
+def test_by_hand(loss, options, isv, icv):
+    options = {"prune_percentile": 100.0, "edge_eps": 0.0} | options
+    values = loss(*torch.tensor(HAND, dtype=torch.float64), **options)
+    assert [value.item() for value in values] == pytest.approx([isv, icv], rel=1e-9)
+
+
+@pytest.mark.parametrize("uncertainty", [oracle.edge_uncertainty, edge_uncertainty], ids=["oracle", "library"])
+def test_uncertainties_by_hand(uncertainty):
+    real, virtual = torch.tensor(HAND, dtype=torch.float64)[:2]
+    # mixtures of 01 and 10: (.75 .25), (.4 .6); entropies of the rows: .5004, .6109 and .6931, .6109
+    cross, mixture, total = (uncertainty(real, virtual, kind).flatten().tolist() for kind in KINDS)
+    assert cross == pytest.approx([0.6931, 0.5261, 0.6931, 0.9498], abs=6e-5)
+    assert mixture[1:3] == pytest.approx([0.5623, 0.6730], abs=6e-5)
+    assert total == pytest.approx([1.1935, 1.1113, 1.3040, 1.2217], abs=6e-5)
+
+
+@pytest.mark.parametrize("metric", ["mse", "l1", "huber", "cosine"])
+def test_gradient_of_the_oracle(metric):
+    student = [p.requires_grad_() for p in draw(Case((4, 3)), 0)[:2]]
+    teacher = draw(Case((4, 3)), 1)[2:]
+    assert torch.autograd.gradcheck(lambda *s: oracle.vrm_loss(*s, *teacher, metric=metric), student)
+
+
+def test_oracle_without_an_edge():
+    """Nothing but equal rows: no edge has a direction, and none of the results is NaN."""
+    equal = [torch.full((3, 4), 0.25, dtype=torch.float64) for _ in range(4)]
+    for eps in (0.0, 1e-3):
+        for value, gradient in values_and_gradients(oracle.vrm_loss, equal, edge_eps=eps):
+            assert value == 0
+            assert not gradient.any()
+
+
+# The formula: against the oracle
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: what the predictions look like, and the loss's options."""
+
+    shape: tuple[int, int]
+    sharp: bool = False
+    noise: float = 0.5  # of the virtual view's logits; 0: both views predict the same
+    same: bool = False  # student and teacher predict the same
+    percentile: float = 95.0
+    metric: str = "mse"
+    reduction: str = "element"
+    uncertainty: str = "cross"
+    edge_eps: float = 1e-3
+    huber_delta: float = 1.0
+
+    def options(self) -> dict:
+        return {
+            "prune_percentile": self.percentile,
+            "metric": self.metric,
+            "reduction": self.reduction,
+            "uncertainty": self.uncertainty,
+            "edge_eps": self.edge_eps,
+            "huber_delta": self.huber_delta,
+        }
+
+    def __str__(self) -> str:
+        words = ["{}x{}".format(*self.shape), "sharp" if self.sharp else "flat"] + ["same"] * self.same
+        words += [f"noise{self.noise:g}", f"P{self.percentile:g}", f"eps{self.edge_eps:g}"]
+        words += [self.metric, self.reduction, self.uncertainty]
+        return "-".join(words + [f"delta{self.huber_delta:g}"] * (self.metric == "huber"))
 
 
 def predictions(images=5, classes=4, seed=0, spread=1.5, noise=0.5, temperature=1.0, dtype=torch.float64):
@@ -32,122 +152,226 @@ def predictions(images=5, classes=4, seed=0, spread=1.5, noise=0.5, temperature=
     return found
 
 
-def unit(vector):
-    """A zero vector stays one, without gradient."""
-    return vector / vector.norm() if vector.detach().norm() > 0 else torch.zeros_like(vector)
+def probabilities(logits: Tensor, sharp: bool) -> Tensor:
+    """Sharp: as they are. Flat: standardised over the classes, at temperature 4."""
+    if sharp:
+        return logits.softmax(dim=1)
+    return ((logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7) / 4).softmax(dim=1)
 
 
-def entropy(p):
-    return -sum(float(x) * float(torch.log(x)) for x in p if x > 0)
+def draw(case: Case, attempt: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Real and virtual of the student, then of the teacher: four ``(B, C)``, numbers of ``dtype`` held in float64.
+
+    The teacher is sure of a class in most rows; the student is a noisy, flatter copy of it.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{case} {attempt}".encode()))
+
+    def noise() -> Tensor:
+        return torch.randn(case.shape, generator=generator, dtype=torch.float64)
+
+    label = torch.randint(case.shape[1], (case.shape[0],), generator=generator)
+    teacher = noise() + 5 * torch.nn.functional.one_hot(label, case.shape[1])
+    student = teacher if case.same else 0.5 * teacher + 0.7 * noise()
+    shift = noise()
+    shifts = (shift, shift if case.same else noise())
+    logits = [x for z, d in zip((student, teacher), shifts, strict=True) for x in (z, z + case.noise * d)]
+    return [probabilities(z, case.sharp).to(dtype).double() for z in logits]
 
 
-PAIR_UNCERTAINTY = {
-    "cross": lambda p, q: -sum(float(a) * float(torch.log(b)) for a, b in zip(p, q, strict=True)),
-    "mixture": lambda p, q: entropy((p + q) / 2),
-    "sum": lambda p, q: entropy(p) + entropy(q),
-}
-ENTRY_METRIC = {
-    "mse": lambda a, b, delta: (a - b) ** 2,
-    "l1": lambda a, b, delta: (a - b).abs(),
-    "huber": lambda a, b, delta: F.huber_loss(a, b, reduction="none", delta=delta),
-    "cosine": lambda a, b, delta: 0.5 * (a - b) ** 2,
-}
+def graphs_of(predictions: list[Tensor]) -> list[list[Tensor]]:
+    """The vertices of both graphs, and what the uncertainties are taken of: real, virtual."""
+    columns = [p.T for p in predictions]
+    return [[*predictions, *predictions[:2]], [*columns, *map(oracle.sum_to_one, columns[:2])]]
 
 
-def written_out(
-    real_s, virtual_s, real_t, virtual_t, *, columns=False, prune_percentile=95.0, metric="mse", reduction="element",
-    uncertainty="cross", edge_eps=1e-3, huber_delta=1.0,
-):  # fmt: skip
-    """One graph's loss, edge by edge; ``columns``: the vertices are columns of predictions, of any sum."""
-    real_s, virtual_s, real_t, virtual_t = (x.double() for x in (real_s, virtual_s, real_t, virtual_t))
-    p, q = ((x / x.sum(1, keepdim=True) if columns else x).detach() for x in (real_s, virtual_s))
-    pairs = [(i, j) for i in range(len(p)) for j in range(len(p))]
-    h = torch.tensor([PAIR_UNCERTAINTY[uncertainty](p[i], q[j]) for i, j in pairs], dtype=torch.float64)
-    kept = h <= torch.quantile(h, prune_percentile / 100)
-    for real, virtual in ((real_s, virtual_s), (real_t, virtual_t)):
-        length = torch.stack([(real[i] - virtual[j]).detach().norm() for i, j in pairs])
-        kept &= length >= edge_eps * length.mean()
-    sums = [
-        ENTRY_METRIC[metric](unit(real_s[i] - virtual_s[j]), unit(real_t[i] - virtual_t[j]), huber_delta).sum()
-        for (i, j), keep in zip(pairs, kept, strict=True)
-        if keep
+def percentile_jumps(unsure: Tensor, percentile: float) -> bool:
+    """Whether the last edge kept and the first one dropped are as good as equally uncertain.
+
+    The quantile lies between ranks floor(r) and floor(r) + 1 for r = m / 100 (n - 1). This also takes out exact ties
+    across it (with ``mixture`` and equal views, [i, j] and [j, i]), which rounding would break one way or the other.
+    """
+    ordered = unsure.flatten().sort().values
+    rank = math.floor(percentile / 100 * (len(ordered) - 1))
+    return rank + 1 < len(ordered) and bool(ordered[rank + 1] - ordered[rank] < 16 * EPS * ordered[rank])
+
+
+def length_jumps(real: Tensor, virtual: Tensor, edge_eps: float) -> bool:
+    """Whether an edge is as good as ``edge_eps`` mean lengths long."""
+    length = oracle.lengths(oracle.differences(real, virtual))
+    return edge_eps > 0 and bool(((length / (edge_eps * length.mean()) - 1).abs() < 1e-3).any())
+
+
+def sign_jumps(real_s: Tensor, virtual_s: Tensor, real_t: Tensor, virtual_t: Tensor) -> bool:
+    """Whether two edges as good as agree in an entry: L1's kink."""
+    edges = [oracle.unit_edges(oracle.differences(r, v)) for r, v in ((real_s, virtual_s), (real_t, virtual_t))]
+    return bool(((edges[0] - edges[1]).abs() < 32 * EPS).any())
+
+
+def jumps(case: Case, predictions: list[Tensor]) -> bool:
+    """Whether rounding could change which edges are kept, or a sign."""
+    for real_s, virtual_s, real_t, virtual_t, *shares in graphs_of(predictions):
+        if percentile_jumps(oracle.edge_uncertainty(*shares, case.uncertainty), case.percentile):
+            return True
+        if length_jumps(real_s, virtual_s, case.edge_eps) or length_jumps(real_t, virtual_t, case.edge_eps):
+            return True
+        if case.metric == "l1" and sign_jumps(real_s, virtual_s, real_t, virtual_t):
+            return True
+    return False
+
+
+def inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The first draw of ``case`` that nothing jumps in."""
+    for attempt in range(100):
+        predictions = draw(case, attempt, dtype)
+        if not jumps(case, predictions):
+            return tuple(predictions)
+    raise AssertionError(f"no draw of {case} stays clear of the jumps")
+
+
+def values_and_gradients(loss, given, dtype=torch.float64, **options):
+    """Of either graph the loss, and its gradient to the student's two, ``(2, B, C)``, in float64."""
+    student = [p.detach().to(dtype).requires_grad_() for p in given[:2]]
+    losses = loss(*student, *(p.to(dtype) for p in given[2:]), **options)
+    gradients = [torch.autograd.grad(value, student, retain_graph=True) for value in losses]
+    return [
+        (value.detach().double(), torch.stack(gradient).double())
+        for value, gradient in zip(losses, gradients, strict=True)
     ]
-    entries = {"element": len(sums) * real_s.shape[1], "edge": len(sums), "sum": 1}[reduction]
-    return sum(sums, torch.zeros((), dtype=torch.float64)) / max(entries, 1)
 
 
-def assert_equals_written_out(given, tolerance=1e-10, **options):
-    """Value and gradient of both losses; the gradient relative to its largest entry or to the loss."""
-    for graph, columns in enumerate((False, True)):
-        ours = [x.clone().requires_grad_() for x in given]
-        theirs = [x.double().clone().requires_grad_() for x in given]
-        loss = vrm_loss(*ours, **options)[graph]
-        loss.backward()
-        expected = written_out(*(x.T if columns else x for x in theirs), columns=columns, **options)
-        if expected.requires_grad:
-            expected.backward()
-        assert loss.item() == pytest.approx(expected.item(), rel=tolerance, abs=tolerance)
-        assert ours[2].grad is None and ours[3].grad is None
-        for a, b in zip(ours[:2], theirs[:2], strict=True):
-            gradient = torch.zeros_like(b) if b.grad is None else b.grad
-            assert (a.grad.double() - gradient).abs().max() <= tolerance * max(
-                gradient.abs().max(), expected.item(), 1e-3
+def sizes(results, least=0.0):
+    """Of each loss its value and its gradient's largest entry."""
+    return [[x.abs().max().clamp(min=least) for x in both] for both in results]
+
+
+def assert_is_the_oracle(given, dtype=torch.float64, tolerance=None, least=0.0, scales=None, **options):
+    """Values and gradients of both losses, to ``tolerance`` times ``scales``: the oracle's sizes, or ``least``."""
+    expected = values_and_gradients(oracle.vrm_loss, given, **options)
+    actual = values_and_gradients(vrm_loss, given, dtype, **options)
+    for name, *both, scale in zip(("ISV", "ICV"), actual, expected, scales or sizes(expected, least), strict=True):
+        for what, a, b, size in zip(("value", "gradient"), *both, scale, strict=True):
+            error = (a - b).abs().max()
+            assert error <= (tolerance or TOLERANCE[dtype]) * size, f"{name} {what}: off by {error:.3g} of {size:.3g}"
+
+
+CASES = [
+    Case(**case)
+    for case in each_and_some(
+        40,
+        shape=[(8, 5), (16, 10), (5, 32), (2, 3), (9, 4)],
+        sharp=[False, True],
+        noise=[0.5, 1e-3, 1e-5],
+        percentile=[95.0, 100.0, 50.0, 30.0, 0.0],
+        metric=["mse", "l1", "huber", "cosine"],
+        reduction=["element", "edge", "sum"],
+        uncertainty=KINDS,
+        edge_eps=[1e-3, 0.0, 0.5],
+        huber_delta=[1.0, 0.1],
+    )
+    # Under the others [i, j] and [j, i] are as good as equally uncertain.
+    if case["uncertainty"] == "cross" or case["noise"] > 1e-5
+]
+# With equal views they are exactly so; at this size P90 splits no pair.
+CASES += [
+    Case((16, 10), sharp, 0.0, percentile=90.0, uncertainty=kind, edge_eps=eps)
+    for sharp, kind, eps in zip((False, True, False), KINDS, (0.0, 1e-3, 1e-3), strict=True)
+]
+CASES += [
+    Case((64, 100), True, metric="huber", huber_delta=0.1),
+    Case((64, 100), False, 1e-5, percentile=100.0, metric="cosine", edge_eps=0.0),
+    *(Case((64, 100), True, percentile=50.0, uncertainty=kind) for kind in KINDS),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(case):
+    for dtype in TOLERANCE:
+        assert_is_the_oracle(inputs(case, dtype), dtype, **case.options())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(**case, same=True)
+        for case in each_and_some(
+            6,
+            shape=[(8, 5), (5, 32), (2, 3)],
+            sharp=[False, True],
+            noise=[0.5, 1e-5],
+            metric=["mse", "huber", "cosine"],
+            edge_eps=[1e-3, 0.0],
+        )
+    ]
+    + [Case((64, 100), same=True)],
+    ids=str,
+)
+def test_student_equal_to_teacher(case):
+    """Loss and gradient are 0 here: the tolerance is relative to those with an unrelated teacher, its rows rotated."""
+    for dtype in TOLERANCE:
+        given = inputs(case, dtype)
+        unrelated = (*given[:2], *(p.roll(1, 0) for p in given[:2]))
+        scales = sizes(values_and_gradients(oracle.vrm_loss, unrelated, **case.options()))
+        assert_is_the_oracle(given, dtype, scales=scales, **case.options())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(5, 32), (2, 3), (64, 100)])
+def test_edge_uncertainty(shape, kind):
+    """Of rows and of columns. It only makes the mask, so it has no gradient."""
+    for sharp, dtype in itertools.product((False, True), TOLERANCE):
+        for *_, real, virtual in graphs_of(draw(Case(shape, sharp), 0)):
+            real, virtual = real.to(dtype).requires_grad_(), virtual.to(dtype)
+            actual = edge_uncertainty(real, virtual, kind)
+            expected = oracle.edge_uncertainty(real, virtual, kind)
+            assert not actual.requires_grad
+            torch.testing.assert_close(
+                actual.double(), expected.detach(), rtol=0, atol=TOLERANCE[dtype] * expected.max().item()
             )
 
 
-@pytest.mark.parametrize("metric", ["mse", "l1", "huber", "cosine"])
-@pytest.mark.parametrize("reduction", ["element", "edge", "sum"])
-def test_equals_the_edges_written_out(metric, reduction):
-    assert_equals_written_out(predictions(), metric=metric, reduction=reduction)
-
-
-@pytest.mark.parametrize("uncertainty", ["cross", "mixture", "sum"])
-@pytest.mark.parametrize("percentile", [0.0, 30.0, 50.0, 100.0])
-def test_prunes_as_written_out(uncertainty, percentile):
-    assert_equals_written_out(predictions(), uncertainty=uncertainty, prune_percentile=percentile)
-
-
-@pytest.mark.parametrize(("images", "classes"), [(2, 5), (5, 2), (1, 4), (9, 3), (3, 9)])
-def test_sizes(images, classes):
-    assert_equals_written_out(predictions(images, classes))
+@pytest.mark.parametrize(("images", "classes"), [(1, 4), (2, 5), (5, 2)])
+def test_least_sizes(images, classes):
+    """One edge, or edges of two entries, which have a sign and no gradient: the scale cannot be the gradient's."""
+    assert_is_the_oracle(predictions(images, classes), least=0.1)
 
 
 @pytest.mark.parametrize("delta", [0.05, 0.3, 1.0, 1.9, 2.0, 5.0])
 def test_huber_with_any_delta(delta):
     """Up to 2 entries of two unit vectors can differ by more than delta; the second student is the teacher reversed."""
     given = predictions(classes=2)
-    assert_equals_written_out(given, metric="huber", huber_delta=delta)
-    assert_equals_written_out([given[0], given[1], given[1], given[0]], metric="huber", huber_delta=delta)
+    for students in (given, [given[0], given[1], given[1], given[0]]):
+        assert_is_the_oracle(students, least=1e-3, metric="huber", huber_delta=delta)
 
 
 @pytest.mark.parametrize("edge_eps", [0.0, 1e-9, 1e-3, 0.5])
-@pytest.mark.parametrize("noise", [0.0, 1e-13, 1e-9, 1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize("noise", [0.0, 1e-13, 1e-9, 1e-6])
 def test_views_that_agree_nearly(noise, edge_eps):
     """Their edges are differences of nearly equal numbers; expanded they would cancel."""
-    assert_equals_written_out(predictions(noise=noise), tolerance=1e-6, edge_eps=edge_eps)
+    assert_is_the_oracle(predictions(noise=noise), tolerance=1e-6, least=1e-3, edge_eps=edge_eps)
 
 
 @pytest.mark.parametrize("edge_eps", [0.0, 1e-3])
-@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-4, 1e-2, 0.5])
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-4])
 def test_views_that_agree_nearly_in_float32(noise, edge_eps):
     given = predictions(noise=noise, temperature=4.0, dtype=torch.float32)
-    assert_equals_written_out(given, tolerance=1e-5, edge_eps=edge_eps)
+    assert_is_the_oracle(given, torch.float32, tolerance=1e-5, least=1e-3, edge_eps=edge_eps)
 
 
 @pytest.mark.parametrize("edge_eps", [0.0, 1e-3])
-@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-4, 1e-3, 1e-2, 0.1, 0.5])
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-3, 0.5])
 def test_devices_without_float64(noise, edge_eps, monkeypatch):
     monkeypatch.setattr(sys.modules[vrm_loss.__module__], "in_working_precision", lambda x: x.float())
     monkeypatch.setattr(graphs, "in_working_precision", lambda x: x.float())
     given = predictions(images=8, classes=6, noise=noise, temperature=4.0, dtype=torch.float32)
-    assert_equals_written_out(given, tolerance=1e-4, edge_eps=edge_eps, prune_percentile=100.0)
+    options = {"edge_eps": edge_eps, "prune_percentile": 100.0}
+    assert_is_the_oracle(given, torch.float32, tolerance=1e-4, least=1e-3, **options)
 
 
 def test_chunks_do_not_matter(monkeypatch):
     monkeypatch.setattr(graphs, "CHUNK", 7)
     for metric in ("mse", "l1"):
-        assert_equals_written_out(predictions(), metric=metric, uncertainty="mixture")
-    assert_equals_written_out(predictions(noise=0.0), edge_eps=0.0)
+        assert_is_the_oracle(predictions(), metric=metric, uncertainty="mixture")
+    assert_is_the_oracle(predictions(noise=0.0), edge_eps=0.0)
 
 
 @pytest.mark.parametrize("metric", ["mse", "l1", "huber"])
@@ -161,6 +385,9 @@ def test_gradient(metric):
     assert torch.autograd.gradcheck(losses, inputs)
 
 
+# The formula: what it does not depend on, and where it is simple
+
+
 def test_gradient_of_one_view_alone():
     real_s, virtual_s, real_t, virtual_t = predictions()
     both = [x.clone().requires_grad_() for x in (real_s, virtual_s)]
@@ -171,11 +398,12 @@ def test_gradient_of_one_view_alone():
     assert not any(loss.requires_grad for loss in vrm_loss(*predictions()))
 
 
-def test_teacher_is_constant():
+@pytest.mark.parametrize("loss", [oracle.vrm_loss, vrm_loss], ids=["oracle", "library"])
+def test_teacher_is_constant(loss):
     given = [x.requires_grad_() for x in predictions()]
-    sum(vrm_loss(*given)).backward()
-    assert [x.grad is None for x in given] == [False, False, True, True]
-    assert not any(loss.requires_grad for loss in vrm_loss(given[0].detach(), given[1].detach(), *given[2:]))
+    sum(loss(*given)).backward()
+    assert [x.grad is not None and bool(x.grad.any()) for x in given] == [True, True, False, False]
+    assert not any(value.requires_grad for value in loss(given[0].detach(), given[1].detach(), *given[2:]))
 
 
 @pytest.mark.parametrize("metric", ["mse", "l1", "huber", "cosine"])
@@ -215,6 +443,34 @@ def test_keeps_what_the_quantile_keeps(count, percentile):
     assert torch.equal(dropped, h > torch.quantile(h, percentile / 100))
 
 
+def test_an_edge_without_length_has_no_gradient():
+    """All students' predictions equal: every edge is the zero vector, half as far as the worst from a unit one."""
+    flat = torch.full((4, 5), 0.2, dtype=torch.float64)
+    student = [flat.clone().requires_grad_() for _ in range(2)]
+    isv, icv = vrm_loss(*student, *predictions(4, 5)[2:], reduction="edge")
+    (isv + icv).backward()
+    assert isv.item() == pytest.approx(1.0) and icv.item() == pytest.approx(1.0)
+    assert not any(x.grad.any() for x in student)
+
+
+def test_identical_views_lose_their_diagonal():
+    real, _, real_t, virtual_t = predictions(images=6, noise=0.3)
+    found = compare_samples(stack_views([real, real]), stack_views([real_t, virtual_t]), graphs.Rules(100.0))
+    assert found.kept.item() == pytest.approx(5 / 6)
+
+
+def test_what_the_paper_asks_of_uncertainty():
+    """It grows with the discrepancy, and for equal predictions it is their entropy; the sum of entropies is neither."""
+    p, apart = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.1, 0.2, 0.7]])
+    for kind in ("cross", "mixture"):
+        assert edge_uncertainty(p, p, kind).item() == pytest.approx(oracle.entropy(p[0]).item(), rel=1e-6)
+        assert edge_uncertainty(p, apart, kind) > edge_uncertainty(p, p, kind)
+    assert edge_uncertainty(p, apart, "sum") == edge_uncertainty(p, p, "sum")
+
+
+# At the edges: extreme inputs, precisions, refusals
+
+
 def extreme(kind, images, classes):
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(classes, (images,), generator=generator)
@@ -241,20 +497,14 @@ def test_finite_at_the_extremes(student, teacher, options):
             assert all(torch.isfinite(x.grad).all() for x in given[:2])
 
 
-def test_an_edge_without_length_has_no_gradient():
-    """All students' predictions equal: every edge is the zero vector, half as far as the worst from a unit one."""
-    flat = torch.full((4, 5), 0.2, dtype=torch.float64)
-    student = [flat.clone().requires_grad_() for _ in range(2)]
-    isv, icv = vrm_loss(*student, *predictions(4, 5)[2:], reduction="edge")
-    (isv + icv).backward()
-    assert isv.item() == pytest.approx(1.0) and icv.item() == pytest.approx(1.0)
-    assert not any(x.grad.any() for x in student)
-
-
-def test_identical_views_lose_their_diagonal():
-    real, _, real_t, virtual_t = predictions(images=6, noise=0.3)
-    found = compare_samples(stack_views([real, real]), stack_views([real_t, virtual_t]), graphs.Rules(100.0))
-    assert found.kept.item() == pytest.approx(5 / 6)
+@pytest.mark.parametrize("metric", ["mse", "l1"])
+def test_saturated_predictions(metric):
+    """Probabilities that are 0 or 1 to the last bit: logarithms of 0, many equal edges, and lengths of 0."""
+    case = Case((16, 10), True, percentile=100.0, metric=metric)
+    predictions = [p.gt(p.amax(1, keepdim=True) * 0.5).float() for p in draw(case, 0)]
+    for value, gradient in values_and_gradients(vrm_loss, predictions, torch.float32, **case.options()):
+        assert value.isfinite()
+        assert gradient.isfinite().all()
 
 
 def test_thousand_classes():
@@ -274,23 +524,6 @@ def test_half_precision_is_taken_to_float32(dtype):
     given[0].requires_grad_()
     sum(vrm_loss(*given)).backward()
     assert given[0].grad.dtype == dtype
-
-
-@pytest.mark.parametrize("kind", ["cross", "mixture", "sum"])
-def test_uncertainty(kind):
-    p, q = predictions(4, 6)[:2]
-    expected = [[PAIR_UNCERTAINTY[kind](a, b) for b in q] for a in p]
-    torch.testing.assert_close(edge_uncertainty(p, q, kind), torch.tensor(expected, dtype=torch.float64))
-    assert not edge_uncertainty(p.requires_grad_(), q, kind).requires_grad
-
-
-def test_what_the_paper_asks_of_uncertainty():
-    """It grows with the discrepancy, and for equal predictions it is their entropy; the sum of entropies is neither."""
-    p, apart = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.1, 0.2, 0.7]])
-    for kind in ("cross", "mixture"):
-        assert edge_uncertainty(p, p, kind).item() == pytest.approx(entropy(p[0]), rel=1e-6)
-        assert edge_uncertainty(p, apart, kind) > edge_uncertainty(p, p, kind)
-    assert edge_uncertainty(p, apart, "sum") == edge_uncertainty(p, p, "sum")
 
 
 @pytest.mark.parametrize(
@@ -317,13 +550,63 @@ def test_wrong_shapes_and_kinds():
         edge_uncertainty(real, virtual, "joint")
 
 
-# The method
+def test_two_classes():
+    student, teacher = (cifar_model_dict["resnet8"][0](num_classes=2) for _ in range(2))
+    with pytest.raises(InputError, match=r"VRM\.ZSNORM"):
+        build_distiller(config("VRM"), student, teacher)
+    distiller = build_distiller(config("VRM", {"VRM.ZSNORM": False}), student, teacher)
+    batch = make_batch("VRM")
+    batch["target"] %= 2
+    assert torch.isfinite(total(distiller, batch))
 
 
-def test_zs_norm():
-    z = zs_norm(3 * torch.randn(4, 7, dtype=torch.float64) + 2)
-    torch.testing.assert_close(z.mean(1), torch.zeros(4, dtype=torch.float64))
-    torch.testing.assert_close(z.std(1), torch.ones(4, dtype=torch.float64), rtol=1e-6, atol=0)
+def test_a_student_without_a_linear_layer():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 10, 3)
+
+        def forward(self, x):
+            return self.conv(x).mean((2, 3)), {}
+
+    with pytest.raises(InputError, match=r"VRM\.ADAPTOR none"):
+        build_distiller(config("VRM"), Net(), Net())
+    distiller = build_distiller(config("VRM", {"VRM.ADAPTOR": "none"}), Net(), Net())
+    assert torch.isfinite(total(distiller, make_batch("VRM")))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"VRM.ADAPTOR": "linear"}, "VRM.ADAPTOR"),
+        ({"VRM.METRIC": "kl"}, "VRM.METRIC: no 'kl'"),
+        ({"VRM.GRAPH": "full"}, "VRM.GRAPH: no 'full'"),
+        ({"VRM.LOCATION": "features"}, "VRM.LOCATION: no 'features'"),
+        ({"VRM.TEMPERATURE": 0.0}, "VRM.TEMPERATURE"),
+        ({"VRM.WARMUP": -1}, "VRM.WARMUP"),
+        ({"VRM.METRIC": "cosine", "VRM.RELATION": "gram"}, "VRM.METRIC cosine"),
+        ({"VRM.RELATION": "angle", "VRM.EDGE_NORM": False}, "VRM.RELATION angle"),
+        ({"VRM.LOCATION": "pooled", "VRM.VERTEX_WEIGHT": 1.0}, "VRM.VERTEX_WEIGHT compares predictions"),
+    ],
+)
+def test_wrong_configurations(values, message):
+    with pytest.raises(InputError, match=message):
+        build("VRM", values)
+
+
+@pytest.mark.parametrize("values", [{"VRM.GRAPH": "raw"}, {"VRM.JOINT_FORWARD": True}])
+def test_one_view_refuses_what_speaks_of_two(values):
+    with pytest.raises(InputError, match="VRM_ONE_VIEW has one; leave it at"):
+        build("VRM_ONE_VIEW", values)
+
+
+# The method: its parts, its keys, its ablations
+
+
+def vertices_of(distiller, batch, fields=("image_weak", "image_strong")):
+    """Of student and teacher, for each view; the adaptor is the identity at the start."""
+    networks = (distiller.student, distiller.teacher)
+    return [[(zs_norm(net(batch[field])[0]) / 4).softmax(1) for field in fields] for net in networks]
 
 
 def test_losses_are_the_parts():
@@ -388,15 +671,6 @@ def test_relations_under_autocast_are_those_of_the_logits():
         teacher = distiller.teacher(torch.cat([batch["image_weak"], batch["image_strong"]]))[0].float().chunk(2)
     vertices = [(zs_norm(z) / 4).softmax(1) for z in [*map(distiller.adaptor, student), *teacher]]
     torch.testing.assert_close(losses["loss_isv"], 128 * vrm_loss(*vertices)[0])
-
-
-# The ablations
-
-
-def vertices_of(distiller, batch, fields=("image_weak", "image_strong")):
-    """Of student and teacher, for each view; the adaptor is the identity at the start."""
-    networks = (distiller.student, distiller.teacher)
-    return [[(zs_norm(net(batch[field])[0]) / 4).softmax(1) for field in fields] for net in networks]
 
 
 # Each key with a value that must change the loss, and what else must be set for that.
@@ -476,9 +750,9 @@ def test_raw_graph_has_all_edges():
     losses = distiller(**batch, epoch=1)[1]
     student, teacher = (torch.cat(views) for views in vertices_of(distiller, batch))
     assert student.shape == (16, 10)
-    for name, weight, columns in (("loss_isv", 128, False), ("loss_icv", 32, True)):
-        s, t = (x.double().T if columns else x.double() for x in (student, teacher))
-        torch.testing.assert_close(losses[name].double(), weight * written_out(s, s, t, t, columns=columns))
+    isv, icv = oracle.vrm_loss(student, student, teacher, teacher)
+    torch.testing.assert_close(losses["loss_isv"].double(), 128 * isv)
+    torch.testing.assert_close(losses["loss_icv"].double(), 32 * icv)
     kept = {name: distiller.monitors[f"kept_{name}"].item() for name in ("isv", "icv")}
     assert kept["isv"] < 0.95 and kept["icv"] < 0.95  # the diagonals too are gone
 
@@ -489,10 +763,9 @@ def test_one_view_has_the_relations_within_it():
     logits, losses = distiller(**batch, epoch=1)
     ((student,), (teacher,)) = vertices_of(distiller, batch, ["image"])
     assert sorted(losses) == ["loss_ce", "loss_icv", "loss_isv"]
-    for name, weight, columns in (("loss_isv", 128, False), ("loss_icv", 32, True)):
-        s, t = (x.double().T if columns else x.double() for x in (student, teacher))
-        expected = weight * written_out(s, s, t, t, columns=columns, prune_percentile=100.0)
-        torch.testing.assert_close(losses[name].double(), expected)
+    isv, icv = oracle.vrm_loss(student, student, teacher, teacher, prune_percentile=100.0)
+    torch.testing.assert_close(losses["loss_isv"].double(), 128 * isv)
+    torch.testing.assert_close(losses["loss_icv"].double(), 32 * icv)
     assert losses["loss_ce"] == F.cross_entropy(logits, batch["target"])
     assert distiller.monitors["kept_isv"].item() == pytest.approx(7 / 8)
 
@@ -538,61 +811,11 @@ def test_features_of_different_widths():
         build_distiller(config("VRM", {"VRM.LOCATION": "pooled", "VRM.ADAPTOR": "none"}), student, teacher)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"VRM.ADAPTOR": "linear"}, "VRM.ADAPTOR"),
-        ({"VRM.METRIC": "kl"}, "VRM.METRIC: no 'kl'"),
-        ({"VRM.GRAPH": "full"}, "VRM.GRAPH: no 'full'"),
-        ({"VRM.LOCATION": "features"}, "VRM.LOCATION: no 'features'"),
-        ({"VRM.TEMPERATURE": 0.0}, "VRM.TEMPERATURE"),
-        ({"VRM.WARMUP": -1}, "VRM.WARMUP"),
-        ({"VRM.METRIC": "cosine", "VRM.RELATION": "gram"}, "VRM.METRIC cosine"),
-        ({"VRM.RELATION": "angle", "VRM.EDGE_NORM": False}, "VRM.RELATION angle"),
-        ({"VRM.LOCATION": "pooled", "VRM.VERTEX_WEIGHT": 1.0}, "VRM.VERTEX_WEIGHT compares predictions"),
-    ],
-)
-def test_wrong_configurations(values, message):
-    with pytest.raises(InputError, match=message):
-        build("VRM", values)
-
-
-@pytest.mark.parametrize("values", [{"VRM.GRAPH": "raw"}, {"VRM.JOINT_FORWARD": True}])
-def test_one_view_refuses_what_speaks_of_two(values):
-    with pytest.raises(InputError, match="VRM_ONE_VIEW has one; leave it at"):
-        build("VRM_ONE_VIEW", values)
-
-
-def test_two_classes():
-    student, teacher = (cifar_model_dict["resnet8"][0](num_classes=2) for _ in range(2))
-    with pytest.raises(InputError, match=r"VRM\.ZSNORM"):
-        build_distiller(config("VRM"), student, teacher)
-    distiller = build_distiller(config("VRM", {"VRM.ZSNORM": False}), student, teacher)
-    batch = make_batch("VRM")
-    batch["target"] %= 2
-    assert torch.isfinite(total(distiller, batch))
-
-
-def test_a_student_without_a_linear_layer():
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = torch.nn.Conv2d(3, 10, 3)
-
-        def forward(self, x):
-            return self.conv(x).mean((2, 3)), {}
-
-    with pytest.raises(InputError, match=r"VRM\.ADAPTOR none"):
-        build_distiller(config("VRM"), Net(), Net())
-    distiller = build_distiller(config("VRM", {"VRM.ADAPTOR": "none"}), Net(), Net())
-    assert torch.isfinite(total(distiller, make_batch("VRM")))
-
-
-# What it costs
+# The method: time and memory
 
 
 def written_out_as_tensors(real_s, virtual_s, real_t, virtual_t, columns):
-    """The edges as tensors ``[N, N, D]``, as Algorithm 1 has them."""
+    """The edges as tensors ``[N, N, D]``, as Algorithm 1 has them, in float32, where they fit into memory."""
     p, q = ((x / x.sum(1, keepdim=True) if columns else x).detach() for x in (real_s, virtual_s))
     h = -(p @ q.log().T)
     kept = h <= torch.quantile(h, 0.95)

@@ -206,8 +206,8 @@ REFUSED = [
      "train it: python tools/train.py --cfg configs/cifar100/vanilla/res56.yaml"),
     ("train", f"{KD} DISTILLER.TEACHER resnet110 DISTILLER.TEACHER_CKPT ''", "teacher resnet110 has no public",
      "train it: python tools/train.py DISTILLER.STUDENT resnet110 DATASET.TYPE digits"),
-    ("train", f"{KD} DISTILLER.TEACHER_CKPT hundred_classes", "teacher resnet8 in hundred_classes has 100 classes",
-     "data set digits has 10"),
+    ("train", f"{KD} DISTILLER.TEACHER_CKPT hundred_classes", "checkpoint hundred_classes for teacher resnet8 has 100 "
+     "classes, not the 10 of data set digits; a teacher must be trained on the same classes"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT resnet14", "checkpoint resnet14 for teacher resnet8 does not fit",
      "not in the model: layer1.1", "name the network that it was trained as"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT not_finite", "checkpoint not_finite for teacher resnet8 has values that "
@@ -241,7 +241,7 @@ REFUSED = [
     ("eval", "-m resnet8 -d digits", "teacher resnet8 has no public checkpoint for digits and -c names no file",
      "or name another file with -c FILE"),
     ("eval", "-m resnet14 -d digits -c resnet14 --against resnet8", "or name another file with --against-ckpt FILE"),
-    ("eval", "-m resnet14 -c resnet14", "model resnet14 in resnet14 has 10 classes, data set cifar100 has 100; ",
+    ("eval", "-m resnet14 -c resnet14", "model resnet14 has 10 classes, not the 100 of data set cifar100; ",
      "name the data set that it was trained on with -d"),
     ("eval", f"-m resnet8 -d digits -c {FIRST}", f"checkpoint {FIRST} is a folder; use {FIRST}/student_last"),
     ("eval", "-m resnet8 -d digits -c configs", "checkpoint configs is a folder; name a file in it"),

@@ -12,13 +12,14 @@ from cli_runner import ROOT
 
 # Each part of the package and what it may import of it. Parts that stand side by side do not know each other.
 NETWORKS_AND_DATA = {"registry", "options", "contract", "functional", "messages"}
-BELOW_ENGINE = NETWORKS_AND_DATA | {"distillers", "dataset", "models"}
+BELOW_ENGINE = NETWORKS_AND_DATA | {"distillers", "dataset", "models", "files"}
 MAY_IMPORT = {
     "registry": set(),
     "options": {"registry"},
     "contract": {"registry"},
     "functional": {"registry"},
     "messages": {"functional"},
+    "files": {"registry"},
     "distillers": NETWORKS_AND_DATA,
     "dataset": NETWORKS_AND_DATA,
     "models": NETWORKS_AND_DATA,
@@ -27,7 +28,8 @@ MAY_IMPORT = {
     "analysis": BELOW_ENGINE,
     "reports": BELOW_ENGINE | {"engine", "analysis"},
     "bench": BELOW_ENGINE | {"engine"},
-    "hub": BELOW_ENGINE | {"engine"},
+    "fetch": BELOW_ENGINE | {"engine"},
+    "hub": BELOW_ENGINE | {"engine", "fetch"},
     "tools": BELOW_ENGINE | {"engine", "analysis", "reports", "bench"},
 }
 FILES = [
@@ -62,6 +64,12 @@ def imports_of(path: Path) -> set[str]:
 def test_imports_point_down(path):
     own = part_of(path)
     assert imports_of(path) - {own} <= MAY_IMPORT[own]
+
+
+@pytest.mark.parametrize("name", ["download.py", "archive.py"])
+def test_downloads_and_tars_are_for_any_part(name):
+    """A data set may want them, which may not import the engine."""
+    assert imports_of(ROOT / "mdistiller" / "fetch" / name) <= {"files", "registry"}
 
 
 WITHOUT_THE_REST = """

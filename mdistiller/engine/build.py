@@ -13,14 +13,14 @@ from torch import nn
 import mdistiller.models  # noqa: F401  fills the model tables
 from mdistiller.contract import contract_of
 from mdistiller.distillers import distiller_dict
+from mdistiller.models._registration import COLLECTIONS, TEACHER_RELEASE, public_file
 from mdistiller.registry import MODEL_FAMILIES, InputError, Registry, UnknownName, dataset_dict
 
 from .added_kd import add_kd
 from .config.node import ConfigNode
-from .folder.checkpoint import CheckpointError, check_fit, load_weights, not_a_folder
+from .folder.checkpoint import CheckpointError, check_weights, load_weights, not_a_folder
 from .forwards.precision import hard_coded_cuda_explained, resolve_device
 
-TEACHER_RELEASE = "https://github.com/megvii-research/mdistiller/releases/tag/checkpoints"
 TEACHER_OPTION = "DISTILLER.TEACHER_CKPT"
 
 
@@ -92,27 +92,11 @@ def load_network(model: nn.Module, path: str | Path, what: str, cfg: Any, advice
         advice: what to do about a file of another number of classes.
 
     Raises:
-        CheckpointError: the file cannot be read, is of another number of classes or does not fit.
+        CheckpointError: the file cannot be read; and see :func:`check_weights`.
     """
-    state, own = load_weights(path), model.state_dict()
-    differing = [k for k in own if k in state and own[k].shape != state[k].shape]
-    # A checkpoint of another data set differs in the classifier alone; say that instead of listing shapes.
-    if own.keys() == state.keys() and differing and all(own[k].shape[1:] == state[k].shape[1:] for k in differing):
-        raise CheckpointError(
-            f"{what} in {path} has {len(state[differing[0]])} classes, data set "
-            f"{cfg.DATASET.TYPE} has {len(own[differing[0]])}; {advice}"
-        )
-    try:
-        check_fit(own, state, f"checkpoint {path} for {what}")
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; name the network that it was trained as") from None
-    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        more = f" and {len(broken) - 4} more" if len(broken) > 4 else ""
-        raise CheckpointError(
-            f"checkpoint {path} for {what} has values that are not finite, in {', '.join(broken[:4])}{more}: its "
-            "training failed, or the file is damaged; take another"
-        )
+    state, what = load_weights(path), f"checkpoint {path} for {what}"
+    classes_of = f"data set {cfg.DATASET.TYPE}; {advice}"
+    check_weights(model.state_dict(), state, what, "name the network that it was trained as", classes_of)
     model.load_state_dict(state)
 
 
@@ -143,11 +127,12 @@ def teacher_checkpoint(cfg: Any, option: str = TEACHER_OPTION) -> Path | None:
     else:
         problem = f"teacher {name} has no public checkpoint for {cfg.DATASET.TYPE} and {option} names no file"
     ways = []
-    if public:
-        collection = Path(public).parent.parent.name
+    collection = public_file(public).partition("/")[0]
+    if collection:
+        released = COLLECTIONS[collection].megabytes
+        source = f" of {TEACHER_RELEASE}" if released else ", which mdistiller's release is not known to hold,"
         ways.append(
-            f"get it: sh download_ckpts.sh {collection} (by hand: unpack {collection}.tar of {TEACHER_RELEASE} "
-            "to download_ckpts/)"
+            f"get it: sh download_ckpts.sh {collection} (by hand: unpack {collection}.tar{source} to download_ckpts/)"
         )
     recipe = training_recipe(cfg.DATASET.TYPE, name)
     if recipe:

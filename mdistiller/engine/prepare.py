@@ -21,7 +21,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 import mdistiller
@@ -31,7 +30,7 @@ from mdistiller.options import options_of
 
 from .batch import to_batch
 from .config.experiment import flatten
-from .folder.checkpoint import CheckpointError, check_fit, fingerprint, load_checkpoint, save_checkpoint
+from .folder.checkpoint import CheckpointError, check_weights, fingerprint, load_checkpoint, not_finite, save_checkpoint
 from .processes import distributed
 
 if TYPE_CHECKING:
@@ -74,7 +73,8 @@ def prepare(trainer: BaseTrainer) -> None:
         seconds, facts = _compute(trainer, name)
         distributed.broadcast_state(module)
         state = {key: value.cpu() for key, value in module.state_dict().items()}
-        _check_finite(name, state)
+        if bad := not_finite(state):
+            raise PreparationError(f"{name}'s stage before training: {bad[0]} is not finite; lower its learning rate")
         content = {"settings": settings, "model": state, "fingerprint": fingerprint(state)}
         content |= distributed.broadcast_object({"seconds": seconds, "facts": facts})
         distributed.on_first_process(lambda: _save(content, path))
@@ -134,7 +134,7 @@ def _check_content(content: Any, path: Path, settings: dict[str, Any], module: n
         raise CheckpointError(f"{path} was made with other settings")
     if fingerprint(content["model"]) != content["fingerprint"]:
         raise CheckpointError(f"{path} is damaged: its weights are not those that were written")
-    check_fit(module.state_dict(), content["model"], f"the result in {path}")
+    check_weights(module.state_dict(), content["model"], f"the result in {path}")
 
 
 def _compute(trainer: BaseTrainer, name: str) -> tuple[float, dict[str, Any]]:
@@ -160,11 +160,3 @@ def _compute(trainer: BaseTrainer, name: str) -> tuple[float, dict[str, Any]]:
     seconds = round(time.perf_counter() - start, 3)
     say(f"{name}'s stage before training: done in {seconds:.1f} s")
     return seconds, facts
-
-
-def _check_finite(name: str, state: dict[str, Tensor]) -> None:
-    bad = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
-    if bad:
-        raise PreparationError(
-            f"{name}'s stage before training diverged: {bad[0]} is not finite; lower its learning rate"
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from mdistiller.contract import contract_of
 from mdistiller.dataset import Loaders, build_loaders
+from mdistiller.files import file_sha256
 from mdistiller.messages import say
 from mdistiller.plugins import load_methods
 from mdistiller.registry import InputError, dataset_dict, distiller_dict
@@ -103,7 +103,7 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
         "training_images": loaders.num_data,
     }
     if file is not None:
-        facts["method_file"] = {"path": str(file.path), "sha256": file_digest(file.path)}
+        facts["method_file"] = {"path": str(file.path), "sha256": file_sha256(file.path)}
     if teacher is not None:
         facts["teacher"] = score_teacher(cfg, teacher, loaders)
     with distributed.same_error():
@@ -134,13 +134,8 @@ def score_teacher(cfg: Any, teacher: torch.nn.Module, loaders: Loaders) -> dict[
         f"Teacher {name} ({checkpoint}): top-1 {result.top1:.2f}, top-5 {result.top5:.2f} on {result.count} test images"
     )
     path = teacher_checkpoint(cfg)
-    digest = file_digest(path) if path is not None else None
+    digest = file_sha256(path) if path is not None else None
     return {"name": name, "checkpoint": checkpoint, "sha256": digest, "top1": result.top1, "top5": result.top5}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal: tells whether a checkpoint is still the one that was used."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _check_rest(trainer: BaseTrainer, facts: dict[str, Any], folder: Path) -> None:

@@ -22,7 +22,8 @@ from mdistiller.engine.config.experiment import same_result
 from mdistiller.engine.config.node import read_yaml
 from mdistiller.engine.forwards.precision import resolve_device
 from mdistiller.engine.hooks import StopRequested
-from mdistiller.engine.run import file_digest, run
+from mdistiller.engine.run import run
+from mdistiller.files import file_sha256
 from mdistiller.registry import InputError
 
 from .plan import Cell, Plan
@@ -82,7 +83,7 @@ def _same_run(cell: Cell) -> bool:
     if not same_result(before, cell.cfg):
         return False
     used, now = _results(cell).get("teacher", {}).get("sha256"), Path(cell.cfg.DISTILLER.TEACHER_CKPT)
-    return used is None or not now.is_file() or used == file_digest(now)
+    return used is None or not now.is_file() or used == file_sha256(now)
 
 
 def _default_jobs(cell: Cell) -> int:

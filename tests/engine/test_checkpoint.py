@@ -14,6 +14,7 @@ from mdistiller.engine.folder import checkpoint
 from mdistiller.engine.folder.checkpoint import (
     CheckpointError,
     DiskFullError,
+    check_weights,
     load_checkpoint,
     load_into,
     load_weights,
@@ -131,3 +132,29 @@ def test_a_file_without_weights_says_what_it_holds(tmp_path):
 def test_missing_file():
     with pytest.raises(CheckpointError, match="no checkpoint"):
         checkpoint.load_checkpoint("nowhere/latest")
+
+
+def refusal(state, advice="take another file", classes_of="data set digits; take another teacher"):
+    with pytest.raises(CheckpointError) as error:
+        check_weights(nn.Linear(2, 10).state_dict(), state, "file", advice, classes_of)
+    return str(error.value)
+
+
+def test_the_reason_why_a_state_does_not_fit():
+    hundred = nn.Linear(2, 100).state_dict()
+    assert refusal(hundred) == "file has 100 classes, not the 10 of data set digits; take another teacher"
+    other_shape = (
+        "file does not fit: other shape: weight is (100, 2), the model's (10, 2), bias is (100,), the model's (10,)"
+    )
+    assert refusal(hundred, "", "") == other_shape
+    assert refusal(hundred, classes_of="") == f"{other_shape}; take another file"
+    assert refusal(nn.Linear(3, 10).state_dict()).endswith("(10, 3), the model's (10, 2); take another file")
+    assert "not in the model: scale" in refusal({**hundred, "scale": torch.ones(1)})
+    check_weights(nn.Linear(2, 10).state_dict(), nn.Linear(2, 10).state_dict(), "file")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(value):
+    broken = {key: torch.full_like(tensor, value) for key, tensor in nn.Linear(2, 10).state_dict().items()}
+    assert "file has values that are not finite, in weight, bias: its training failed" in refusal(broken)
+    check_weights(nn.BatchNorm1d(2).state_dict(), nn.BatchNorm1d(2).state_dict(), "file")  # holds a whole number

@@ -5,7 +5,7 @@ import json
 import pytest
 from runs import make_trainer, same_state, teacher_file, tiny_config
 
-from mdistiller.engine.folder.checkpoint import load_checkpoint, save_checkpoint
+from mdistiller.engine.folder.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from mdistiller.engine.folder.run_folder import run_folder
 from mdistiller.engine.prepare import FOLDER, PreparationError, prepare
 from mdistiller.engine.run import run
@@ -112,6 +112,12 @@ def change_a_weight(path):
     save_checkpoint(content, path)
 
 
+def write_what_is_not_finite(path):
+    content = load_checkpoint(path)
+    next(iter(content["model"].values())).view(-1)[0] = float("nan")
+    save_checkpoint({**content, "fingerprint": fingerprint(content["model"])}, path)
+
+
 def drop_facts(path):
     content = load_checkpoint(path)
     del content["facts"]
@@ -126,6 +132,7 @@ def drop_facts(path):
         (lambda path: path.write_bytes(b""), "damaged"),
         (change(settings={}), "made with other settings"),
         (change_a_weight, "not those that were written"),
+        (write_what_is_not_finite, "has values that are not finite"),
         (drop_facts, "does not hold"),
     ],
 )

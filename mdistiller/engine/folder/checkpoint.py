@@ -32,8 +32,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mdistiller.files import DISK_FULL, StrPath, no_space
 from mdistiller.messages import say
 from mdistiller.registry import InputError
+
+State = Mapping[str, Tensor]  # of a module, by name
 
 
 class CheckpointError(InputError):
@@ -44,7 +47,7 @@ class DiskFullError(RuntimeError):
     """No space is left for a file; what stood in its place before still does."""
 
 
-def save_checkpoint(obj: Any, path: str | os.PathLike[str], *, keep_previous: bool = False) -> None:
+def save_checkpoint(obj: Any, path: StrPath, *, keep_previous: bool = False) -> None:
     """Write ``obj`` with ``torch.save`` such that ``path`` holds either the old file or the whole new one.
 
     Args:
@@ -60,12 +63,12 @@ def save_checkpoint(obj: Any, path: str | os.PathLike[str], *, keep_previous: bo
     write_atomically(path, buffer.getvalue(), keep_previous=keep_previous)
 
 
-def previous(path: str | os.PathLike[str]) -> Path:
+def previous(path: StrPath) -> Path:
     """Where ``save_checkpoint(..., keep_previous=True)`` keeps the file before the last one."""
     return Path(f"{path}_previous")
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes | str, *, keep_previous: bool = False) -> None:
+def write_atomically(path: StrPath, content: bytes | str, *, keep_previous: bool = False) -> None:
     """Replace the content of ``path``: temporary file in the same folder, fsync, read back, rename.
 
     Raises:
@@ -89,8 +92,9 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str, *, keep
     except BaseException as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(_what_is_missing(path, len(data))) from None
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            kept = f"the {path.name} that was there is intact" if path.exists() else "nothing was there before"
+            raise DiskFullError(f"{no_space(path, len(data))}; {kept}. Free space and go on with --resume") from None
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -114,17 +118,6 @@ def _link_over(source: Path, target: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(source, temporary)
     os.replace(temporary, target)
-
-
-def _what_is_missing(path: Path, needed: int) -> str:
-    free = shutil.disk_usage(path.parent).free
-    missing = max(needed - free, 0) / 1e6
-    amount = f"{missing:.1f} MB are missing" if missing else "a quota is used up"
-    kept = f"the {path.name} that was there is intact" if path.exists() else "nothing was there before"
-    return (
-        f"no space left to write {path}: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free, {amount}; {kept}. "
-        "Free some space and go on with --resume"
-    )
 
 
 def _umask() -> int:
@@ -220,7 +213,7 @@ def _harmless_globals() -> Iterator[None]:
             torch.serialization.add_safe_globals(before)
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> Any:
+def load_checkpoint(path: StrPath) -> Any:
     """The object that ``torch.save`` wrote to ``path``, on the CPU.
 
     Files of the archive format (torch 1.6 and later) are checked for damage, byte by byte; older files, such as
@@ -283,7 +276,7 @@ def _damaged(path: Path, reason: str) -> str:
     )
 
 
-def load_weights(path: str | os.PathLike[str], whole: bool = False) -> dict[str, Tensor]:
+def load_weights(path: StrPath, whole: bool = False) -> dict[str, Tensor]:
     """A model's state dict from a file: ``{"model": state_dict}``, ``{"state_dict": ...}`` or the dict itself.
 
     ``module.`` in front of every key, as DataParallel writes it, is dropped. Of a distiller (``latest``, ``best``) it
@@ -314,17 +307,52 @@ def load_weights(path: str | os.PathLike[str], whole: bool = False) -> dict[str,
     return dict(content)
 
 
-def _has_student(state: Mapping[str, Tensor]) -> bool:
+def _has_student(state: State) -> bool:
     return any(key.startswith("student.") for key in state)
 
 
-def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+def check_weights(own: State, state: State, what: str, advice: str = "", classes_of: str = "") -> None:
+    """Refuse a state that a network cannot take, or should not have; changes nothing.
+
+    Args:
+        own: the state dict of the network, for names and shapes.
+        state: the state dict that was read.
+        what: names the file and the network in the message.
+        advice: what to do about other names or shapes; empty: nothing is said.
+        classes_of: what the network's classes are those of, and what to do about another number of them:
+            ``"data set digits; take another teacher"``. A state that differs in its number of classes alone is refused
+            in these words. Empty: the number of classes is a shape as any other.
+
+    Raises:
+        CheckpointError: another number of classes, other names or shapes, or values that are not finite.
+    """
+    resized = [key for key in own if key in state and own[key].shape != state[key].shape]
+    # A checkpoint of another data set differs in the classifier alone; say that instead of listing shapes.
+    same_inputs = all(own[key].shape[1:] == state[key].shape[1:] for key in resized)
+    if classes_of and resized and same_inputs and own.keys() == state.keys():
+        found, expected = len(state[resized[0]]), len(own[resized[0]])
+        raise CheckpointError(f"{what} has {found} classes, not the {expected} of {classes_of}")
+    check_fit(own, state, what, advice)
+    if broken := not_finite(state):
+        raise CheckpointError(
+            f"{what} has values that are not finite, in {_listed(broken)}: its training failed, or the file is "
+            "damaged; take another"
+        )
+
+
+def not_finite(state: State) -> list[str]:
+    """The names of the tensors that hold a value that is infinite or no number."""
+    return [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+
+
+def check_fit(own: State, state: State, what: str, advice: str = "") -> None:
     """Compare names and shapes of ``state`` with those of the model's ``own``; changes nothing.
 
     Args:
         own: the state dict of the model that is to take the state.
         state: the state dict that was read.
         what: names the file and the model in the message.
+        advice: what to do about it; empty: nothing is said.
 
     Raises:
         CheckpointError: lists what is missing, what is too much and which shapes differ.
@@ -336,16 +364,17 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str)
         for key in own
         if key in state and own[key].shape != state[key].shape
     ]
-    problems = []
-    for title, keys in (("missing", missing), ("not in the model", surplus), ("other shape", reshaped)):
-        if keys:
-            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
-            problems.append(f"{title}: {', '.join(keys[:4])}{more}")
+    groups = {"missing": missing, "not in the model": surplus, "other shape": reshaped}
+    problems = [f"{title}: {_listed(keys)}" for title, keys in groups.items() if keys]
     if problems:
-        raise CheckpointError(f"{what} does not fit: {'; '.join(problems)}")
+        raise CheckpointError(f"{what} does not fit: {'; '.join(filter(None, [*problems, advice]))}")
 
 
-def fingerprint(state: Mapping[str, Tensor]) -> int:
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def fingerprint(state: State) -> int:
     """A checksum of a state dict's names and values, to tell whether a file is the one that was written."""
     checksum = 0
     for key, value in state.items():
@@ -354,7 +383,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> int:
     return checksum
 
 
-def load_into(model: nn.Module, path: str | os.PathLike[str], what: str) -> None:
+def load_into(model: nn.Module, path: StrPath, what: str) -> None:
     """Load a file's weights into ``model``, all or nothing.
 
     Args:

@@ -21,6 +21,7 @@ import torch
 import torchvision
 
 import mdistiller
+from mdistiller.files import lock
 from mdistiller.messages import say
 from mdistiller.registry import InputError
 
@@ -120,22 +121,14 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process trains there.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"another process is training in {folder}; name another folder with EXPERIMENT.NAME"
-            ) from None
+    with (folder / LOCK).open("w") as file:
+        if not lock(file):
+            raise InputError(f"another process is training in {folder}; name another folder with EXPERIMENT.NAME")
         try:
             yield
         finally:
-            (folder / LOCK).unlink(missing_ok=True)
+            with suppress(PermissionError):  # Windows removes no file that is open
+                (folder / LOCK).unlink(missing_ok=True)
 
 
 RUN_FILES = (

@@ -1,0 +1,1 @@
+"""Downloads, safe unpacking of tars, and mdistiller's public teachers."""

@@ -1,0 +1,248 @@
+"""Fetch mdistiller's public teachers: download, check, unpack into ``download_ckpts/``.
+
+python -m mdistiller.hub [cifar_teachers ...] [--root DIR] [--list] [--verify] [--overwrite]
+
+A download is resumed where it broke off, as long as the server still holds the same file. Nothing that it
+brought is trusted: a member of the tar is unpacked only if it is the file of a known teacher, and takes its
+place only once it has been read without executing anything and compared with its model. The teachers are
+files of the old torch format, which carry no checksum: where none is known from elsewhere either
+(:data:`KNOWN_SHA256`), damage that leaves names, shapes and finite values alone goes unnoticed.
+
+``MDISTILLER_CKPT_URL`` names a mirror: the address of a folder that holds the tars.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mdistiller.models  # noqa: F401  fills the model tables
+from mdistiller.engine.build import build_model
+from mdistiller.engine.folder.checkpoint import CheckpointError, check_weights, load_weights
+from mdistiller.files import StrPath, file_sha256
+from mdistiller.models._registration import COLLECTIONS, TEACHER_RELEASE, checkpoint_root, public_file
+from mdistiller.registry import MODEL_FAMILIES, InputError
+
+from .archive import ArchiveError, BadArchiveError, unpack
+from .download import DownloadError, download
+
+MIRROR_VARIABLE = "MDISTILLER_CKPT_URL"
+RELEASE_FILES = TEACHER_RELEASE.replace("/tag/", "/download/")
+
+# Of the tars and, by path under download_ckpts/, of the files in them. The release publishes none. This one was
+# published, independently, by a project that took the file from the release's tar and by one that took it from
+# RepDistiller's server.
+KNOWN_SHA256 = {
+    "cifar_teachers/resnet32x4_vanilla/ckpt_epoch_240.pth": (
+        "22aa12e2b632b19ddde155ccf2388671842ddd304824b3095e0a7fff364beb4f"
+    ),
+}
+
+
+def teacher_files(collection: str) -> dict[str, str]:
+    """The model's name by the path of its file under ``download_ckpts/``."""
+    table = MODEL_FAMILIES[COLLECTIONS[collection].family]
+    files = {public_file(entry[1]): name for name, entry in table.items() if isinstance(entry, tuple)}
+    return {file: name for file, name in files.items() if file.startswith(f"{collection}/")}
+
+
+def check_teacher(path: StrPath, collection: str, file: str) -> str:
+    """Read a teacher's file and compare it with its model and with its checksum, where one is known.
+
+    Args:
+        path: where it lies now.
+        collection: a key of ``COLLECTIONS``.
+        file: its path under ``download_ckpts/``.
+
+    Returns:
+        A line that says what it is.
+
+    Raises:
+        CheckpointError: it is damaged, of another model or other classes, or not the public file.
+    """
+    path, teachers, name = Path(path), COLLECTIONS[collection], teacher_files(collection)[file]
+    checksum = _checksum(path, file, f"checkpoint {path} is not the public teacher {name}", CheckpointError)
+    state = load_weights(path)
+    with torch.device("meta"):  # shapes without memory
+        own = build_model(MODEL_FAMILIES[teachers.family], name, teachers.num_classes).state_dict()
+    check_weights(own, state, f"checkpoint {path} for {name}", classes_of=f"{name} of {collection}")
+    return f"{name}: {file}, {path.stat().st_size / 1e6:.1f} MB, {teachers.num_classes} classes, {checksum}"
+
+
+def _checksum(path: Path, name: str, problem: str, error: type[InputError]) -> str:
+    """The SHA-256 of a file in words; an error where ``KNOWN_SHA256`` has another one for ``name``."""
+    digest, known = file_sha256(path), KNOWN_SHA256.get(name)
+    if known not in (None, digest):
+        raise error(f"{problem}: its SHA-256 is {digest}, the public file's {known}")
+    return f"sha256 {digest} ({'no known checksum' if known is None else 'as published'})"
+
+
+def default_root() -> Path:
+    """The folder that configurations look for public teachers in."""
+    return checkpoint_root() / "download_ckpts"
+
+
+def fetch_teachers(
+    collection: str = "cifar_teachers",
+    root: StrPath | None = None,
+    mirror: str | None = None,
+    *,
+    overwrite: bool = False,
+    **how: Any,
+) -> list[Path]:
+    """Bring a collection's files into ``root``, each of them checked; prints a line for each.
+
+    Files that are there already are checked and kept; where all are, nothing is downloaded. A tar that was put into
+    ``root`` by hand, ``COLLECTION.tar``, is used and kept. A downloaded one, ``COLLECTION.downloaded.tar``, is deleted
+    once its files are in their places, or at once where it is damaged; where its files are refused, it is kept for the
+    next call.
+
+    Args:
+        collection: a key of ``COLLECTIONS``.
+        root: gets the collection as a folder; default: :func:`default_root`.
+        mirror: address of a folder that holds the tar; default: ``MDISTILLER_CKPT_URL``, else mdistiller's release.
+        overwrite: fetch all files anew and replace those that are there.
+        how: see :func:`download`.
+
+    Returns:
+        The teachers' files.
+
+    Raises:
+        DownloadError: with how to get the tar by hand.
+        ArchiveError: the tar is refused, or something in it is no teacher; says where the tar is.
+        CheckpointError: a file that was there before is not right, and ``overwrite`` is off.
+    """
+    root = Path(root) if root is not None else default_root()
+    files = teacher_files(collection)
+    wanted = dict(files)
+    if not overwrite and any((root / file).is_file() for file in files):
+        verify_teachers(collection, root)
+        wanted = {file: name for file, name in files.items() if not (root / file).is_file()}
+    downloaded = root / f"{collection}.downloaded.tar"
+    if wanted:
+        tar = root / f"{collection}.tar"
+        if not tar.is_file():
+            tar = downloaded
+            if overwrite or not tar.is_file():
+                _download_tar(collection, tar, mirror, how)
+        again = f"delete {tar} and run the command again"
+        try:
+            _unpack_teachers(collection, tar, root, wanted)
+        except BadArchiveError as error:
+            if tar == downloaded:
+                tar.unlink(missing_ok=True)
+                again = "the tar is deleted; run the command again"
+            raise ArchiveError(f"{error}\n{again}") from None
+        except ArchiveError as error:  # the reason may lie in this machine, and another download would not help
+            raise ArchiveError(
+                f"{error}\n{tar} is kept: mend that and run the command again, or, for another copy of the tar, {again}"
+            ) from None
+    downloaded.unlink(missing_ok=True)
+    return [root / file for file in files if (root / file).is_file()]
+
+
+def _unpack_teachers(collection: str, tar: Path, root: Path, wanted: dict[str, str]) -> None:
+    """Unpack the files of ``wanted``, overwriting them, each only if it is the teacher it should be."""
+
+    def check(path: Path, file: str) -> None:
+        print(f"good     {check_teacher(path, collection, file)}", flush=True)
+
+    checksum = _checksum(tar, f"{collection}.tar", f"{tar} is not the public file", BadArchiveError)
+    print(f"{tar}: {tar.stat().st_size / 1e6:.1f} MB, {checksum}", flush=True)
+    done = unpack(tar, root, wanted, overwrite=True, check=check)
+    if not done:
+        raise BadArchiveError(f"{tar} holds none of {', '.join(wanted)}")
+    for file, name in wanted.items():
+        if file not in done:
+            print(f"missing  {name}: {file} is not in the tar", flush=True)
+
+
+def _download_tar(collection: str, tar: Path, mirror: str | None, how: dict[str, Any]) -> None:
+    """Download a collection's tar to ``tar``, or say how to get it by hand."""
+    base, name = mirror or os.environ.get(MIRROR_VARIABLE), f"{collection}.tar"
+    megabytes = COLLECTIONS[collection].megabytes
+    hint = (
+        f"By hand: put {name} at {tar.with_name(name)} and run the command again. "
+        f"Or set {MIRROR_VARIABLE} to the address of a folder that holds {name}"
+    )
+    if not base and not megabytes:
+        raise DownloadError(f"mdistiller's release is not known to hold {name} ({TEACHER_RELEASE}). {hint}")
+    url = f"{(base or RELEASE_FILES).rstrip('/')}/{name}"
+    print(f"downloading {url}{f' ({megabytes} MB)' if megabytes else ''}", flush=True)
+    try:
+        download(url, tar, KNOWN_SHA256.get(name), **how)
+    except DownloadError as error:
+        raise DownloadError(f"{error}\nThe release page: {TEACHER_RELEASE}. {hint}") from None
+
+
+def verify_teachers(collection: str, root: StrPath | None = None) -> int:
+    """Check the files that are there; prints a line for each.
+
+    Args:
+        collection: a key of ``COLLECTIONS``.
+        root: see :func:`fetch_teachers`.
+
+    Returns:
+        How many are there.
+
+    Raises:
+        CheckpointError: names every file that is not right.
+    """
+    root = Path(root) if root is not None else default_root()
+    wrong, count = [], 0
+    for file, name in teacher_files(collection).items():
+        if not (root / file).is_file():
+            print(f"missing  {name}: {root / file}", flush=True)
+            continue
+        count += 1
+        try:
+            print(f"good     {check_teacher(root / file, collection, file)}", flush=True)
+        except CheckpointError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise CheckpointError("\n".join([*wrong, "fetch again with --overwrite to replace it"]))
+    return count
+
+
+def _list(root: Path) -> None:
+    for collection, teachers in COLLECTIONS.items():
+        source = f"{teachers.megabytes} MB, {RELEASE_FILES}/{collection}.tar" if teachers.megabytes else "by hand only"
+        print(f"{collection}: {source}")
+        for file, name in teacher_files(collection).items():
+            print(f"  {name:12}{'there' if (root / file).is_file() else 'missing':9}{root / file}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns the exit code: 0; 130 where it was stopped from the keyboard."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mdistiller.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("collections", nargs="*", metavar="COLLECTION", help="default: cifar_teachers")
+    parser.add_argument("--root", type=Path, metavar="DIR", default=default_root(), help="default: %(default)s")
+    parser.add_argument("--list", action="store_true", help="what there is, and what of it lies in --root")
+    parser.add_argument("--verify", action="store_true", help="only check the files that lie in --root")
+    parser.add_argument("--overwrite", action="store_true", help="fetch anew what is there already, and replace it")
+    args = parser.parse_args(arguments)
+    collections = args.collections or ["cifar_teachers"]
+    for collection in collections:
+        teacher_files(collection)  # a name that is not there is said before anything is downloaded
+    if args.list:
+        _list(args.root)
+        return 0
+    if args.verify:
+        for collection in collections:
+            if not verify_teachers(collection, args.root):
+                raise InputError(f"none of {collection} lies in {args.root}; without --verify they are fetched")
+        return 0
+    try:
+        for collection in collections:
+            fetch_teachers(collection, args.root, overwrite=args.overwrite)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0

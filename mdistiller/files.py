@@ -1,0 +1,81 @@
+"""Files, wherever they are read and written: a digest, a lock, and messages for a disk that refuses."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from .registry import InputError
+
+StrPath = str | os.PathLike[str]
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # error numbers: the disk, the user's quota
+
+
+def sha256(file: BinaryIO) -> str:
+    """The SHA-256 of what is still to be read of an open file, in hexadecimal."""
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_sha256(path: StrPath) -> str:
+    """The SHA-256 of a file, in hexadecimal: tells whether the file is still the one that was used."""
+    with open(path, "rb") as file:
+        return sha256(file)
+
+
+def lock(file: IO) -> bool:
+    """Keep other processes from locking an open file, until it is closed or this process ends.
+
+    Returns:
+        Whether the file is this process's. ``False``: another process holds it, or has just removed it. ``True``
+        also where nothing can be locked: on Windows, and on some network disks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(file.fileno()).st_ino == os.stat(file.name).st_ino
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError:  # a file system without locks
+        return True
+
+
+def no_space(path: Path, needed: int = 0) -> str:
+    """The beginning of a message: ``path`` cannot be written, since the disk is full or the quota is used up.
+
+    Args:
+        path: the file.
+        needed: bytes that were to be written; 0: not known.
+    """
+    free = shutil.disk_usage(path.parent).free
+    figures = f"{free / 1e6:.1f} MB free"
+    if needed:
+        missing = f"{(needed - free) / 1e6:.1f} MB are missing" if needed > free else "a quota is used up"
+        figures = f"{needed / 1e6:.1f} MB needed, {figures}, {missing}"
+    return f"no space left to write {path}: {figures}"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of the file system into a message that says what to do.
+
+    Raises:
+        InputError: the disk is full, or the path cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise InputError(f"{no_space(path)}; make room and run the command again") from None
+        raise InputError(f"cannot write {error.filename or path}: {error.strerror or error}") from None

@@ -11,8 +11,9 @@ from yacs.config import CfgNode
 from mdistiller.contract import contract_of
 from mdistiller.dataset.negatives import Negatives
 from mdistiller.engine.build import build_distiller
-from mdistiller.engine.cfg import CFG
+from mdistiller.engine.cfg import CFG, check_config
 from mdistiller.models import cifar_model_dict
+from mdistiller.options import options_in
 from mdistiller.registry import distiller_dict
 
 CLASSES, SIZE, IMAGES, NEGATIVES = 10, 16, 8, 4
@@ -34,10 +35,11 @@ FALLING = {
 
 
 def config(method: str, values: dict[str, Any] | None = None) -> CfgNode:
-    """Defaults for ``method``, with ``{"KD.TEMPERATURE": 2.0}`` merged."""
+    """Defaults for ``method``, with ``{"KD.TEMPERATURE": 2.0}`` merged, checked."""
     cfg = CFG.clone()
     cfg.merge_from_list(["DISTILLER.TYPE", method])
     cfg.merge_from_list([part for item in (values or {}).items() for part in item])
+    check_config(cfg)
     return cfg
 
 
@@ -76,20 +78,13 @@ def total(distiller: nn.Module, batch: dict[str, Tensor], epoch: int = 1) -> Ten
 def weights(method: str, ce: float, own: float) -> dict[str, float]:
     """Values for all weights of a method: those of cross-entropies, and those of its own terms.
 
-    Weights are the keys of its section that end in ``_WEIGHT``, and those that it was registered with as ``weights``;
-    those of cross-entropies begin with ``CE``.
+    Weights are the options of that kind; the keys of plain values that end in ``_WEIGHT``; and those that the method
+    was registered with as ``weights``. Those of cross-entropies begin with ``CE``.
     """
     cls = distiller_dict[method]
     found = {}
-    for key in _leaves(cls.defaults or {}):
+    for key, option in options_in(cls.defaults or {}).items():
         last = key.split(".")[-1]
-        if last.endswith("_WEIGHT") or key in cls.weights:
+        if option.is_weight or last.endswith("_WEIGHT") or key in cls.weights:
             found[f"{cls.section}.{key}"] = ce if last.startswith("CE") else own
     return found
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for key, value in tree.items():
-        keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
-    return keys

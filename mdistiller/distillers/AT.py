@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, pool_to_common, unit
-from mdistiller.registry import InputError
+from mdistiller.options import Option
 
 from ._base import register_distiller
-from ._common import FeatureDistiller, configured_stage_pairs, pick_pairs
+from ._common import STAGES, FeatureDistiller, configured_stage_pairs, feature_losses, pick_pairs
 
 DEFAULTS = {
-    "P": 2,
-    "STAGES": "matched",  # matched, skip_first (mdistiller's): see stage_offset in _common.py
-    "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1000.0},
+    "P": Option(2, "power of the activations in an attention map", at_least=1),
+    "STAGES": STAGES,
+    "LOSS": feature_losses(1000.0),
 }
 PAPER = "Zagoruyko and Komodakis, ICLR 2017, arXiv:1612.03928"
 
@@ -93,8 +93,6 @@ class AT(FeatureDistiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher, cfg)
         self.p = cfg.AT.P
-        if self.p < 1:
-            raise InputError(f"AT.P must be at least 1, got {self.p}")
         self.pairs = configured_stage_pairs(student, teacher, cfg, cfg.AT.STAGES)
 
     def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:

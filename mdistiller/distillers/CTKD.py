@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdistiller.options import Option, weight
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
@@ -27,12 +28,12 @@ from ._common import wants_standardised_logits
 from .KD import kd_loss
 
 DEFAULTS = {
-    "T_START": 1.0,
-    "T_END": 20.0,
-    "DECAY_MAX": 0.0,  # lambda before the first epoch
-    "DECAY_MIN": -1.0,  # and from epoch DECAY_LOOPS on
-    "DECAY_LOOPS": 10,
-    "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9},
+    "T_START": Option(1.0, "lowest temperature", above=0),
+    "T_END": Option(20.0, "width of the temperatures' range"),
+    "DECAY_MAX": Option(0.0, "lambda before the first epoch"),
+    "DECAY_MIN": Option(-1.0, "lambda from epoch DECAY_LOOPS on"),
+    "DECAY_LOOPS": Option(10, "epochs in which lambda falls", at_least=0),
+    "LOSS": {"CE_WEIGHT": weight(0.1, "of the cross-entropy"), "KD_WEIGHT": weight(0.9, "of kd_loss")},
 }
 PAPER = "Li et al., AAAI 2023, arXiv:2211.16231"
 
@@ -90,11 +91,11 @@ class CTKD(Distiller):
         self.t_start, self.t_end = own.T_START, own.T_END
         self.decay_max, self.decay_min, self.decay_loops = own.DECAY_MAX, own.DECAY_MIN, own.DECAY_LOOPS
         self.ce_weight, self.kd_weight = own.LOSS.CE_WEIGHT, own.LOSS.KD_WEIGHT
-        for key, low in (("T_START", self.t_start), ("T_START plus CTKD.T_END", self.t_start + self.t_end)):
-            if not low > 0:
-                raise InputError(f"CTKD.{key} must be above 0, as every temperature in between, got {low}")
-        if self.decay_loops < 0:
-            raise InputError(f"CTKD.DECAY_LOOPS must be 0 or more epochs, got {self.decay_loops}")
+        if not self.t_start + self.t_end > 0:
+            raise InputError(
+                "CTKD.T_START plus CTKD.T_END must be above 0, as every temperature in between, got "
+                f"{self.t_start + self.t_end}"
+            )
         self.logit_stand = wants_standardised_logits(cfg, student)
         self.global_T = nn.Parameter(torch.ones(1))
 

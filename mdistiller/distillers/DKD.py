@@ -20,17 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, require_one_shape, require_same_images, zs_norm
-from mdistiller.registry import InputError
+from mdistiller.options import Option, weight
 
 from ._base import Distiller, register_distiller
 from ._common import wants_standardised_logits, warmup
 
 DEFAULTS = {
-    "CE_WEIGHT": 1.0,
-    "ALPHA": 1.0,  # weight of the target class's term
-    "BETA": 8.0,  # weight of the other classes' term
-    "T": 4.0,
-    "WARMUP": 20,  # epochs in which both rise linearly
+    "CE_WEIGHT": weight(1.0, "of the cross-entropy"),
+    "ALPHA": weight(1.0, "of the target class's term"),
+    "BETA": weight(8.0, "of the other classes' term"),
+    "T": Option(4.0, "the temperature", above=0),
+    "WARMUP": Option(20, "epochs in which ALPHA and BETA rise linearly", at_least=0),
 }
 PAPER = "Zhao et al., CVPR 2022, arXiv:2203.08679"
 
@@ -114,7 +114,7 @@ def _others(logits: Tensor, target: Tensor) -> Tensor:
     return logits.gather(1, place + (place >= target[:, None]))
 
 
-@register_distiller("DKD", DEFAULTS, paper=PAPER, family="logit", weights=("ALPHA", "BETA"))
+@register_distiller("DKD", DEFAULTS, paper=PAPER, family="logit")
 class DKD(Distiller):
     """Cross-entropy on the labels plus :func:`dkd_loss` on the logits."""
 
@@ -123,10 +123,6 @@ class DKD(Distiller):
         own = cfg.DKD
         self.ce_weight, self.alpha, self.beta = own.CE_WEIGHT, own.ALPHA, own.BETA
         self.temperature, self.warmup = own.T, own.WARMUP
-        if not self.temperature > 0:
-            raise InputError(f"DKD.T must be above 0, got {self.temperature}")
-        if self.warmup < 0:
-            raise InputError(f"DKD.WARMUP must be 0 or more epochs, got {self.warmup}")
         self.logit_stand = wants_standardised_logits(cfg, student)
 
     @classmethod

@@ -16,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, require_one_shape, zs_norm
-from mdistiller.registry import InputError
+from mdistiller.options import Option, weight
 
 from ._base import Distiller, register_distiller
 from ._common import wants_standardised_logits
 
-DEFAULTS = {"TEMPERATURE": 4.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
+DEFAULTS = {
+    "TEMPERATURE": Option(4.0, "softens the classes of both networks", above=0),
+    "LOSS": {"CE_WEIGHT": weight(0.1, "of the cross-entropy"), "KD_WEIGHT": weight(0.9, "of kd_loss")},
+}
 PAPER = "Hinton et al., NIPS 2014 workshop, arXiv:1503.02531"
 
 
@@ -68,8 +71,6 @@ class KD(Distiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
         self.temperature = cfg.KD.TEMPERATURE
-        if not self.temperature > 0:
-            raise InputError(f"KD.TEMPERATURE must be above 0, got {self.temperature}")
         self.ce_weight = cfg.KD.LOSS.CE_WEIGHT
         self.kd_weight = cfg.KD.LOSS.KD_WEIGHT
         self.logit_stand = wants_standardised_logits(cfg, student)

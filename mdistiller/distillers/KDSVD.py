@@ -28,15 +28,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mdistiller.functional import at_least_float32, pool_to_common, unit
+from mdistiller.options import Option
 from mdistiller.registry import InputError
 
 from ._base import register_distiller
-from ._common import FeatureDistiller, configured_stage_pairs, pick_pairs
+from ._common import STAGES, FeatureDistiller, configured_stage_pairs, feature_losses, pick_pairs
 
 DEFAULTS = {
-    "K": 1,  # directions
-    "STAGES": "matched",  # matched, skip_first (mdistiller's): see stage_offset in _common.py
-    "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
+    "K": Option(1, "directions of each stage", at_least=1),
+    "STAGES": STAGES,
+    "LOSS": feature_losses(1.0),
 }
 PAPER = "Lee et al., ECCV 2018, arXiv:1807.06819"
 
@@ -147,8 +148,6 @@ class KDSVD(FeatureDistiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher, cfg)
         self.k = cfg.KDSVD.K
-        if self.k < 1:
-            raise InputError(f"KDSVD.K must be at least 1, got {self.k}")
         self.pairs = configured_stage_pairs(student, teacher, cfg, cfg.KDSVD.STAGES)
         if len(self.pairs) < 2:
             raise InputError(

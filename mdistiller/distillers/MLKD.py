@@ -29,14 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, require_one_shape
-from mdistiller.registry import InputError, distiller_dict
+from mdistiller.options import Option
+from mdistiller.registry import distiller_dict
 
 from ._base import Distiller, register_distiller
 from ._common import wants_standardised_logits
 from .KD import DEFAULTS as KD_DEFAULTS
 from .KD import KD, kd_loss
 
-DEFAULTS = {**KD_DEFAULTS, "MLKD": {"AS_PUBLISHED": True}}
+PUBLISHED = Option(True, "masks and strong view as in the authors' code; False: as we read what it means")
+DEFAULTS = {**KD_DEFAULTS, "MLKD": {"AS_PUBLISHED": PUBLISHED}}
 PAPER = "Jin et al., Multi-Level Logit Distillation, CVPR 2023"
 
 TEMPERATURES = (3.0, 5.0, 2.0, 6.0)  # beside KD.TEMPERATURE
@@ -137,8 +139,6 @@ class MLKD(Distiller):
         super().__init__(student, teacher)
         own = cfg.KD
         self.temperature, self.as_published = own.TEMPERATURE, own.MLKD.AS_PUBLISHED
-        if not self.temperature > 0:
-            raise InputError(f"KD.TEMPERATURE must be above 0, got {self.temperature}")
         self.ce_weight, self.kd_weight = own.LOSS.CE_WEIGHT, own.LOSS.KD_WEIGHT
         self.logit_stand = wants_standardised_logits(cfg, student)
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from mdistiller.functional import pool_to_common, unit
 
 from ._base import register_distiller
-from ._common import FeatureDistiller, configured_stage_pairs, pick_pairs
+from ._common import STAGES, FeatureDistiller, configured_stage_pairs, feature_losses, pick_pairs
 
 DEFAULTS = {
-    "STAGES": "matched",  # matched, skip_first (mdistiller's): see stage_offset in _common.py
-    "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 50.0},
+    "STAGES": STAGES,
+    "LOSS": feature_losses(50.0),
 }
 PAPER = "Huang and Wang, 2017, arXiv:1707.01219"
 

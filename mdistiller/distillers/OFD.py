@@ -28,15 +28,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, require_one_shape
+from mdistiller.options import Option
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
-from ._common import batch_statistics, preact_maps
+from ._common import batch_statistics, feature_losses, preact_maps
 
 DEFAULTS = {
-    "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.001},
-    "CONNECTOR": {"KERNEL_SIZE": 1},
-    "TEACHER_BATCH_STATISTICS": True,  # False: the teacher's running ones, as it was trained to be used
+    "LOSS": feature_losses(0.001),
+    "CONNECTOR": {
+        "KERNEL_SIZE": Option(1, "of the student's convolutions", at_least=1, holds=(lambda size: size % 2 == 1, "odd"))
+    },
+    "TEACHER_BATCH_STATISTICS": Option(True, "False: the teacher's running ones, as it was trained to be used"),
 }
 PAPER = "Heo et al., ICCV 2019, arXiv:1904.01866"
 
@@ -120,8 +123,6 @@ class OFD(Distiller):
         self.ce_weight, self.feat_weight = cfg.OFD.LOSS.CE_WEIGHT, cfg.OFD.LOSS.FEAT_WEIGHT
         self.teacher_batch_statistics = cfg.OFD.TEACHER_BATCH_STATISTICS
         kernel_size = cfg.OFD.CONNECTOR.KERNEL_SIZE
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise InputError(f"OFD.CONNECTOR.KERNEL_SIZE must be odd, to keep the maps' size, got {kernel_size}")
         pair = f"{cfg.DISTILLER.TEACHER} -> {cfg.DISTILLER.STUDENT}"
         try:
             norms = teacher.get_bn_before_relu()

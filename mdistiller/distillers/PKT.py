@@ -21,9 +21,9 @@ from torch import Tensor
 from mdistiller.functional import at_least_float32, require_same_images
 
 from ._base import register_distiller
-from ._common import FeatureDistiller
+from ._common import FeatureDistiller, feature_losses
 
-DEFAULTS = {"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 30000.0}}
+DEFAULTS = {"LOSS": feature_losses(30000.0)}
 PAPER = "Passalis and Tefas, ECCV 2018, arXiv:1803.10837"
 
 

@@ -23,16 +23,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, require_same_images, unit
-from mdistiller.registry import InputError
+from mdistiller.options import Option, weight
 
 from ._base import register_distiller
-from ._common import FeatureDistiller
+from ._common import FeatureDistiller, feature_losses
 
 DEFAULTS = {
-    "DISTANCE_WEIGHT": 25.0,
-    "ANGLE_WEIGHT": 50.0,
-    "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},  # FEAT_WEIGHT: of both
-    "PDIST": {"EPSILON": 1e-12, "SQUARED": False},  # least squared distance; compare squared distances
+    "DISTANCE_WEIGHT": weight(25.0, "of RKD-D within the distance of the features"),
+    "ANGLE_WEIGHT": weight(50.0, "of RKD-A within it"),
+    "LOSS": feature_losses(1.0),
+    "PDIST": {
+        "EPSILON": Option(1e-12, "least squared distance", above=0),
+        "SQUARED": Option(False, "compare squared distances"),
+    },
 }
 PAPER = "Park et al., CVPR 2019, arXiv:1904.05068"
 
@@ -115,8 +118,6 @@ class RKD(FeatureDistiller):
         own = cfg.RKD
         self.distance_weight, self.angle_weight = own.DISTANCE_WEIGHT, own.ANGLE_WEIGHT
         self.eps, self.squared = own.PDIST.EPSILON, own.PDIST.SQUARED
-        if not self.eps > 0:
-            raise InputError(f"RKD.PDIST.EPSILON must be above 0, got {self.eps}")
 
     def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:
         return rkd_loss(

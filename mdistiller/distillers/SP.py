@@ -19,9 +19,9 @@ from torch import Tensor
 from mdistiller.functional import at_least_float32, require_same_images, unit
 
 from ._base import register_distiller
-from ._common import FeatureDistiller
+from ._common import FeatureDistiller, feature_losses
 
-DEFAULTS = {"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 3000.0}}
+DEFAULTS = {"LOSS": feature_losses(3000.0)}
 PAPER = "Tung and Mori, ICCV 2019, arXiv:1907.09682"
 
 

@@ -44,12 +44,13 @@ def register_distiller(
 
     Args:
         name: what ``DISTILLER.TYPE`` calls it.
-        defaults: the method's configuration, a nested dictionary; ``None`` for a method without any.
+        defaults: the method's configuration, a nested dictionary of options (:mod:`mdistiller.options`) or plain
+            values; ``None`` for a method without any.
         section: the config section that holds ``defaults``; ``name`` where not given. Methods may share one.
         paper: short reference for the listings, ``"Hinton et al., NIPS 2014 workshop, arXiv:1503.02531"``.
         family: ``"logit"``, ``"feature"``, ``"relation"`` or empty.
-        weights: keys of ``defaults`` that weight the method's own terms without ending in ``_WEIGHT`` (a paper's
-            ``ALPHA``), dotted where nested; the tests switch the terms on and off by them.
+        weights: keys of plain values in ``defaults`` that weight the method's own terms without ending in ``_WEIGHT``
+            (a paper's ``ALPHA``), dotted where nested; of options, those made by :func:`mdistiller.options.weight` do.
     """
 
     def register(cls: type) -> type:

@@ -12,11 +12,21 @@ from torch import Tensor, nn
 
 from mdistiller.functional import gradient_in_layout
 from mdistiller.messages import warn
+from mdistiller.options import Option, weight
 from mdistiller.registry import InputError, check_choice, image_side
 
 from ._base import Distiller
 
 STAGE_RULES = ("matched", "skip_first")
+STAGES = Option("matched", "which maps are compared, see stage_offset; skip_first: mdistiller's", one_of=STAGE_RULES)
+
+
+def feature_losses(weight_of_features: float) -> dict[str, Option]:
+    """The section ``LOSS`` of a method that compares features."""
+    return {
+        "CE_WEIGHT": weight(1.0, "of the cross-entropy"),
+        "FEAT_WEIGHT": weight(weight_of_features, "of the distance of the features"),
+    }
 
 
 class FeatureDistiller(Distiller):

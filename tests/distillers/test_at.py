@@ -163,7 +163,7 @@ def test_the_same_stages_are_compared_with_or_without_a_map_of_the_stem():
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"AT.P": 0}, r"AT\.P must be at least 1, got 0"), ({"AT.STAGES": "all"}, r"STAGES: no 'all'")],
+    [({"AT.P": 0}, r"AT\.P must be at least 1, got 0"), ({"AT.STAGES": "all"}, r"AT\.STAGES: no choice named 'all'")],
     ids=str,
 )
 def test_wrong_configurations(values, message):

@@ -214,7 +214,10 @@ class OneStage(nn.Module):
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"KDSVD.K": 0}, r"KDSVD\.K must be at least 1, got 0"), ({"KDSVD.STAGES": "x"}, "STAGES: no 'x'")],
+    [
+        ({"KDSVD.K": 0}, r"KDSVD\.K must be at least 1"),
+        ({"KDSVD.STAGES": "x"}, r"KDSVD\.STAGES: no choice named 'x'"),
+    ],
     ids=str,
 )
 def test_wrong_configurations(values, message):

@@ -136,5 +136,5 @@ def test_keys_change_what_they_name(values, changed):
 
 
 def test_an_unknown_rule_for_stages_is_refused():
-    with pytest.raises(InputError, match="STAGES: no 'skip'"):
+    with pytest.raises(InputError, match=r"NST\.STAGES: no choice named 'skip'"):
         build("NST", {"NST.STAGES": "skip"})

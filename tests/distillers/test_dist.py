@@ -1,6 +1,7 @@
-"""DIST's and DIST+'s losses against the reference's values and formulas written out, at the ends, and what trains."""
+"""DIST and DIST+: their losses against ``oracles/dist.py``, at the ends, and what trains what."""
 
 import copy
+import itertools
 import json
 import math
 
@@ -10,51 +11,28 @@ import torch
 import torch.nn.functional as F
 from golden_data import golden_dir
 from method_cases import build, config, make_batch, total
+from oracles import dist as oracle
+from oracles.cases import each_and_some, named
+from oracles.compare import assert_agree
+from oracles.complex_step import constant, cross_entropy, numbers
+from oracles.stubs import Outputs
 
 from mdistiller.distillers.DIST import (
     acclimation_loss,
+    channel_relation_loss,
     cosine_distance,
     dist_loss,
     feature_relation_loss,
     pearson_distance,
     same_size,
+    spatial_relation_loss,
 )
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.engine.build import build_distiller
 from mdistiller.engine.solver import build_optimizer
 from mdistiller.functional import at_least_float32
 from mdistiller.models import cifar_model_dict, imagenet_model_dict
-from mdistiller.registry import InputError
-
-# Written out with Python floats
-
-
-def pearson(a, b, eps=1e-8):
-    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
-    a, b = [x - mean_a for x in a], [x - mean_b for x in b]
-    return cosine(a, b, eps)
-
-
-def cosine(a, b, eps=1e-8):
-    norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
-    return 1 - sum(x * y for x, y in zip(a, b, strict=True)) / (norms + eps)
-
-
-def kl(target, p):
-    return sum(t * math.log(t / s) for t, s in zip(target, p, strict=True))
-
-
-def probabilities(row, tau):
-    exp = [math.exp(z / tau) for z in row]
-    return [x / sum(exp) for x in exp]
-
-
-def written_out(student, teacher, tau, relation="pearson"):
-    distance = {"pearson": pearson, "cosine": cosine, "kl": lambda s, t: kl(t, s)}[relation]
-    p_s, p_t = ([probabilities(row, tau) for row in z.tolist()] for z in (student, teacher))
-    rows = [distance(s, t) for s, t in zip(p_s, p_t, strict=True)]
-    columns = [distance(s, t) for s, t in zip(zip(*p_s, strict=True), zip(*p_t, strict=True), strict=True)]
-    return sum(rows) / len(rows), sum(columns) / len(columns)
+from mdistiller.registry import InputError, distiller_dict
 
 
 def logits(rows=5, classes=7, seed=0, scale=3.0, shape=()):
@@ -62,7 +40,24 @@ def logits(rows=5, classes=7, seed=0, scale=3.0, shape=()):
     return [scale * torch.randn(rows, classes, *shape, generator=generator, dtype=torch.float64) for _ in range(2)]
 
 
-# The logits' losses
+# The formula: by hand, and the reference's values
+
+
+def test_the_oracle_by_hand():
+    assert oracle.pearson_distance([1.0, 2.0, 3.0], [5.0, 3.0, 1.0], 0.0) == pytest.approx(2.0, rel=1e-12)
+    assert oracle.pearson_distance([1.0, 2.0, 3.0], [2.0, 9.0, 4.0], 0.0) == pytest.approx(
+        1 - 2 / math.sqrt(2 * 26), rel=1e-12
+    )
+    assert oracle.pearson_distance([2.0, 2.0], [0.0, 1.0]) == 1.0
+    # With two classes a row's correlation is a sign, with one image a column has none.
+    inter, intra = oracle.dist_loss([[0.0, 3.0]], [[0.0, 1.0]], 1.0, eps=0.0)
+    assert inter == pytest.approx(0.0, abs=1e-12)
+    assert intra == 1.0
+    # Without class 2 the rows are (0, 1) and (1, 0), up to scale and shift.
+    assert oracle.acclimation_loss([[0.0, 1.0, 9.0]], [[1.0, 0.0, 5.0]], [2], eps=0.0) == pytest.approx(2.0, rel=1e-12)
+    maps = [[[[1.0, 2.0]], [[3.0, 8.0]]]], [[[[2.0, 1.0]], [[4.0, 0.0]]]]  # one image, two channels, 1 x 2 pixels
+    assert oracle.channel_relation_loss(*maps, eps=0.0) == pytest.approx(1.0, rel=1e-12)  # +1 and -1
+    assert oracle.spatial_relation_loss(*maps, eps=0.0) == pytest.approx(2.0, rel=1e-12)  # (4, 10) and (6, 1)
 
 
 def golden_cases():
@@ -91,13 +86,46 @@ def test_golden_values_and_gradients(case, dtype, of_value, of_gradient, roundin
     assert (student.grad - expected).abs().max() <= of_gradient * expected.abs().max() + rounding
 
 
-@pytest.mark.parametrize("tau", [1.0, 4.0])
-@pytest.mark.parametrize("relation", ["pearson", "cosine", "kl"])
-@pytest.mark.parametrize(("rows", "classes"), [(5, 7), (2, 3), (3, 2), (2, 10)])
-def test_equals_the_formula(tau, relation, rows, classes):
-    student, teacher = logits(rows, classes)
-    found = [loss.item() for loss in dist_loss(student, teacher, tau, relation)]
-    assert found == pytest.approx(written_out(student, teacher, tau, relation), rel=1e-9)
+# The formula: the logits' losses against the oracle
+
+RELATIONS = {"pearson": oracle.pearson_distance, "cosine": oracle.cosine_distance, "kl": oracle.kl_relation}
+KINDS = ["random", "confident", "near", "flat_row", "flat_student", "one_image", "ties"]
+
+
+SHAPES = [(6, 4), (1, 2), (1, 5), (2, 2), (2, 3), (3, 7), (2, 10)]
+
+
+def pair(kind: str, batch: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of student and teacher, ``(batch, classes)``."""
+    random = np.random.default_rng(batch * 100 + classes)
+    student, teacher = random.normal(size=(2, batch, classes))
+    if kind == "confident":
+        student, teacher = 4 * student, 8 * teacher
+    if kind == "extreme":
+        student, teacher = 300 * student, 300 * teacher
+    if kind == "near":
+        student = teacher + 1e-3 * student
+    if kind == "flat_row":
+        student[0], teacher[-1] = 0.3, 0.0
+    if kind == "flat_student":  # a zero-initialised classifier
+        student[:] = 0.0
+    if kind == "one_image":  # every column is constant
+        student, teacher = (np.tile(x[:1], (batch, 1)) for x in (student, teacher))
+    if kind == "ties":
+        student, teacher = np.round(student), np.round(teacher)
+    return student, teacher
+
+
+@pytest.mark.parametrize(
+    "case", each_and_some(20, shape=SHAPES, kind=KINDS, relation=list(RELATIONS), tau=[1.0, 4.0]), ids=named
+)
+def test_both_relations_are_equations_8_and_9(case):
+    tau, relation = case["tau"], case["relation"]
+    assert_agree(
+        lambda s, t: dist_loss(s, t, tau, relation),
+        lambda s, t: oracle.dist_loss(s, t, tau, relation=RELATIONS[relation]),
+        *pair(case["kind"], *case["shape"]),
+    )
 
 
 @pytest.mark.parametrize("relation", ["pearson", "cosine", "kl"])
@@ -111,6 +139,159 @@ def test_gradient_of_the_distances():
     for distance in (pearson_distance, cosine_distance):
         for dim in (0, 1):
             assert torch.autograd.gradcheck(lambda x, y: distance(x, y, dim), (a, b))  # noqa: B023
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-8, 1e-2])
+def test_eps_is_added_to_the_product_of_the_norms(eps):
+    """At 1e-4 each the product of the norms is eps, and half the correlation is left."""
+    for scale in (1e-6, 1e-4, 1e-3, 1.0, 1e6):
+        u, v = scale * np.random.default_rng(3).normal(size=(2, 6))
+        for library, loops in ((pearson_distance, oracle.pearson_distance), (cosine_distance, oracle.cosine_distance)):
+            assert_agree(lambda a, b, f=library: f(a, b, eps=eps), lambda a, b, f=loops: f(a, b, eps), u, v, wrt=(0, 1))
+
+
+# The formula: acclimation and feature maps against the oracle
+
+ACCLIMATIONS = {
+    "nontarget": oracle.acclimation_loss,
+    "all": lambda s, t, target, *options: oracle.acclimation_pearson(s, t, *options),
+    "kl": lambda s, t, target, tau, eps=0.0: oracle.acclimation_kl(s, t, tau),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    each_and_some(10, shape=SHAPES, logits=[*KINDS, "extreme"], acclimation=list(ACCLIMATIONS), tau=[2.0, 1.0, 4.0]),
+    ids=named,
+)
+def test_acclimation_is_equation_14(case):
+    """The teacher's gradient; the student's are constants."""
+    images, classes = case["shape"]
+    target, kind, tau = np.arange(images) % classes, case["acclimation"], case["tau"]
+    assert_agree(
+        lambda s, t: acclimation_loss(s, t, torch.as_tensor(target), tau, kind),
+        lambda s, t: ACCLIMATIONS[kind](s, t, target.tolist(), tau),
+        *pair(case["logits"], images, classes),
+        wrt=(0, 1),
+    )
+
+
+@pytest.mark.parametrize("kind", ["nontarget", "all", "kl"])
+def test_acclimation_moves_the_teacher_only(kind):
+    student, teacher = (z.requires_grad_() for z in logits(3, 5, scale=1.0))
+    target = torch.tensor([4, 0, 1])
+    assert torch.autograd.gradcheck(lambda z: acclimation_loss(student, z, target, 2.0, kind), (teacher,))
+    acclimation_loss(student, teacher, target, 2.0, kind).backward()
+    assert student.grad is None and teacher.grad.any()
+
+
+FEATURE_RELATIONS = {
+    "pearson": oracle.pearson_distance,
+    "cosine": oracle.cosine_distance,
+    "mse": oracle.squared_distance,
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    each_and_some(
+        10,
+        shape=[(2, 4, 3, 2), (1, 1, 2, 2), (2, 3, 1, 1), (1, 2, 2, 3)],
+        maps=["random", "near", "large", "constant", "relu"],
+        relation=list(FEATURE_RELATIONS),
+    ),
+    ids=named,
+)
+def test_feature_relations_are_equations_15_and_16(case):
+    shape, maps, relation = case.values()
+    student, teacher = np.random.default_rng(sum(shape)).normal(size=(2, *shape))
+    if maps == "near":
+        student = teacher + 1e-3 * student
+    if maps == "large":
+        student, teacher = 1e4 * student, 1e3 * teacher + 5e3
+    if maps == "constant":
+        student[0], teacher[-1] = 0.7, -2.0
+    if maps == "relu":
+        student, teacher = np.maximum(student, 0), np.maximum(teacher - 0.5, 0)
+    # A squared distance is that of the channels' mean, not of their sum.
+    distance, channels = FEATURE_RELATIONS[relation], shape[1] if relation == "mse" else 1
+
+    def loops(s, t):
+        t = constant(t)
+        spatial = oracle.spatial_relation_loss(s, t, relation=distance)
+        return oracle.channel_relation_loss(s, t, relation=distance), spatial / channels**2
+
+    assert_agree(lambda s, t: feature_relation_loss(s, t, relation), loops, student, teacher, wrt=(0, 1))
+
+
+def test_each_feature_relation_by_its_name():
+    student, teacher = logits(2, 3, shape=(2, 2))
+    for relation in FEATURE_RELATIONS:
+        given = student, teacher, relation, 0.1
+        assert (channel_relation_loss(*given), spatial_relation_loss(*given)) == feature_relation_loss(*given)
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.0, 0.3])
+@pytest.mark.parametrize("relation", ["pearson", "cosine", "mse"])
+def test_feature_relations_gradient(relation, eps):
+    student, teacher = (f.requires_grad_() for f in logits(2, 3, shape=(2, 2)))
+    assert torch.autograd.gradcheck(lambda f: feature_relation_loss(f, teacher, relation, eps), (student,))
+    sum(feature_relation_loss(student, teacher, relation, eps)).backward()
+    assert teacher.grad is None
+
+
+def plain_feature_relations(f_s, f_t, eps=1e-8):
+    """What the closed form stands for, differentiated by autograd."""
+    f_s, f_t = at_least_float32(f_s), at_least_float32(f_t)
+    sums = f_s.sum(1).flatten(1), f_t.sum(1).flatten(1)
+    return pearson_distance(f_s, f_t, 1, eps).mean(), pearson_distance(*sums, 1, eps).mean()
+
+
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize(
+    "case",
+    each_and_some(
+        8,
+        kind=["random", "near", "relu", "shifted", "tiny", "partly constant"],
+        dtype=list(TOLERANCE),
+        eps=[1e-8, 0.0, 0.3],
+        layout=[torch.contiguous_format, torch.channels_last],
+    ),
+    ids=named,
+)
+def test_the_closed_form_is_the_plain_one(case):
+    kind, dtype, eps, layout = case.values()
+    tolerance = TOLERANCE[dtype]
+    student, teacher = logits(4, 24, shape=(3, 5), scale=1.0)
+    if kind == "near":
+        student = teacher + 0.1 * student
+    if kind == "relu":
+        student, teacher = student - 1, teacher.relu()
+    if kind == "shifted":
+        student, teacher = student + 20, teacher - 30
+    if kind == "tiny":
+        student, teacher = 1e-4 * student, 1e-3 * teacher
+    if kind == "partly constant":
+        student[0], student[1, :, 0], teacher[2], teacher[3, :, 1, 1] = 0.7, -30.1, 0.0, 0.3
+    student, teacher = (f.to(dtype, memory_format=layout) for f in (student, teacher))
+    results = []
+    for function in (feature_relation_loss, plain_feature_relations):
+        for weights in ((1.0, 0.0), (0.0, 1.0), (2.0, -3.0)):
+            f = student.detach().requires_grad_()
+            losses = function(f, teacher, eps=eps)
+            gradient = torch.autograd.grad(sum(w * loss for w, loss in zip(weights, losses, strict=True)), f)[0]
+            assert gradient.dtype == dtype
+            results.append((torch.stack(losses), gradient.to(losses[0].dtype)))
+    for (losses, gradient), (expected, wanted) in zip(results[:3], results[3:], strict=True):
+        torch.testing.assert_close(losses, expected, rtol=0, atol=min(tolerance, 2e-5))
+        assert (gradient - wanted).abs().max() <= tolerance * wanted.abs().max()
+        if kind == "partly constant":
+            assert not gradient[wanted == 0].any()
+
+
+# The formula: what it does not depend on, and where it is simple
 
 
 def test_kl_of_rows_is_kd_and_of_columns_the_same_sum_per_class():
@@ -158,23 +339,12 @@ def test_no_gradient_to_the_teacher():
     assert student.grad.any() and teacher.grad is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("eps", [1e-8, 0.0])
-@pytest.mark.parametrize("classes", [2, 3, 10, 100, 1000])
-def test_constant_rows_and_columns_have_distance_1_and_no_gradient(classes, eps, dtype):
-    """A classifier of zeros gives them; their rounding has a correlation, with a gradient of 7e5."""
-    student, teacher = torch.zeros(6, classes, dtype=dtype), logits(6, classes)[1].to(dtype)
-    student = (student + 0.1).requires_grad_()
-    for relation in ("pearson", "cosine"):
-        inter, intra = dist_loss(student, teacher, 3.0, relation, eps)
-        (inter + intra).backward()
-        if relation == "pearson":
-            assert inter.item() == pytest.approx(1.0) and intra.item() == pytest.approx(1.0)
-            assert not student.grad.any()
-    assert torch.isfinite(student.grad).all() and student.grad.abs().max() < 1
-    teacher = teacher.requires_grad_()
-    pearson_distance(student.softmax(1), teacher, eps=eps).sum().backward()
-    assert not teacher.grad.any()
+def test_two_classes_agree_or_not():
+    student, teacher = torch.tensor([[2.0, 1.0], [3.0, 0.0]]), torch.tensor([[5.0, 1.0], [0.0, 1.0]])
+    inter, intra = dist_loss(student.requires_grad_(), teacher, 1.0, eps=0.0)
+    assert inter.item() == pytest.approx(1.0, abs=1e-6) and intra.item() == pytest.approx(2.0, abs=1e-6)
+    inter.backward()
+    assert student.grad.abs().max() < 1e-5  # a correlation of two entries is 1 or -1
 
 
 def test_one_constant_row_leaves_the_others_alone():
@@ -195,75 +365,6 @@ def test_a_batch_of_one_has_no_columns():
     assert intra.item() == 1 and not student.grad.any()
     inter.backward()
     assert student.grad.any()
-
-
-def test_two_classes_agree_or_not():
-    student, teacher = torch.tensor([[2.0, 1.0], [3.0, 0.0]]), torch.tensor([[5.0, 1.0], [0.0, 1.0]])
-    inter, intra = dist_loss(student.requires_grad_(), teacher, 1.0, eps=0.0)
-    assert inter.item() == pytest.approx(1.0, abs=1e-6) and intra.item() == pytest.approx(2.0, abs=1e-6)
-    inter.backward()
-    assert student.grad.abs().max() < 1e-5  # a correlation of two entries is 1 or -1
-
-
-@pytest.mark.parametrize("scale", [1e2, 1e4, 1e30])
-@pytest.mark.parametrize("relation", ["pearson", "cosine", "kl"])
-@pytest.mark.parametrize("eps", [1e-8, 0.0])
-def test_finite_at_extreme_logits(scale, relation, eps):
-    student, teacher = (z.float() for z in logits(scale=scale))
-    losses = dist_loss(student.requires_grad_(), teacher, 1.0, relation, eps)
-    sum(losses).backward()
-    assert all(torch.isfinite(loss) for loss in losses) and torch.isfinite(student.grad).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(dtype):
-    student, teacher = (z.to(dtype) for z in logits())
-    target = torch.arange(5)
-    maps = [z.to(dtype) for z in logits(2, 6, shape=(3, 3))]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = [*dist_loss(student, teacher, 4.0), acclimation_loss(student, teacher, target, 4.0)]
-        found += feature_relation_loss(*maps)
-    student, teacher, *maps = (z.float() for z in (student, teacher, *maps))
-    expected = [*dist_loss(student, teacher, 4.0), acclimation_loss(student, teacher, target, 4.0)]
-    expected += feature_relation_loss(*maps)
-    assert all(loss.dtype == torch.float32 for loss in found)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-def test_unknown_relations():
-    student, teacher = logits()
-    with pytest.raises(InputError, match="relation: no 'pearsson'; closest: pearson"):
-        dist_loss(student, teacher, 1.0, "pearsson")
-    with pytest.raises(InputError, match="relation"):
-        feature_relation_loss(*logits(shape=(2, 2)), relation="kl")
-    with pytest.raises(InputError, match="kind"):
-        acclimation_loss(student, teacher, torch.arange(5), kind="target")
-
-
-# Acclimation and feature maps
-
-
-@pytest.mark.parametrize("tau", [1.0, 4.0])
-def test_acclimation_equals_the_formula(tau):
-    student, teacher = logits(5, 6)
-    target = torch.tensor([0, 5, 2, 2, 3])
-    p_s, p_t = ([probabilities(row, tau) for row in z.tolist()] for z in (student, teacher))
-    rows = list(zip(p_s, p_t, target.tolist(), strict=True))
-    nontarget = sum(pearson(*([x / (1 - p[k]) for x in p[:k] + p[k + 1 :]] for p in (s, t))) for s, t, k in rows) / 5
-    every = sum(pearson(s, t) for s, t, _ in rows) / 5
-    divergence = sum(kl(s, t) for s, t, _ in rows) / 5
-    assert acclimation_loss(student, teacher, target, tau).item() == pytest.approx(nontarget, rel=1e-9)
-    assert acclimation_loss(student, teacher, target, tau, "all").item() == pytest.approx(every, rel=1e-9)
-    assert acclimation_loss(student, teacher, target, tau, "kl").item() == pytest.approx(divergence, rel=1e-9)
-
-
-@pytest.mark.parametrize("kind", ["nontarget", "all", "kl"])
-def test_acclimation_moves_the_teacher_only(kind):
-    student, teacher = (z.requires_grad_() for z in logits(3, 5, scale=1.0))
-    target = torch.tensor([4, 0, 1])
-    assert torch.autograd.gradcheck(lambda z: acclimation_loss(student, z, target, 2.0, kind), (teacher,))
-    acclimation_loss(student, teacher, target, 2.0, kind).backward()
-    assert student.grad is None and teacher.grad.any()
 
 
 def test_acclimation_ignores_the_target():
@@ -305,82 +406,55 @@ def test_acclimation_with_mixed_labels_and_at_the_ends():
     assert torch.isfinite(acclimation_loss(1e5 * student, teacher.requires_grad_(), target))
 
 
-def test_feature_relations_equal_the_formulas():
-    student, teacher = (f.transpose(0, 1).reshape(3, 4, 2, 5) for f in logits(4, 30))
-    positions = [(y, x) for y in range(2) for x in range(5)]
-    places = [(i, slice(None), y, x) for i in range(3) for y, x in positions]
-    vectors = [(student[place].tolist(), teacher[place].tolist()) for place in places]
-    sums = [[[sum(f[i, :, y, x].tolist()) for y, x in positions] for i in range(3)] for f in (student, teacher)]
-    for relation, distance in (("pearson", pearson), ("cosine", cosine)):
-        channel = sum(distance(s, t) for s, t in vectors) / len(vectors)
-        spatial = sum(distance(s, t) for s, t in zip(*sums, strict=True)) / 3
-        found = [loss.item() for loss in feature_relation_loss(student, teacher, relation)]
-        assert found == pytest.approx([channel, spatial], rel=1e-12)
-    expected = F.mse_loss(student, teacher), F.mse_loss(student.mean(1), teacher.mean(1))
-    assert feature_relation_loss(student, teacher, "mse") == expected
+def test_same_size_pools_to_the_smaller():
+    a, b = torch.randn(2, 3, 8, 4), torch.randn(2, 5, 4, 8)
+    small_a, small_b = same_size(a, b)
+    assert small_a.shape == (2, 3, 4, 4) and small_b.shape == (2, 5, 4, 4)
+    torch.testing.assert_close(small_a[0, 0, 0, 0], a[0, 0, :2, 0].mean())
+    assert same_size(a, a)[0] is a
 
 
-@pytest.mark.parametrize("eps", [1e-8, 0.0, 0.3])
-@pytest.mark.parametrize("relation", ["pearson", "cosine", "mse"])
-def test_feature_relations_gradient(relation, eps):
-    student, teacher = (f.requires_grad_() for f in logits(2, 3, shape=(2, 2)))
-    assert torch.autograd.gradcheck(lambda f: feature_relation_loss(f, teacher, relation, eps), (student,))
-    sum(feature_relation_loss(student, teacher, relation, eps)).backward()
-    assert teacher.grad is None
+# At the edges: extreme inputs, precisions, refusals
 
 
-def plain_feature_relations(f_s, f_t, eps=1e-8):
-    """What the closed form stands for, differentiated by autograd."""
-    f_s, f_t = at_least_float32(f_s), at_least_float32(f_t)
-    sums = f_s.sum(1).flatten(1), f_t.sum(1).flatten(1)
-    return pearson_distance(f_s, f_t, 1, eps).mean(), pearson_distance(*sums, 1, eps).mean()
+@pytest.mark.parametrize("classes", [2, 3, 10, 100, 1000])
+def test_constant_rows_and_columns_have_distance_1_and_no_gradient(classes):
+    """A classifier of zeros gives them; their rounding has a correlation, with a gradient of 7e5."""
+    for eps, dtype in itertools.product((1e-8, 0.0), (torch.float32, torch.float64)):
+        student, teacher = torch.zeros(6, classes, dtype=dtype), logits(6, classes)[1].to(dtype)
+        student = (student + 0.1).requires_grad_()
+        for relation in ("pearson", "cosine"):
+            inter, intra = dist_loss(student, teacher, 3.0, relation, eps)
+            (inter + intra).backward()
+            if relation == "pearson":
+                assert inter.item() == pytest.approx(1.0) and intra.item() == pytest.approx(1.0)
+                assert not student.grad.any()
+        assert torch.isfinite(student.grad).all() and student.grad.abs().max() < 1
+        teacher = teacher.requires_grad_()
+        pearson_distance(student.softmax(1), teacher, eps=eps).sum().backward()
+        assert not teacher.grad.any()
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("eps", [1e-8, 0.0, 0.3])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5), (torch.bfloat16, 1e-2)], ids=str
-)
-@pytest.mark.parametrize("kind", ["random", "near", "relu", "shifted", "tiny", "partly constant"])
-def test_the_closed_form_is_the_plain_one(kind, dtype, tolerance, eps, layout):
-    student, teacher = logits(4, 24, shape=(3, 5), scale=1.0)
-    if kind == "near":
-        student = teacher + 0.1 * student
-    if kind == "relu":
-        student, teacher = student - 1, teacher.relu()
-    if kind == "shifted":
-        student, teacher = student + 20, teacher - 30
-    if kind == "tiny":
-        student, teacher = 1e-4 * student, 1e-3 * teacher
-    if kind == "partly constant":
-        student[0], student[1, :, 0], teacher[2], teacher[3, :, 1, 1] = 0.7, -30.1, 0.0, 0.3
-    student, teacher = (f.to(dtype, memory_format=layout) for f in (student, teacher))
-    results = []
-    for function in (feature_relation_loss, plain_feature_relations):
-        for weights in ((1.0, 0.0), (0.0, 1.0), (2.0, -3.0)):
-            f = student.detach().requires_grad_()
-            losses = function(f, teacher, eps=eps)
-            gradient = torch.autograd.grad(sum(w * loss for w, loss in zip(weights, losses, strict=True)), f)[0]
-            assert gradient.dtype == dtype
-            results.append((torch.stack(losses), gradient.to(losses[0].dtype)))
-    for (losses, gradient), (expected, wanted) in zip(results[:3], results[3:], strict=True):
-        torch.testing.assert_close(losses, expected, rtol=0, atol=min(tolerance, 2e-5))
-        assert (gradient - wanted).abs().max() <= tolerance * wanted.abs().max()
-        if kind == "partly constant":
-            assert not gradient[wanted == 0].any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e30])
+@pytest.mark.parametrize("relation", ["pearson", "cosine", "kl"])
 @pytest.mark.parametrize("eps", [1e-8, 0.0])
+def test_finite_at_extreme_logits(scale, relation, eps):
+    student, teacher = (z.float() for z in logits(scale=scale))
+    losses = dist_loss(student.requires_grad_(), teacher, 1.0, relation, eps)
+    sum(losses).backward()
+    assert all(torch.isfinite(loss) for loss in losses) and torch.isfinite(student.grad).all()
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e-30, -7e3, 1e20])
-def test_constant_maps_have_distance_1_and_no_gradient(value, eps, dtype):
-    constant = torch.full((2, 37, 3, 3), min(value, torch.finfo(dtype).max), dtype=dtype)
-    other = torch.randn(2, 37, 3, 3).to(dtype)
-    for student, teacher in ((constant, other), (other, constant), (constant, constant)):
-        student = student.clone().requires_grad_()
-        losses = feature_relation_loss(student, teacher, eps=eps)
-        sum(losses).backward()
-        assert all(loss.item() == 1 for loss in losses) and not student.grad.any()
+def test_constant_maps_have_distance_1_and_no_gradient(value):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        flat = torch.full((2, 37, 3, 3), min(value, torch.finfo(dtype).max), dtype=dtype)
+        other = torch.randn(2, 37, 3, 3).to(dtype)
+        for eps, (student, teacher) in itertools.product((1e-8, 0.0), ((flat, other), (other, flat), (flat, flat))):
+            student = student.clone().requires_grad_()
+            losses = feature_relation_loss(student, teacher, eps=eps)
+            sum(losses).backward()
+            assert all(loss.item() == 1 for loss in losses) and not student.grad.any()
 
 
 def test_maps_that_are_no_numbers_are_not_taken_for_constant():
@@ -399,15 +473,178 @@ def test_feature_relations_without_anything_to_relate():
             assert all(loss.item() == 1 for loss in losses) and not student.grad.any()
 
 
-def test_same_size_pools_to_the_smaller():
-    a, b = torch.randn(2, 3, 8, 4), torch.randn(2, 5, 4, 8)
-    small_a, small_b = same_size(a, b)
-    assert small_a.shape == (2, 3, 4, 4) and small_b.shape == (2, 5, 4, 4)
-    torch.testing.assert_close(small_a[0, 0, 0, 0], a[0, 0, :2, 0].mean())
-    assert same_size(a, a)[0] is a
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    student, teacher = (z.to(dtype) for z in logits())
+    target = torch.arange(5)
+    maps = [z.to(dtype) for z in logits(2, 6, shape=(3, 3))]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [*dist_loss(student, teacher, 4.0), acclimation_loss(student, teacher, target, 4.0)]
+        found += feature_relation_loss(*maps)
+    student, teacher, *maps = (z.float() for z in (student, teacher, *maps))
+    expected = [*dist_loss(student, teacher, 4.0), acclimation_loss(student, teacher, target, 4.0)]
+    expected += feature_relation_loss(*maps)
+    assert all(loss.dtype == torch.float32 for loss in found)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-# The methods
+def test_unknown_relations():
+    student, teacher = logits()
+    with pytest.raises(InputError, match="relation: no 'pearsson'; closest: pearson"):
+        dist_loss(student, teacher, 1.0, "pearsson")
+    with pytest.raises(InputError, match="relation"):
+        feature_relation_loss(*logits(shape=(2, 2)), relation="kl")
+    with pytest.raises(InputError, match="kind"):
+        acclimation_loss(student, teacher, torch.arange(5), kind="target")
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "message"),
+    [
+        ("DIST", {"DIST.RELATION": "spearman"}, r"DIST\.RELATION: no 'spearman'"),
+        ("DIST", {"DIST.TAU": 0.0}, r"DIST\.TAU must be above 0"),
+        ("DIST", {"DIST.EPS": -1.0}, r"DIST\.EPS"),
+        ("DIST", {"DIST.LABEL_SMOOTHING": 1.0}, r"DIST\.LABEL_SMOOTHING"),
+        ("DIST", {"DIST.LABEL_SMOOTHING": 0.1, "DATASET.LABEL_SMOOTHING": 0.1}, "smooth the labels twice"),
+        ("DIST_PLUS", {"DIST_PLUS.TAU": -1.0}, r"DIST_PLUS\.TAU must be above 0"),
+        ("DIST_PLUS", {"DIST_PLUS.FEATURE_RELATION": "kl"}, r"DIST_PLUS\.FEATURE_RELATION"),
+        (
+            "DIST_PLUS",
+            {"DIST_PLUS.FEATURE_RELATION": "mse", "DIST_PLUS.CHANNEL_WEIGHT": 0.0, "DIST_PLUS.SPATIAL_WEIGHT": 0.0},
+            "nothing to act on",
+        ),
+        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE": "off"}, r"DIST_PLUS\.ACCLIMATE: no 'off'"),
+        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_LR": -0.1}, r"DIST_PLUS\.ACCLIMATE_LR"),
+        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_MODULES": ["fcc"]}, r"ACCLIMATE_MODULES: no 'fcc'; closest: fc"),
+        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_MODULES": ["bn1"]}, "no parameters but BatchNorm's"),
+        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE": "none", "DIST_PLUS.ACCLIMATE_MODULES": ["fc"]}, "must be empty"),
+        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE": "none", "DIST_PLUS.ACCLIMATE_LR": 0.1}, "ACCLIMATE_LR 0"),
+    ],
+    ids=lambda part: str(sorted(part) if isinstance(part, set) else part),  # a set has no fixed order
+)
+def test_wrong_configurations(method, values, message):
+    with pytest.raises(InputError, match=message):
+        build(method, values)
+
+
+def test_two_classes_have_nothing_to_acclimate():
+    networks = [cifar_model_dict[name][0](num_classes=2) for name in ("resnet8", "resnet14")]
+    with pytest.raises(InputError, match="ACCLIMATE none"):
+        build_distiller(config("DIST_PLUS"), *networks)
+    distiller = build_distiller(config("DIST_PLUS", {"DIST_PLUS.ACCLIMATE": "none"}), *networks).train()
+    batch = make_batch("DIST_PLUS")
+    batch["target"] %= 2
+    loss = total(distiller, batch)
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_a_teacher_without_a_convolution_needs_names():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(3, 10)
+
+        def forward(self, x):
+            return self.head(x.mean((2, 3))), {"feats": [x]}
+
+        def get_stage_channels(self):
+            return [3]
+
+    with pytest.raises(InputError, match=r"no nn\.Conv2d; name the modules"):
+        build_distiller(config("DIST_PLUS"), Net(), Net())
+    named = config("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_MODULES": ["head"]})
+    assert torch.isfinite(total(build_distiller(named, Net(), Net()).train(), make_batch("DIST_PLUS")))
+
+
+# The methods: their losses from given outputs
+
+
+def assert_losses_are_the_oracles(method, values, batch=3, maps=((2, 2, 1), (3, 2, 1))):
+    """All named losses, from given logits and last maps, of the shapes ``maps``; returns their names."""
+    classes, target = 4, [1, 3, 0][:batch]
+    torch.manual_seed(0)
+    student, teacher = (Outputs(classes, [shape[0]]) for shape in maps)
+    cfg = config(method, {f"{method}.{key}": entry for key, entry in values.items()})
+    distiller = build_distiller(cfg, student, teacher).train()
+    options, plus = cfg[method], method == "DIST_PLUS"
+
+    def library(logits_s, logits_t, map_s, map_t):
+        distiller.to(torch.promote_types(logits_s.dtype, torch.float32))
+        student.give(logits_s, [map_s])
+        teacher.give(logits_t, [map_t])
+        return distiller(image=torch.zeros(batch, 3, 1, 1), target=torch.tensor(target))[1]
+
+    def loops(logits_s, logits_t, map_s, map_t):
+        relation, factor = RELATIONS[options.RELATION], options.TAU**2 if options.TAU_SQUARED else 1
+        inter, intra = oracle.dist_loss(logits_s, constant(logits_t), options.TAU, options.EPS, relation)
+        losses = {
+            "loss_ce": options.CE_WEIGHT * cross_entropy(logits_s, target, options.LABEL_SMOOTHING),
+            "loss_inter": options.INTER_WEIGHT * factor * inter,
+            "loss_intra": options.INTRA_WEIGHT * factor * intra,
+        }
+        if plus and distiller.align is not None:
+            if maps[0][1] > maps[1][1]:
+                map_s = oracle.halved(map_s)
+            if maps[0][1] < maps[1][1]:
+                map_t = oracle.halved(map_t)
+            weight, bias = (numbers(p.detach()) for p in distiller.align.parameters())
+            aligned = oracle.convolution_1x1(map_s, [[w[0][0] for w in line] for line in weight], bias)
+            given = aligned, constant(map_t), options.EPS, FEATURE_RELATIONS[options.FEATURE_RELATION]
+            # A squared distance is that of the channels' mean, not of their sum.
+            channels = len(bias) ** 2 if options.FEATURE_RELATION == "mse" else 1
+            losses["loss_channel"] = options.CHANNEL_WEIGHT * oracle.channel_relation_loss(*given)
+            losses["loss_spatial"] = options.SPATIAL_WEIGHT * oracle.spatial_relation_loss(*given) / channels
+        if plus and options.ACCLIMATE != "none":
+            acclimation = ACCLIMATIONS[options.ACCLIMATE](logits_s, logits_t, target, options.TAU, options.EPS)
+            losses["loss_acclimation"] = options.ACCLIMATE_WEIGHT * acclimation
+        return losses
+
+    random = np.random.default_rng(1)
+    given = [2 * random.normal(size=(batch, classes)) for _ in range(2)]
+    given += [random.normal(size=(batch, *shape)) for shape in maps]
+    assert_agree(library, loops, *given, wrt=(0, 1, 2, 3) if plus else (0,))
+    return set(loops(*map(numbers, given)))
+
+
+OF_LOGITS = [
+    {},
+    {"TAU": 1.0, "CE_WEIGHT": 0.3, "INTER_WEIGHT": 1.5, "INTRA_WEIGHT": 0.7},
+    {"TAU": 3.0, "TAU_SQUARED": False, "EPS": 1e-3},
+    {"RELATION": "cosine", "LABEL_SMOOTHING": 0.1},
+    {"RELATION": "kl"},
+]
+OF_ALL = [
+    ({"CHANNEL_WEIGHT": 0.3, "SPATIAL_WEIGHT": 4.0, "ACCLIMATE_WEIGHT": 2.0}, "channel spatial acclimation"),
+    ({"FEATURE_RELATION": "cosine", "ACCLIMATE": "all", "EPS": 1e-3}, "channel spatial acclimation"),
+    ({"FEATURE_RELATION": "mse", "ACCLIMATE": "kl", "TAU": 2.0}, "channel spatial acclimation"),
+    ({"ACCLIMATE": "none"}, "channel spatial"),
+    ({"CHANNEL_WEIGHT": 0.0, "SPATIAL_WEIGHT": 0.0}, "acclimation"),
+]
+
+
+@pytest.mark.parametrize("method", ["DIST", "DIST_PLUS"])
+@pytest.mark.parametrize("values", OF_LOGITS, ids=str)
+def test_losses_from_given_outputs(values, method):
+    for batch in (1, 3):
+        assert_losses_are_the_oracles(method, values, batch)
+
+
+@pytest.mark.parametrize(("values", "more"), OF_ALL, ids=str)
+def test_losses_of_dist_plus_from_given_outputs(values, more):
+    names = assert_losses_are_the_oracles("DIST_PLUS", values)
+    assert names == {f"loss_{name}" for name in ["ce", "inter", "intra", *more.split()]}
+
+
+def test_every_key_is_among_those():
+    tested = {key for values in OF_LOGITS + [values for values, _ in OF_ALL] for key in values}
+    elsewhere = {"GATHER", "ACCLIMATE_LR", "ACCLIMATE_MODULES"}  # the first in tests/functional/test_gather.py
+    assert tested | elsewhere == set(distiller_dict["DIST_PLUS"].defaults)
+
+
+@pytest.mark.parametrize("maps", [((2, 4, 2), (2, 2, 1)), ((3, 2, 1), (2, 4, 2))], ids=str)
+def test_maps_of_different_size_are_pooled_to_the_smaller(maps):
+    assert_losses_are_the_oracles("DIST_PLUS", {}, 2, maps)
 
 
 def test_losses_are_the_parts():
@@ -419,50 +656,6 @@ def test_losses_are_the_parts():
     torch.testing.assert_close(losses["loss_ce"], F.cross_entropy(logits_s, batch["target"]))
 
 
-def losses_of(method, values):
-    return build(method, {f"{method}.{key}": value for key, value in values.items()})(**make_batch(method), epoch=1)[1]
-
-
-@pytest.mark.parametrize("method", ["DIST", "DIST_PLUS"])
-@pytest.mark.parametrize(
-    ("values", "changed"),
-    [
-        ({"TAU": 1.0}, {"loss_inter", "loss_intra"}),
-        ({"TAU_SQUARED": False}, {"loss_inter", "loss_intra"}),
-        ({"RELATION": "cosine"}, {"loss_inter", "loss_intra"}),
-        ({"RELATION": "kl"}, {"loss_inter", "loss_intra"}),
-        ({"EPS": 0.01}, {"loss_inter", "loss_intra"}),
-        ({"LABEL_SMOOTHING": 0.1}, {"loss_ce"}),
-        ({"CE_WEIGHT": 0.0}, {"loss_ce"}),
-        ({"INTER_WEIGHT": 1.0}, {"loss_inter"}),
-        ({"INTRA_WEIGHT": 0.0}, {"loss_intra"}),
-    ],
-    ids=lambda part: str(sorted(part) if isinstance(part, set) else part),  # a set has no fixed order
-)
-def test_keys_change_what_they_name(method, values, changed):
-    before, after = losses_of(method, {}), losses_of(method, values)
-    found = {name for name in before if before[name] != after[name]}
-    assert found - {"loss_acclimation", "loss_channel", "loss_spatial"} == changed
-
-
-@pytest.mark.parametrize(
-    ("values", "changed"),
-    [
-        ({"FEATURE_RELATION": "cosine"}, {"loss_channel", "loss_spatial"}),
-        ({"FEATURE_RELATION": "mse"}, {"loss_channel", "loss_spatial"}),
-        ({"CHANNEL_WEIGHT": 2.0}, {"loss_channel"}),
-        ({"SPATIAL_WEIGHT": 0.0}, {"loss_spatial"}),
-        ({"ACCLIMATE": "all"}, {"loss_acclimation"}),
-        ({"ACCLIMATE": "kl"}, {"loss_acclimation"}),
-        ({"ACCLIMATE_WEIGHT": 0.5}, {"loss_acclimation"}),
-    ],
-    ids=lambda part: str(sorted(part) if isinstance(part, set) else part),  # a set has no fixed order
-)
-def test_keys_of_dist_plus_change_what_they_name(values, changed):
-    before, after = losses_of("DIST_PLUS", {}), losses_of("DIST_PLUS", values)
-    assert {name for name in before if before[name] != after[name]} == changed
-
-
 def test_dist_plus_without_its_additions_is_dist():
     off = {"DIST_PLUS.CHANNEL_WEIGHT": 0.0, "DIST_PLUS.SPATIAL_WEIGHT": 0.0, "DIST_PLUS.ACCLIMATE": "none"}
     plus, dist = build("DIST_PLUS", off), build("DIST")
@@ -472,6 +665,9 @@ def test_dist_plus_without_its_additions_is_dist():
     for _ in range(2):
         found, expected = (d(**batch, epoch=1)[1] for d in (plus, dist))
         assert {name: loss.item() for name, loss in found.items()} == {k: v.item() for k, v in expected.items()}
+
+
+# The methods: who learns from what
 
 
 def moved(distiller, before):
@@ -604,62 +800,3 @@ def test_building_leaves_random_states_alone():
     state = torch.get_rng_state()
     build_distiller(config("DIST_PLUS"), *networks)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize(
-    ("method", "values", "message"),
-    [
-        ("DIST", {"DIST.RELATION": "spearman"}, r"DIST\.RELATION: no 'spearman'"),
-        ("DIST", {"DIST.TAU": 0.0}, r"DIST\.TAU must be above 0"),
-        ("DIST", {"DIST.EPS": -1.0}, r"DIST\.EPS"),
-        ("DIST", {"DIST.LABEL_SMOOTHING": 1.0}, r"DIST\.LABEL_SMOOTHING"),
-        ("DIST", {"DIST.LABEL_SMOOTHING": 0.1, "DATASET.LABEL_SMOOTHING": 0.1}, "smooth the labels twice"),
-        ("DIST_PLUS", {"DIST_PLUS.TAU": -1.0}, r"DIST_PLUS\.TAU must be above 0"),
-        ("DIST_PLUS", {"DIST_PLUS.FEATURE_RELATION": "kl"}, r"DIST_PLUS\.FEATURE_RELATION"),
-        (
-            "DIST_PLUS",
-            {"DIST_PLUS.FEATURE_RELATION": "mse", "DIST_PLUS.CHANNEL_WEIGHT": 0.0, "DIST_PLUS.SPATIAL_WEIGHT": 0.0},
-            "nothing to act on",
-        ),
-        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE": "off"}, r"DIST_PLUS\.ACCLIMATE: no 'off'"),
-        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_LR": -0.1}, r"DIST_PLUS\.ACCLIMATE_LR"),
-        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_MODULES": ["fcc"]}, r"ACCLIMATE_MODULES: no 'fcc'; closest: fc"),
-        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_MODULES": ["bn1"]}, "no parameters but BatchNorm's"),
-        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE": "none", "DIST_PLUS.ACCLIMATE_MODULES": ["fc"]}, "must be empty"),
-        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE": "none", "DIST_PLUS.ACCLIMATE_LR": 0.1}, "ACCLIMATE_LR 0"),
-    ],
-    ids=lambda part: str(sorted(part) if isinstance(part, set) else part),  # a set has no fixed order
-)
-def test_wrong_configurations(method, values, message):
-    with pytest.raises(InputError, match=message):
-        build(method, values)
-
-
-def test_two_classes_have_nothing_to_acclimate():
-    networks = [cifar_model_dict[name][0](num_classes=2) for name in ("resnet8", "resnet14")]
-    with pytest.raises(InputError, match="ACCLIMATE none"):
-        build_distiller(config("DIST_PLUS"), *networks)
-    distiller = build_distiller(config("DIST_PLUS", {"DIST_PLUS.ACCLIMATE": "none"}), *networks).train()
-    batch = make_batch("DIST_PLUS")
-    batch["target"] %= 2
-    loss = total(distiller, batch)
-    loss.backward()
-    assert torch.isfinite(loss)
-
-
-def test_a_teacher_without_a_convolution_needs_names():
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = torch.nn.Linear(3, 10)
-
-        def forward(self, x):
-            return self.head(x.mean((2, 3))), {"feats": [x]}
-
-        def get_stage_channels(self):
-            return [3]
-
-    with pytest.raises(InputError, match=r"no nn\.Conv2d; name the modules"):
-        build_distiller(config("DIST_PLUS"), Net(), Net())
-    named = config("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_MODULES": ["head"]})
-    assert torch.isfinite(total(build_distiller(named, Net(), Net()).train(), make_batch("DIST_PLUS")))

@@ -17,3 +17,8 @@ def each_and_some(count: int, **factors: Sequence[Any]) -> list[dict[str, Any]]:
     draw = random.Random(0)
     cases += [{name: draw.choice(settings) for name, settings in factors.items()} for _ in range(count)]
     return [case for number, case in enumerate(cases) if case not in cases[:number]]
+
+
+def named(case: dict[str, Any]) -> str:
+    """A case's settings, as the name of its test."""
+    return "-".join(map(str, case.values()))

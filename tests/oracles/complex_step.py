@@ -42,10 +42,13 @@ def numbers(array: Any) -> Any:
     return np.asarray(array, dtype=np.float64).tolist()
 
 
-def differentiate(loss: Callable[..., Any], *arrays: Any, wrt: Sequence[int] = (0,)) -> tuple[float, list[np.ndarray]]:
+def differentiate(loss: Callable[..., Any], *arrays: Any, wrt: Sequence[int] = (0,)) -> Any:
     """``loss(*arrays)`` and its gradients with respect to the arrays at the positions ``wrt``.
 
     Arrays (or tensors) reach ``loss`` as nested lists of their own shapes; gradients are float64 of those shapes.
+
+    Returns:
+        The value and the list of gradients; where ``loss`` gives a dictionary, one of such pairs.
     """
     given = [np.asarray(array, dtype=np.float64) for array in arrays]
     total = sum(given[i].size for i in wrt)
@@ -61,10 +64,15 @@ def differentiate(loss: Callable[..., Any], *arrays: Any, wrt: Sequence[int] = (
             entries[k] = moved
         nested.append(entries.reshape(array.shape).tolist())
         start += array.size
-    result = loss(*nested)
-    gradient = np.imag(result) / STEP if isinstance(result, np.ndarray) else np.zeros(total)
-    parts = np.split(gradient, np.cumsum([given[i].size for i in wrt])[:-1])
-    return value(result), [part.reshape(given[i].shape) for part, i in zip(parts, wrt, strict=True)]
+
+    def taken_apart(result: Any) -> Any:
+        if isinstance(result, dict):
+            return {name: taken_apart(entry) for name, entry in result.items()}
+        gradient = np.imag(result) / STEP if isinstance(result, np.ndarray) else np.zeros(total)
+        parts = np.split(gradient, np.cumsum([given[i].size for i in wrt])[:-1])
+        return value(result), [part.reshape(given[i].shape) for part, i in zip(parts, wrt, strict=True)]
+
+    return taken_apart(loss(*nested))
 
 
 # ------------------------------------------------------------------------------------------------ shared by the oracles

@@ -84,6 +84,7 @@ class CTKD(Distiller):
     """Cross-entropy on the labels plus :func:`~mdistiller.distillers.KD.kd_loss` at a learned temperature."""
 
     mixed_labels = True
+    standardises_logits = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
@@ -98,14 +99,6 @@ class CTKD(Distiller):
             )
         self.logit_stand = wants_standardised_logits(cfg, student)
         self.global_T = nn.Parameter(torch.ones(1))
-
-    @classmethod
-    def logit_stand_options(cls, cfg: Any, base_temp: float | None, kd_weight: float) -> list[Any]:
-        if base_temp is not None:
-            raise InputError(
-                "--base-temp: CTKD learns its temperature; leave the flag out, or set its range by CTKD.T_START, T_END"
-            )
-        return ["CTKD.LOSS.KD_WEIGHT", kd_weight]
 
     def forward_train(
         self, image: Tensor, target: Tensor, epoch: int = 1, **kwargs: Any

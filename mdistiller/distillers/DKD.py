@@ -118,17 +118,14 @@ def _others(logits: Tensor, target: Tensor) -> Tensor:
 class DKD(Distiller):
     """Cross-entropy on the labels plus :func:`dkd_loss` on the logits."""
 
+    standardises_logits = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
         own = cfg.DKD
         self.ce_weight, self.alpha, self.beta = own.CE_WEIGHT, own.ALPHA, own.BETA
         self.temperature, self.warmup = own.T, own.WARMUP
         self.logit_stand = wants_standardised_logits(cfg, student)
-
-    @classmethod
-    def logit_stand_options(cls, cfg: Any, base_temp: float | None, kd_weight: float) -> list[Any]:
-        weights = [part for key in ("ALPHA", "BETA") for part in (f"DKD.{key}", cfg.DKD[key] * kd_weight)]
-        return ["DKD.T", 2.0 if base_temp is None else base_temp, *weights]
 
     def forward_train(
         self, image: Tensor, target: Tensor, epoch: int = 1, **kwargs: Any

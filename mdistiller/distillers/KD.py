@@ -4,7 +4,7 @@ Hinton, Vinyals, Dean. Distilling the Knowledge in a Neural Network. arXiv:1503.
 Departs from the paper: the weights of the two terms are free (mdistiller: 0.1 and 0.9).
 
 LSKD (Sun, Ren, Li, Wang, Cao. Logit Standardization in Knowledge Distillation. CVPR 2024. arXiv:2403.01427) is this
-with ``EXPERIMENT.LOGIT_STAND``, temperature 2 and weight 9, or ``tools/train.py --logit-stand``.
+with ``EXPERIMENT.LOGIT_STAND``, temperature 2 and weight 9.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class KD(Distiller):
     """Cross-entropy on the labels plus :func:`kd_loss` on the logits."""
 
     mixed_labels = True
+    standardises_logits = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
@@ -74,10 +75,6 @@ class KD(Distiller):
         self.ce_weight = cfg.KD.LOSS.CE_WEIGHT
         self.kd_weight = cfg.KD.LOSS.KD_WEIGHT
         self.logit_stand = wants_standardised_logits(cfg, student)
-
-    @classmethod
-    def logit_stand_options(cls, cfg: Any, base_temp: float | None, kd_weight: float) -> list[Any]:
-        return ["KD.TEMPERATURE", 2.0 if base_temp is None else base_temp, "KD.LOSS.KD_WEIGHT", kd_weight]
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         logits_student, _ = self.student(image)

@@ -35,7 +35,7 @@ from mdistiller.registry import distiller_dict
 from ._base import Distiller, register_distiller
 from ._common import wants_standardised_logits
 from .KD import DEFAULTS as KD_DEFAULTS
-from .KD import KD, kd_loss
+from .KD import kd_loss
 
 PUBLISHED = Option(True, "masks and strong view as in the authors' code; False: as we read what it means")
 DEFAULTS = {**KD_DEFAULTS, "MLKD": {"AS_PUBLISHED": PUBLISHED}}
@@ -134,6 +134,7 @@ class MLKD(Distiller):
     """Cross-entropy on both views plus :func:`mlkd_losses` on their logits."""
 
     mixed_labels = True
+    standardises_logits = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
@@ -141,8 +142,6 @@ class MLKD(Distiller):
         self.temperature, self.as_published = own.TEMPERATURE, own.MLKD.AS_PUBLISHED
         self.ce_weight, self.kd_weight = own.LOSS.CE_WEIGHT, own.LOSS.KD_WEIGHT
         self.logit_stand = wants_standardised_logits(cfg, student)
-
-    logit_stand_options = KD.logit_stand_options
 
     def forward_train(
         self, image_weak: Tensor, image_strong: Tensor, target: Tensor, **kwargs: Any

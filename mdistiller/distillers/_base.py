@@ -78,6 +78,8 @@ class Distiller(nn.Module):
     weights: tuple[str, ...] = ()
     mixed_labels = False
     """Whether ``target`` may hold shares of classes."""
+    standardises_logits = False
+    """Whether the method heeds ``EXPERIMENT.LOGIT_STAND``."""
     networks: ClassVar[dict[str, str]] = {}
     """Further networks and their roles. ``{"peer": "student"}`` adds the keys ``DISTILLER.PEER`` and
     ``DISTILLER.PEER_CKPT`` and the constructor's argument ``peer``. A ``"student"`` starts from fresh weights unless

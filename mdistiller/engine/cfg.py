@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -219,41 +218,11 @@ def _add(cfg: CN, options: dict[str, Option]) -> None:
 _collect_sections()
 
 
-@dataclass(frozen=True)
-class LogitStand:
-    """LSKD's flags: ``--logit-stand``, which this stands for, ``--base-temp`` and ``--kd-weight``.
-
-    Args:
-        base_temp: the temperature; ``None``: 2, where the method has one to set.
-        kd_weight: what weighs the terms on the logits, or multiplies their weights (DKD).
-    """
-
-    base_temp: float | None = None
-    kd_weight: float = 9.0
-
-    def options(self, cfg: CN) -> list[Any]:
-        """``[KEY, VALUE, ...]`` for the method of ``cfg``.
-
-        Raises:
-            InputError: the method does not know them.
-        """
-        method = distiller_dict[cfg.DISTILLER.TYPE]
-        if not hasattr(method, "logit_stand_options"):
-            raise InputError(
-                f"--logit-stand: {cfg.DISTILLER.TYPE} does not standardise logits; {_standardising_methods()} do"
-            )
-        return ["EXPERIMENT.LOGIT_STAND", True, *method.logit_stand_options(cfg, self.base_temp, self.kd_weight)]
-
-
-def _standardising_methods() -> str:
-    return ", ".join(sorted(name for name, method in distiller_dict.items() if hasattr(method, "logit_stand_options")))
-
-
 METHOD_KEYS = ("DISTILLER.TYPE", "DISTILLER.PLUGINS")
 
 
-def load_config(path: str = "", options: Sequence[str] = (), logit_stand: LogitStand | None = None) -> CN:
-    """A checked, frozen configuration: defaults, then the file, then ``KEY VALUE`` options, then LSKD's flags.
+def load_config(path: str = "", options: Sequence[str] = ()) -> CN:
+    """A checked, frozen configuration: defaults, then the file, then ``KEY VALUE`` options.
 
     Raises:
         InputError: see :meth:`ConfigNode.merge_from_file` and :func:`check_config`.
@@ -267,8 +236,6 @@ def load_config(path: str = "", options: Sequence[str] = (), logit_stand: LogitS
     if path:
         cfg.merge_from_file(path)
     cfg.merge_from_list(list(options))
-    if logit_stand is not None:
-        cfg.merge_from_list(logit_stand.options(cfg))
     check_config(cfg)
     cfg.freeze()
     return cfg
@@ -321,11 +288,10 @@ def _check_method_settings(cfg: CN) -> None:
     """Refuse to start a method file whose constructor reads keys that nobody gives, and a switch without a reader."""
     method = distiller_dict[cfg.DISTILLER.TYPE]
     file = method_file(method)
-    reads_switch = hasattr(method, "logit_stand_options") or (file and "EXPERIMENT.LOGIT_STAND" in file.reads)
+    reads_switch = method.standardises_logits or (file and "EXPERIMENT.LOGIT_STAND" in file.reads)
     if cfg.EXPERIMENT.LOGIT_STAND and not reads_switch:
-        raise InputError(
-            f"EXPERIMENT.LOGIT_STAND: {cfg.DISTILLER.TYPE} does not standardise logits; {_standardising_methods()} do"
-        )
+        able = ", ".join(sorted(name for name, cls in distiller_dict.items() if cls.standardises_logits))
+        raise InputError(f"EXPERIMENT.LOGIT_STAND: {cfg.DISTILLER.TYPE} does not standardise logits; {able} do")
     if file is None:
         return
     builder = next((cls.__name__ for cls in method.__mro__ if "__init__" in vars(cls)), "")

@@ -1,20 +1,20 @@
-"""LSKD: logits standardised before they are compared, its switch and its flags."""
+"""LSKD: logits standardised before they are compared, its switch and its settings."""
 
 import pytest
 import torch
-from cli_runner import run_tool
+from cli_runner import ROOT, run_tool
 from golden_data import assert_golden_gradients, case_tensors, loss_cases
 from method_cases import build, config, make_batch
 
 from mdistiller.distillers.DKD import dkd_loss
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.engine.build import build_distiller
-from mdistiller.engine.cfg import LogitStand, load_config
+from mdistiller.engine.cfg import load_config
 from mdistiller.functional import zs_norm
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import InputError, distiller_dict
 
-STANDARDISING = sorted(name for name, cls in distiller_dict.items() if hasattr(cls, "logit_stand_options"))
+STANDARDISING = sorted(name for name, cls in distiller_dict.items() if cls.standardises_logits)
 each_method = pytest.mark.parametrize("method", STANDARDISING)
 
 
@@ -91,62 +91,14 @@ def test_two_classes_are_refused(method):
         build_distiller(config(method, {"EXPERIMENT.LOGIT_STAND": True}), *networks)
 
 
-# The flags
-
-FLAGS = {
-    "MLKD": {"KD.TEMPERATURE": 3.0, "KD.LOSS.KD_WEIGHT": 5.0},
-    "KD": {"KD.TEMPERATURE": 3.0, "KD.LOSS.KD_WEIGHT": 5.0, "KD.LOSS.CE_WEIGHT": 0.1},
-    "DKD": {"DKD.T": 3.0, "DKD.ALPHA": 5.0, "DKD.BETA": 10.0, "DKD.CE_WEIGHT": 1.0},
-    "CTKD": {"CTKD.LOSS.KD_WEIGHT": 5.0},
-}
+@pytest.mark.parametrize("pair", ["res32x4_res8x4", "res56_res20"])
+def test_the_forks_settings_are_configs(pair):
+    cfg = load_config(ROOT / "configs" / "cifar100" / "lskd" / f"{pair}.yaml")
+    assert (cfg.DISTILLER.TYPE, cfg.EXPERIMENT.LOGIT_STAND) == ("KD", True)
+    assert cfg.KD.LOSS.KD_WEIGHT == 9.0 and cfg.KD.TEMPERATURE == 2.0
 
 
-def value(cfg, key):
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
-
-
-@pytest.mark.parametrize("method", sorted(FLAGS))
-def test_flags_override_file_and_options(method):
-    """As in LSKD's repository: they come last, and multiply DKD's weights, which its files set."""
-    options = ["DISTILLER.TYPE", method, "DKD.BETA", "2", "KD.TEMPERATURE", "7"]
-    cfg = load_config(options=options, logit_stand=LogitStand(None if method == "CTKD" else 3.0, 5.0))
-    assert cfg.EXPERIMENT.LOGIT_STAND is True
-    assert {key: value(cfg, key) for key in FLAGS[method]} == FLAGS[method]
-
-
-def test_defaults_of_the_flags():
-    cfg = load_config(options=["DISTILLER.TYPE", "KD"], logit_stand=LogitStand())
-    assert (cfg.KD.TEMPERATURE, cfg.KD.LOSS.KD_WEIGHT, cfg.KD.LOSS.CE_WEIGHT) == (2.0, 9.0, 0.1)
-
-
-def test_the_command_takes_them_and_the_run_keeps_them(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run = ["DATASET.TYPE", "digits", "DISTILLER.STUDENT", "resnet8", "DATASET.TRAIN_PER_CLASS", "2"]
-    run += ["DATASET.IMAGE_SIZE", "8", "SOLVER.EPOCHS", "1", "SOLVER.BATCH_SIZE", "10", "EXPERIMENT.PROJECT", "p"]
-    assert run_tool("train", [*run, "EXPERIMENT.NAME", "teacher"]).code == 0
-    taught = [*run, "DISTILLER.TEACHER", "resnet8", "DISTILLER.TEACHER_CKPT", "output/p/teacher/student_last"]
-    taught += ["DISTILLER.TYPE", "KD", "EXPERIMENT.NAME", "lskd"]
-    outcome = run_tool("train", ["--logit-stand", "--base-temp", "3", "--kd-weight", "5", *taught])
-    assert outcome.code == 0, outcome.err
-    kept = load_config("output/p/lskd/config.yaml")
-    assert (kept.EXPERIMENT.LOGIT_STAND, kept.KD.TEMPERATURE, kept.KD.LOSS.KD_WEIGHT) == (True, 3.0, 5.0)
-    refused = run_tool("train", ["--resume", *taught])
-    assert refused.code == 2 and "EXPERIMENT.LOGIT_STAND was True" in refused.err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--base-temp", "3", "DISTILLER.TYPE", "KD"], "--base-temp without --logit-stand"),
-        (["--kd-weight", "3", "DISTILLER.TYPE", "KD"], "--kd-weight without --logit-stand"),
-        (["--logit-stand", "DISTILLER.TYPE", "DIST"], "--logit-stand: DIST does not"),
-        (["--logit-stand", "--base-temp", "2", "DISTILLER.TYPE", "CTKD"], "CTKD learns its temperature"),
-        (["DISTILLER.TYPE", "DIST", "EXPERIMENT.LOGIT_STAND", "True"], "EXPERIMENT.LOGIT_STAND: DIST does not"),
-    ],
-    ids=str,
-)
-def test_what_would_do_nothing_is_refused(arguments, words):
-    outcome = run_tool("train", arguments)
+def test_where_the_switch_would_do_nothing_it_is_refused():
+    outcome = run_tool("train", ["DISTILLER.TYPE", "DIST", "EXPERIMENT.LOGIT_STAND", "True"])
+    words = "EXPERIMENT.LOGIT_STAND: DIST does not standardise logits; CTKD, DKD, KD, KD_TWO_VIEWS, KD_ours, MLKD do"
     assert outcome.code == 2 and words in outcome.err, outcome.err

@@ -111,10 +111,3 @@ def cross_entropy(logits: Sequence[Sequence[Any]], target: Sequence[int], smooth
         log_p = log_softmax(row)
         losses.append(-(1 - smoothing) * log_p[int(label)] - smoothing * mean(log_p))
     return mean(losses)
-
-
-def kd_loss(logits_s: Sequence[Sequence[Any]], logits_t: Sequence[Sequence[Any]], temperature: float) -> Any:
-    """T^2 KL(teacher || student) of the softened classes, mean over the rows."""
-    rows = zip(logits_s, logits_t, strict=True)
-    divergences = [kl_divergence(*(log_softmax([z / temperature for z in row]) for row in (t, s))) for s, t in rows]
-    return temperature**2 * mean(divergences)

@@ -1,13 +1,11 @@
 """KD's loss against the reference's values, a formula written out, and what it must be at the ends."""
 
-import json
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_data import golden_dir
+from golden_data import assert_golden_gradients, case_tensors, loss_cases
 from method_cases import build, make_batch
 
 from mdistiller.distillers.KD import kd_loss
@@ -28,36 +26,27 @@ def logits(rows=5, classes=7, seed=0, scale=3.0):
     return [scale * torch.randn(rows, classes, generator=generator, dtype=torch.float64) for _ in range(2)]
 
 
-def golden_cases():
-    cases = json.loads((golden_dir() / "losses" / "losses.json").read_text())
-    return [pytest.param(case, id=case["case"]) for case in cases if case["method"] == "kd"]
-
-
-def golden_total(case, student, teacher, target):
+def golden_total(given, options):
     """What the case's reference computes, out of our function."""
-    given = case["hyperparameters"]
-    if "alpha" in given:  # soft cross-entropy: the KL plus the teacher's entropy, without cross-entropy on labels
-        soft = (teacher / given["temp"]).softmax(1)
+    student, teacher = given["logits_student"], given["logits_teacher"]
+    if "alpha" in options:  # soft cross-entropy: the KL plus the teacher's entropy, without cross-entropy on labels
+        soft = (teacher / options["temp"]).softmax(1)
         entropy = -(soft * soft.log()).sum(1).mean()
-        return given["alpha"] * (kd_loss(student, teacher, given["temp"]) + given["temp"] ** 2 * entropy)
-    if "KD_WEIGHT" in given:
-        hard = given["CE_WEIGHT"] * F.cross_entropy(student, target)
-        return hard + given["KD_WEIGHT"] * kd_loss(student, teacher, given["TEMPERATURE"])
-    return kd_loss(student, teacher, given.get("temperature", given.get("T")))
+        return options["alpha"] * (kd_loss(student, teacher, options["temp"]) + options["temp"] ** 2 * entropy)
+    if "KD_WEIGHT" in options:
+        hard = options["CE_WEIGHT"] * F.cross_entropy(student, given["target"])
+        return hard + options["KD_WEIGHT"] * kd_loss(student, teacher, options["TEMPERATURE"])
+    return kd_loss(student, teacher, options["T"] if "T" in options else options["temperature"])
 
 
-@pytest.mark.parametrize("case", golden_cases())
+@pytest.mark.parametrize("case", loss_cases("kd"))
 def test_golden_values_and_gradients(case):
-    arrays = np.load(golden_dir() / "losses" / "kd.npz")
-    student, teacher = (
-        torch.from_numpy(arrays[f"{case['case']}/in/logits_{name}"]).double() for name in ("student", "teacher")
-    )
-    target = torch.from_numpy(arrays[f"{case['case']}/in/target"])
-    loss = golden_total(case, student.requires_grad_(), teacher, target)
+    given = case_tensors(case, "in")
+    given["logits_student"].requires_grad_()
+    loss = golden_total(given, case["hyperparameters"])
     loss.backward()
     assert loss.item() == pytest.approx(case["outputs"]["loss"], rel=1e-7)
-    expected = torch.from_numpy(arrays[f"{case['case']}/grad/logits_student"]).double()
-    assert (student.grad - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert_golden_gradients(case, given)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])

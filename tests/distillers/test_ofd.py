@@ -5,35 +5,33 @@ import math
 
 import pytest
 import torch
-from golden_data import assert_golden_gradients, case_tensors, loss_cases
+from golden_data import assert_golden_gradients, case_tensors, listed, loss_cases
 from method_cases import build, config, make_batch, total
 from networks_stub import GivenNet
 from torch import nn
 
-from mdistiller.distillers.OFD import margins, ofd_loss
+from mdistiller.distillers.OFD import DEFAULTS, margins, ofd_loss
 from mdistiller.engine.build import build_distiller
 from mdistiller.models import cifar_model_dict, imagenet_model_dict
 from mdistiller.registry import InputError
 
 
-def listed(given, prefix):
-    return [given[name] for name in sorted(given) if name.startswith(prefix)]
-
-
 def of_case(case, given):
     norms = []
-    for weight, bias in zip(listed(given, "bn_weight"), listed(given, "bn_bias"), strict=True):
+    for weight, bias in zip(listed(given, "bn_weight_"), listed(given, "bn_bias_"), strict=True):
         norm = nn.BatchNorm2d(len(weight))
         norm.weight.data, norm.bias.data = weight.float(), bias.float()
         norms.append(norm)
     nets = []
     for maps, logits in (
-        (listed(given, "feat_s"), given["logits_student"]),
-        (listed(given, "feat_t"), given["logits_teacher"]),
+        (listed(given, "feat_s_"), given["logits_student"]),
+        (listed(given, "feat_t_"), given["logits_teacher"]),
     ):
         nets.append(GivenNet(logits, {"preact_feats": maps}, [f.shape[1] for f in maps], 3, norms))
-    options = case["hyperparameters"]
-    values = {f"OFD.LOSS.{key}": options[key] for key in ("CE_WEIGHT", "FEAT_WEIGHT")}
+    values = {
+        f"OFD.{'LOSS' if key in DEFAULTS['LOSS'] else 'CONNECTOR'}.{key}": value
+        for key, value in case["hyperparameters"].items()
+    }
     distiller = build_distiller(config("OFD", values), *nets).double().train()
     state = {name.removeprefix("param."): value for name, value in given.items() if name.startswith("param.")}
     _, unknown = distiller.load_state_dict(state, strict=False)
@@ -51,9 +49,9 @@ def test_golden_values_and_gradients(case):
         loss = ofd_loss(given["feat_s_0"], given["feat_t_0"], given["margin"])
     else:
         distiller = of_case(case, given)
-        for i, margin in enumerate(listed(case_tensors(case, "out"), "margin")):
+        for i, margin in enumerate(listed(case_tensors(case, "out"), "margin_")):
             torch.testing.assert_close(getattr(distiller, f"margin_{i}"), margin, rtol=1e-6, atol=0)
-        _, losses = distiller(image=torch.zeros(4, 3, 8, 8), target=given["target"])
+        _, losses = distiller(image=None, target=given["target"])
         loss = sum(losses.values())
         given |= {f"param.{name}": p for name, p in distiller.named_parameters()}
     loss.backward()

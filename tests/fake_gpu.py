@@ -28,7 +28,7 @@ class FakeGPU:
     def tensor(self, x: Tensor) -> Tensor:
         fake = self.mode.from_tensor(x.detach())
         with self.mode:
-            return fake.to("cuda")
+            return fake.to("cuda:0")  # named by its number: torch before 2.7 asks the driver for that of "cuda"
 
     def module(self, module: nn.Module) -> nn.Module:
         """A copy that lives there; what a module keeps of its parameters in lists of its own is the copy's."""

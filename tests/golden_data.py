@@ -19,10 +19,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+OWN = Path(__file__).parent / "golden"
+
 
 def golden_dir() -> Path:
     """The folder of the reference numbers."""
-    return Path(os.environ.get("MDISTILLER_GOLDEN_DIR") or Path(__file__).parent / "golden")
+    return Path(os.environ.get("MDISTILLER_GOLDEN_DIR") or OWN)
 
 
 def golden_json(name: str) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import pickle
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 import pytest
 import torch
-from golden_data import fill_state, golden_images, golden_json
+from golden_data import OWN, change, drawn_alike, fill_state, golden_dir, golden_images, golden_json, move_last_digit
 from torch import nn
 
 from mdistiller.models import cifar_model_dict, imagenet_model_dict, tiny_imagenet_model_dict
@@ -22,18 +22,26 @@ NATIVE_SIZE = {"cifar": 32, "tiny_imagenet": 64, "imagenet": 224}
 ALL = [(family, name) for family, table in TABLES.items() for name in table]
 NOT_IN_REFERENCE = {("imagenet", "ResNet152")}
 DEEP = {("imagenet", "ResNet101"), ("imagenet", "ResNet152")}  # ResNet50 with more blocks
+GOLDEN = [entry for group in golden_json("models.json").values() for entry in group]
 
 
-def parametrise(models: Iterable[tuple[str, str]], slow: Collection[tuple[str, str]] = ()):
-    """Run a test for each (family, name); those in ``slow`` only with ``-m slow``."""
-    cases = [
-        pytest.param(*model, id="-".join(model), marks=[pytest.mark.slow] if model in slow else []) for model in models
-    ]
-    return pytest.mark.parametrize("family, name", cases)
+def of_golden(golden: dict) -> tuple[str, str]:
+    return golden["group"], golden["name"]
 
 
-every_model = functools.partial(parametrise, ALL)
-every_golden = functools.partial(parametrise, [model for model in ALL if model not in NOT_IN_REFERENCE])
+def marks(model: tuple[str, str], slow: Collection[tuple[str, str]]) -> dict:
+    """Named by the model, and run only with ``-m slow`` where it is one of ``slow``."""
+    return {"id": "-".join(model), "marks": [pytest.mark.slow] if model in slow else []}
+
+
+def every_model(slow: Collection[tuple[str, str]] = ()):
+    """Run a test for the ``family`` and ``name`` of each registered network."""
+    return pytest.mark.parametrize("family, name", [pytest.param(*model, **marks(model, slow)) for model in ALL])
+
+
+def every_golden(slow: Collection[tuple[str, str]] = ()):
+    """Run a test for the reference's numbers of each network that it has."""
+    return pytest.mark.parametrize("golden", [pytest.param(entry, **marks(of_golden(entry), slow)) for entry in GOLDEN])
 
 
 def build(family: str, name: str, **kwargs) -> nn.Module:
@@ -42,22 +50,23 @@ def build(family: str, name: str, **kwargs) -> nn.Module:
     return constructor(**kwargs)
 
 
-@functools.cache
-def all_golden() -> dict[tuple[str, str], dict]:
-    groups = golden_json("models.json").values()
-    return {(entry["group"], entry["name"]): entry for group in groups for entry in group}
+def build_golden(golden: dict) -> nn.Module:
+    return build(*of_golden(golden), num_classes=golden["num_classes"])
 
 
-def filled(family: str, name: str) -> nn.Module:
+def filled(golden: dict) -> nn.Module:
     """The network with the reference's weights, in eval mode."""
-    num_classes = all_golden()[family, name]["num_classes"]
-    return fill_state(build(family, name, num_classes=num_classes)).eval()
+    return fill_state(build_golden(golden)).eval()
 
 
-def without_values(family: str, name: str) -> nn.Module:
-    """The network with the reference's number of classes, where shapes and names are all that counts."""
+def without_values(golden: dict) -> nn.Module:
+    """The network where shapes and names are all that counts."""
     with torch.device("meta"):
-        return build(family, name, num_classes=all_golden()[family, name]["num_classes"])
+        return build_golden(golden)
+
+
+def input_of(golden: dict) -> torch.Tensor:
+    return golden_images(golden["input"][0], golden["input"][-1])
 
 
 def small_size(family: str) -> int:
@@ -83,7 +92,7 @@ def assert_close(actual, expected, scale: float | None = None, rtol: float = 1e-
     assert (actual - expected).abs().max().item() <= rtol * max(scale, 1e-12)
 
 
-def assert_same_map(actual: torch.Tensor, stats: dict) -> None:
+def assert_same_map(actual: torch.Tensor, stats: dict, rtol: float = 1e-4) -> None:
     """A map against its recorded statistics. Trailing axes of length 1 are not compared."""
     shape = list(stats["shape"])
     while len(shape) > actual.ndim:
@@ -91,30 +100,30 @@ def assert_same_map(actual: torch.Tensor, stats: dict) -> None:
     assert list(actual.shape) == shape
     actual = actual.detach().double()
     scale = stats["std"] + abs(stats["mean"])
-    assert_close(actual.mean(), stats["mean"], scale)
-    assert_close(actual.std(correction=0), stats["std"], scale)
-    assert_close(actual.min(), stats["min"], scale + abs(stats["min"]))
-    assert_close(actual.abs().sum(), stats["abs_sum"])
-    assert_close(actual.reshape(-1)[:4], stats["first4"], scale)
+    assert_close(actual.mean(), stats["mean"], scale, rtol)
+    assert_close(actual.std(correction=0), stats["std"], scale, rtol)
+    assert_close(actual.min(), stats["min"], scale + abs(stats["min"]), rtol)
+    assert_close(actual.abs().sum(), stats["abs_sum"], rtol=rtol)
+    assert_close(actual.reshape(-1)[:4], stats["first4"], scale, rtol)
 
 
 def test_golden_models_are_all_registered() -> None:
-    assert set(all_golden()) == set(ALL) - NOT_IN_REFERENCE
+    found = {of_golden(golden) for golden in GOLDEN}
+    assert found <= set(ALL)
+    assert golden_dir() != OWN or found == set(ALL) - NOT_IN_REFERENCE
 
 
 @every_golden()
-def test_golden_state_dict(family: str, name: str) -> None:
-    golden = all_golden()[family, name]
-    net = without_values(family, name)
+def test_golden_state_dict(golden: dict) -> None:
+    net = without_values(golden)
     assert [[key, list(entry.shape)] for key, entry in net.state_dict().items()] == golden["state_dict"]
     assert sum(p.numel() for p in net.parameters()) == golden["num_parameters"]
     assert len(list(net.parameters())) == golden["num_parameter_tensors"]
 
 
 @every_golden()
-def test_golden_interface(family: str, name: str) -> None:
-    golden = all_golden()[family, name]
-    net = without_values(family, name)
+def test_golden_interface(golden: dict) -> None:
+    net = without_values(golden)
     name_of = {module: key for key, module in net.named_modules()}
     if golden["bn_before_relu"] is not None:
         found = [[name_of[m], type(m).__name__, m.num_features] for m in net.get_bn_before_relu()]
@@ -123,16 +132,15 @@ def test_golden_interface(family: str, name: str) -> None:
         assert [name_of[module] for module in net.get_feat_modules()] == golden["feat_modules"]
     widths = [stats["shape"][1] for stats in golden["features"]["feats"]]
     assert net.get_stage_channels() == widths
-    if golden["stage_channels"] is not None and "ResNet" not in name:
+    if golden["stage_channels"] is not None and "ResNet" not in golden["name"]:
         # ResNets: the reference says 256, 512, 1024, 2048 for every depth, without the stem.
         assert net.get_stage_channels() == golden["stage_channels"]
 
 
 @every_golden(slow=DEEP)
-def test_golden_eval(family: str, name: str) -> None:
-    golden = all_golden()[family, name]
+def test_golden_eval(golden: dict) -> None:
     with torch.no_grad():
-        logits, features = filled(family, name)(golden_images(2, golden["input"][-1]))
+        logits, features = filled(golden)(input_of(golden))
     assert list(logits.shape) == golden["logits_shape"]
     assert_close(logits[:, : golden["logits_first"]], golden["logits"])
     assert_same_map(logits, golden["logits_stats"])
@@ -145,37 +153,39 @@ def test_golden_eval(family: str, name: str) -> None:
 
 
 @every_golden(slow={*DEEP, ("imagenet", "ResNet50")})
-def test_golden_train(family: str, name: str) -> None:
-    golden = all_golden()[family, name]
-    train_golden = golden["train_mode_float64"]
-    net = filled(family, name).double().train()
-    start = {key: entry.clone() for key, entry in net.state_dict().items()}
+def test_golden_train(golden: dict) -> None:
+    train_golden, images = golden["train_mode_float64"], input_of(golden).double()
+    net = filled(golden).double().train()
+    start = copy.deepcopy(net)
     with torch.no_grad():
-        logits, _ = net(golden_images(2, golden["input"][-1]).double())
-    assert_close(logits[:, :8], train_golden["logits"], rtol=1e-6)
-    assert_same_map(logits, train_golden["logits_stats"])
+        logits, _ = net(images)
+        rtol = 1e-6
+        if not drawn_alike():  # ten times what the last digit does
+            rtol = max(rtol, 10 * change(move_last_digit(copy.deepcopy(start))(images)[0], logits))
+    expected = torch.tensor(train_golden["logits"], dtype=torch.float64)
+    assert_close(logits[:, : expected.shape[1]], expected, rtol=rtol)
+    assert_same_map(logits, train_golden["logits_stats"], rtol)
 
-    after = net.state_dict()
+    start, after = start.state_dict(), net.state_dict()
     twice = []  # layers that the reference runs twice per step
-    if name.startswith("wrn"):
+    if 2 in train_golden["num_batches_tracked_after"]:
         twice = [key for key, m in net.named_modules() if m in net.get_bn_before_relu()]
     for key, (mean, std) in train_golden["running_stats_after"].items():
         if key.rpartition(".")[0] in twice:
             # r2 = 0.81 r0 + 0.19 batch; running once gives 0.9 r0 + 0.1 batch. Means are linear in r.
             r0 = start[key].mean().item()
             batch = (mean - 0.81 * r0) / 0.19
-            assert_close(after[key].mean(), 0.9 * r0 + 0.1 * batch, abs(mean) + std, rtol=1e-6)
+            assert_close(after[key].mean(), 0.9 * r0 + 0.1 * batch, abs(mean) + std, rtol=rtol)
         else:
             scale = abs(mean) + std
-            assert_close(after[key].mean(), mean, scale, rtol=1e-6)
-            assert_close(after[key].std(correction=0), std, scale, rtol=1e-6)
+            assert_close(after[key].mean(), mean, scale, rtol=rtol)
+            assert_close(after[key].std(correction=0), std, scale, rtol=rtol)
 
 
 @every_golden()
-def test_golden_initialisation(family: str, name: str) -> None:
-    golden = all_golden()[family, name]
+def test_golden_initialisation(golden: dict) -> None:
     torch.manual_seed(0)
-    net = build(family, name, num_classes=golden["num_classes"])
+    net = build_golden(golden)
     parameters = dict(net.named_parameters())
     assert {key for key, p in parameters.items() if p.ndim >= 2} == set(golden["init_mean_std"])
     for key, (mean, std) in golden["init_mean_std"].items():

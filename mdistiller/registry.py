@@ -7,6 +7,7 @@ decorators of the packages and plain assignment (``distiller_dict["MINE"] = Mine
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -99,7 +100,7 @@ tiny_imagenet_model_dict = Registry("Tiny-ImageNet model")
 imagenet_model_dict = Registry("ImageNet model")
 dataset_dict = Registry("data set")
 
-# What DATASET_CLASS.model_family names.
+# By a data set's model_family.
 MODEL_FAMILIES = {
     "cifar": cifar_model_dict,
     "tiny_imagenet": tiny_imagenet_model_dict,
@@ -107,6 +108,23 @@ MODEL_FAMILIES = {
 }
 
 
+_opened: list[Any] = [None] * 4  # cfg.DATASET, the class, what cfg.DATASET held then, the data set
+
+
+def open_dataset(cfg: Any) -> Any:
+    """The data set of a configuration: its facts, and ``load()``; see :class:`mdistiller.dataset.DataSet`.
+
+    A configuration's data set is opened once, and again where a key below ``DATASET`` has changed.
+
+    Raises:
+        UnknownName: ``DATASET.TYPE`` names none.
+    """
+    keys, kind = cfg.DATASET, dataset_dict[cfg.DATASET.TYPE]
+    if _opened[0] is not keys or _opened[1:3] != [kind, keys]:
+        _opened[:] = keys, kind, copy.deepcopy(keys), kind.open(cfg)
+    return _opened[3]
+
+
 def image_side(cfg: Any) -> int:
     """Side in pixels of the images of a run: ``DATASET.IMAGE_SIZE``, or the data set's own where that is 0."""
-    return cfg.DATASET.IMAGE_SIZE or dataset_dict[cfg.DATASET.TYPE].image_size
+    return open_dataset(cfg).image_size

@@ -6,6 +6,7 @@ import ast
 import copy
 import importlib.util
 import inspect
+import json
 import re
 import runpy
 import shlex
@@ -39,7 +40,7 @@ DOCS = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs"
 BOTH = README + CONTRIBUTING + "".join(DOCS.values())
 # The files of CONTRIBUTING's walk-through: a line that holds nothing but `path`: and below it the content.
 WALK_THROUGH = dict(re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```", CONTRIBUTING, re.MULTILINE | re.DOTALL))
-METHOD_FILE = "mdistiller/distillers/MYKD.py"
+METHOD_FILE, DATASET_FILE = "mdistiller/distillers/MYKD.py", "mdistiller/dataset/stripes.py"
 IMPORT_NAMES = {"yaml": "PyYAML", "sklearn": "scikit-learn", "PIL": "pillow"}
 
 
@@ -69,12 +70,12 @@ def names_in(cell: str) -> list[str]:
 @pytest.fixture
 def tables_restored():
     """What a test registers is forgotten afterwards, so that the registry-wide tests do not meet it."""
-    methods, sections = set(distiller_dict), set(CFG)
+    tables = distiller_dict, dataset_dict, CFG, CFG.DATASET
+    names = [set(table) for table in tables]
     yield
-    for name in set(distiller_dict) - methods:
-        del distiller_dict[name]
-    for name in set(CFG) - sections:
-        del CFG[name]
+    for table, before in zip(tables, names, strict=True):
+        for name in set(table) - before:
+            del table[name]
 
 
 def add_sections() -> None:
@@ -84,16 +85,28 @@ def add_sections() -> None:
             CFG[cls.section] = ConfigNode(copy.deepcopy(cls.defaults))
 
 
-@pytest.fixture
-def walk_through_method(tables_restored, monkeypatch):
-    """CONTRIBUTING's method file, loaded as if it lay where the text puts it."""
-    name = METHOD_FILE.removesuffix(".py").replace("/", ".")
+def load_walk_through(path, monkeypatch):
+    """A file of CONTRIBUTING's, loaded as if it lay where the text puts it."""
+    name = path.removesuffix(".py").replace("/", ".")
     spec = importlib.util.spec_from_loader(name, loader=None)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
-    exec(compile(WALK_THROUGH[METHOD_FILE], METHOD_FILE, "exec", dont_inherit=True), vars(module))
+    exec(compile(WALK_THROUGH[path], path, "exec", dont_inherit=True), vars(module))
+    return module
+
+
+@pytest.fixture
+def walk_through_method(tables_restored, monkeypatch):
+    module = load_walk_through(METHOD_FILE, monkeypatch)
     add_sections()
     return module.MYKD
+
+
+@pytest.fixture
+def walk_through_dataset(tables_restored, monkeypatch):
+    module = load_walk_through(DATASET_FILE, monkeypatch)
+    load_config()  # makes room for its section
+    return module.Stripes
 
 
 @pytest.fixture
@@ -149,10 +162,23 @@ def test_walk_through_tests_pass(walk_through_method):
         check()
 
 
+def test_walk_through_data_set_trains_by_the_command(walk_through_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = "SOLVER.BATCH_SIZE 20 SOLVER.DEVICE cpu DATASET.NUM_WORKERS 0 EXPERIMENT.NAME a"
+    (train,) = (line for line in commands(CONTRIBUTING) if "train.py DATASET.TYPE stripes" in line)
+    assert run_tool("train", [*shlex.split(train)[2:], *options.split()]).code == 0
+    results = json.loads((tmp_path / "output" / "distill" / "a" / "results.json").read_text())
+    assert results["last"]["top1"] > 80
+    (views,) = (line for line in commands(CONTRIBUTING) if "-d stripes" in line)
+    assert run_tool("views", shlex.split(views)[2:]).code == 0
+    rows = [line.split() for line in run_tool("list", ["datasets"]).out.splitlines()]
+    assert ["stripes", "2", "16x16", "cifar", "plain,", "weak,", "strong"] in rows
+
+
 def test_walk_through_leaves_nothing_behind():
-    assert "MYKD" not in distiller_dict
-    assert "MYKD" not in CFG
-    assert not any(name.endswith(".MYKD") for name in sys.modules)
+    assert not {"MYKD", "stripes"} & {*distiller_dict, *dataset_dict}
+    assert not {"MYKD", "STRIPES"} & {*CFG, *CFG.DATASET}
+    assert not any(name.endswith((".MYKD", ".stripes")) for name in sys.modules)
 
 
 # Commands
@@ -167,7 +193,7 @@ def reach(*args, **kwargs):
 
 
 @pytest.mark.parametrize("line", [line for line in commands(BOTH) if line.startswith(("python tools/", "torchrun "))])
-def test_commands_are_accepted(line, walk_through_method, walk_through_folder, monkeypatch):
+def test_commands_are_accepted(line, walk_through_method, walk_through_dataset, walk_through_folder, monkeypatch):
     """Each goes through its own parser, and through its config or plan, up to where work would begin."""
     monkeypatch.setattr(mdistiller.engine.run, "run", reach)
     monkeypatch.setattr(mdistiller.engine.build, "build_student", reach)
@@ -189,7 +215,7 @@ def test_a_wrong_command_would_be_noticed(walk_through_folder):
 
 
 @pytest.mark.parametrize("key", sorted(set(re.findall(r"\b[A-Z][A-Z\d_]*(?:\.[A-Z][A-Z\d_]*)+\b", BOTH))))
-def test_config_keys_exist(key, walk_through_method):
+def test_config_keys_exist(key, walk_through_method, walk_through_dataset):
     value_of(CFG, key)
 
 

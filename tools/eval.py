@@ -15,7 +15,7 @@ from mdistiller.analysis.consistency import (
     prediction_correlation,
     target_class_consistency,
 )
-from mdistiller.dataset import build_loaders, dataset_dict
+from mdistiller.dataset import build_loaders, open_dataset
 from mdistiller.engine.build import build_student, build_teacher, load_network, model_table
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.cli import command
@@ -65,7 +65,7 @@ def config_of(args: argparse.Namespace, model: str) -> Any:
 
 def network(cfg: Any, checkpoint: str, option: str) -> nn.Module:
     """The network with its weights; ``option`` is what names their file."""
-    num_classes = dataset_dict[cfg.DATASET.TYPE].num_classes
+    num_classes = open_dataset(cfg).num_classes
     name = cfg.DISTILLER.STUDENT
     model_table(cfg)[name]  # an unknown name comes from the command line here, not from a key of the configuration
     if checkpoint in ("", "pretrain"):

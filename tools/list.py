@@ -53,7 +53,8 @@ def datasets() -> list[tuple[str, ...]]:
     rows = [("DATA SET", "CLASSES", "PIXELS", "MODELS", "VIEWS")]
     for name, cls in sorted(dataset_dict.items()):
         size = f"{cls.image_size}x{cls.image_size}"
-        rows.append((name, str(cls.num_classes), size, cls.model_family, ", ".join(cls.views)))
+        count = cls.num_classes if isinstance(cls.num_classes, int) else "its own"  # which the files tell
+        rows.append((name, str(count), size, cls.model_family, ", ".join(cls.views)))
     return rows
 
 

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from mdistiller.analysis.sheets import class_sheet, operation_sheet, stacked, view_sheet
-from mdistiller.dataset import dataset_dict, load_splits
+from mdistiller.dataset import load_splits, open_dataset
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.cli import check_output, command
 from mdistiller.registry import InputError
@@ -24,7 +24,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     check_output(args.out, "-o")
     cfg = load_config(options=["DATASET.TYPE", args.dataset, *args.opts])
-    dataset, split = dataset_dict[args.dataset], load_splits(cfg).train
+    dataset, split = open_dataset(cfg), load_splits(cfg).train
     picture = stacked([SHEETS[name](dataset, split) for name in args.sheet or SHEETS])
     try:
         picture.save(args.out, format="PNG")

@@ -9,7 +9,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from mdistiller.dataset import DataSet, Split
-from mdistiller.dataset.imagenet import ImageFiles
 from mdistiller.dataset.randaugment import TRANSFORMS, transform_images
 from mdistiller.dataset.views import Draws, apply_view
 
@@ -43,11 +42,11 @@ def contact_sheet(rows: Sequence[tuple[str, Tensor]], title: str) -> Image.Image
     return sheet
 
 
-def view_sheet(dataset: type[DataSet], split: Split, count: int = 12, epochs: int = 3, seed: int = 0) -> Image.Image:
+def view_sheet(dataset: DataSet, split: Split, count: int = 12, epochs: int = 3, seed: int = 0) -> Image.Image:
     """``count`` images spread over the split as they are, and each view of them in the first epochs."""
     index = _spread(split, count)
-    images = split.images[index]
-    rows = [("as it is", _shown(dataset, images))]
+    images = split.images.take(index)
+    rows = [("as it is", images.pixels())]
     for name, view in dataset.views.items():
         for epoch in range(1, epochs + 1):
             drawn = Draws.of_view(name, seed, epoch, index)
@@ -55,9 +54,9 @@ def view_sheet(dataset: type[DataSet], split: Split, count: int = 12, epochs: in
     return contact_sheet(rows, f"{dataset.name}: views, seed {seed}")
 
 
-def operation_sheet(dataset: type[DataSet], split: Split, count: int = 3) -> Image.Image:
+def operation_sheet(dataset: DataSet, split: Split, count: int = 3) -> Image.Image:
     """RandAugment's operations on ``count`` images at five strengths; what has no strength is shown as often."""
-    images = _shown(dataset, split.images[_spread(split, count)]).repeat_interleave(len(LEVELS), 0)
+    images = split.images.take(_spread(split, count)).pixels().repeat_interleave(len(LEVELS), 0)
     level = torch.tensor(LEVELS).repeat(count)
     rows = [("as it is", images)]
     for position, transform in enumerate(TRANSFORMS):
@@ -66,21 +65,14 @@ def operation_sheet(dataset: type[DataSet], split: Split, count: int = 3) -> Ima
     return contact_sheet(rows, f"{dataset.name}: RandAugment's operations, {count} images at five strengths each")
 
 
-def class_sheet(dataset: type[DataSet], split: Split, count: int = 2, classes_in_row: int = 10) -> Image.Image:
+def class_sheet(dataset: DataSet, split: Split, count: int = 2, classes_in_row: int = 10) -> Image.Image:
     """The first ``count`` images of each class, side by side; a row holds ``classes_in_row`` classes."""
     rows = []
     for first in range(0, dataset.num_classes, classes_in_row):
         names = range(first, min(first + classes_in_row, dataset.num_classes))
-        found = [_shown(dataset, split.images[(split.labels == label).nonzero()[:count, 0]]) for label in names]
+        found = [split.images.take((split.targets == label).nonzero()[:count, 0]).pixels() for label in names]
         rows.append((f"{names[0]} .. {names[-1]}", torch.cat(found)))
     return contact_sheet(rows, f"{dataset.name}: {count} images of each class")
-
-
-def _shown(dataset: type[DataSet], images: Tensor | ImageFiles) -> Tensor:
-    """The images without augmentation; those in files are decoded."""
-    if not dataset.in_files:
-        return images
-    return apply_view(dataset.views["test"], images, Draws.of_view("test", 0, 1, torch.arange(len(images))))
 
 
 def stacked(sheets: Sequence[Image.Image]) -> Image.Image:

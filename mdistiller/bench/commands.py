@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import default_collate
 
 from mdistiller.contract import contract_of
-from mdistiller.dataset import dataset_dict
+from mdistiller.dataset import open_dataset
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.forwards.compile import check_compiler
 from mdistiller.engine.forwards.fold import speed_up_teacher
@@ -120,7 +120,7 @@ def data(settings: Settings, folder: Path) -> list[Row]:
     for name in settings.methods or ("KD", "KD_TWO_VIEWS"):
         cfg = with_options(settings.cfg, DISTILLER__TYPE=name, DATASET__LOADER="device")
         subject = build_subject(cfg, folder, num_batches=1)
-        loader, kind = subject.loaders.train, dataset_dict[cfg.DATASET.TYPE]
+        loader, kind = subject.loaders.train, open_dataset(cfg)
         pictures = old_loop.Pictures(loader.dataset.split, loader.dataset.views, kind.mean, kind.std)
         batches = [index.tolist() for _, index, *_ in loader.sampler]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from mdistiller.dataset import dataset_dict
+from mdistiller.dataset import open_dataset
 
 from . import old_loop
 from .subjects import Subject, build_subject, with_options
@@ -46,7 +46,7 @@ class OldRun:
         cfg = with_options(cfg, **PLAIN, SOLVER__FAST_TEACHER=False, SOLVER__COMPILE="off")
         subject: Subject = build_subject(cfg, folder, num_batches=1)
         trainer, data = subject.trainer, subject.loaders.train.dataset
-        kind, workers = dataset_dict[cfg.DATASET.TYPE], cfg.DATASET.NUM_WORKERS
+        kind, workers = open_dataset(cfg), cfg.DATASET.NUM_WORKERS
         self.device, self.distiller, self.number = trainer.precision.device, trainer.distiller, 0
         solver = cfg.SOLVER
         self.optimizer = torch.optim.SGD(

@@ -128,8 +128,8 @@ class Pictures(Dataset):
         std: tuple[float, ...],
         numbers: Callable[[str, int], Any] = lambda name, index: Numbers(),
     ) -> None:
-        self.arrays = np.ascontiguousarray(split.images.permute(0, 2, 3, 1).cpu().numpy())
-        self.targets = split.labels.tolist()
+        self.arrays = np.ascontiguousarray(split.images.pixels().permute(0, 2, 3, 1).cpu().numpy())
+        self.targets = split.targets.tolist()
         self.views, self.mean, self.std, self.numbers = views, mean, std, numbers
 
     def __len__(self) -> int:

@@ -25,7 +25,7 @@ from mdistiller.engine.build import (
 )
 from mdistiller.engine.forwards.precision import Precision
 from mdistiller.engine.trainer import BaseTrainer
-from mdistiller.registry import dataset_dict, distiller_dict
+from mdistiller.registry import distiller_dict, open_dataset
 
 SETTLING_STEPS = 3  # batches from which a teacher without weights gets its BatchNorm statistics
 
@@ -61,7 +61,7 @@ def with_options(cfg: Any, **values: Any) -> Any:
 
 def build_networks(cfg: Any) -> tuple[nn.Module, nn.Module | None]:
     """Student and teacher. Without ``DISTILLER.TEACHER_CKPT`` the teacher has fresh weights."""
-    classes = dataset_dict[cfg.DATASET.TYPE].num_classes
+    classes = open_dataset(cfg).num_classes
     student = build_student(cfg, classes)
     if not contract_of(distiller_dict[cfg.DISTILLER.TYPE]).teacher:
         return student, None

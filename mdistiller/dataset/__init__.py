@@ -1,11 +1,12 @@
 """Data sets, views and loaders; one file per data set. ``get_dataset(cfg)`` is mdistiller's entry."""
 
-from mdistiller.registry import dataset_dict
+from mdistiller.registry import dataset_dict, open_dataset
 
 from .base import DataSet, Split, register_dataset
 from .build import Loaders, Splits, build_loaders, get_dataset, load_splits
 from .cifar100 import CIFAR100
 from .digits import Digits
+from .folder import Folder
 from .imagenet import ImageNet
 from .loader import Loader
 from .shapes import Shapes
@@ -14,6 +15,7 @@ __all__ = [
     "CIFAR100",
     "DataSet",
     "Digits",
+    "Folder",
     "ImageNet",
     "Loader",
     "Loaders",
@@ -24,5 +26,6 @@ __all__ = [
     "dataset_dict",
     "get_dataset",
     "load_splits",
+    "open_dataset",
     "register_dataset",
 ]

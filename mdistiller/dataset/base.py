@@ -1,9 +1,11 @@
-"""What a data set is: a class with facts, view recipes and a ``load`` method, found by its name."""
+"""Data sets: facts, view recipes and images with targets, found by a name and opened for a configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from inspect import ismethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,59 +15,85 @@ from torch import Tensor
 
 from mdistiller.registry import dataset_dict
 
+from .images import Images, as_images
 from .views import View
 
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled images in memory.
+    """Images, each with its target.
 
     Args:
-        images: ``(N, 3, H, W)`` uint8; grey images are repeated to three channels. Or what stands for them until a
-            view decodes them: :class:`~mdistiller.dataset.imagenet.ImageFiles`.
-        labels: ``(N,)`` int64, from 0.
+        images: N of them, in memory or in files; a tensor ``(N, 3, H, W)`` uint8 stands for images in memory.
+        targets: ``(N,)`` int64, numbers of classes from 0; another task may have more for each image, ``(N, ...)``.
     """
 
-    images: Tensor
-    labels: Tensor
+    images: Images
+    targets: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", as_images(self.images))
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def to(self, device: torch.device) -> Split:
         """The same on ``device``; itself if it lies there."""
-        return Split(self.images.to(device), self.labels.to(device))
+        return Split(self.images.to(device), self.targets.to(device))
 
     def take(self, positions: Tensor) -> Split:
         """The images at ``positions``, in that order."""
-        return Split(self.images[positions], self.labels[positions])
+        return Split(self.images.take(positions), self.targets[positions])
 
 
 class DataSet:
-    """Base of all data sets; its facts are class attributes, so that nothing is loaded to know them."""
+    """Base of all data sets. An object of the class is a data set that was opened for a configuration.
+
+    Facts that are constants are class attributes. A fact that only the files tell is a ``cached_property``, so that
+    opening reads nothing. :meth:`load` reads the images; it may be a class method ``load(cls, root, image_size,
+    download, **options)`` too.
+
+    Args:
+        root: ``DATASET.ROOT``, the folder with the data of all data sets.
+        image_size: pixels a side of the images; 0: as the class says.
+        download: fetch missing files.
+        options: the values of ``defaults``, with their keys in lower case.
+    """
 
     name: ClassVar[str]
-    num_classes: ClassVar[int]
-    image_size: ClassVar[int]  # pixels a side where DATASET.IMAGE_SIZE does not say otherwise
-    mean: ClassVar[tuple[float, float, float]]  # of the training images, where white is 1
-    std: ClassVar[tuple[float, float, float]]
-    model_family: ClassVar[str]  # key of registry.MODEL_FAMILIES
-    public_teachers: ClassVar[bool] = False  # whether the checkpoints in the model table were trained on it
-    views: ClassVar[
-        dict[str, View]
-    ]  # "weak": what a method gets that asks for "image"; "plain": the same in each epoch; "test" where there is one
-    in_files: ClassVar[bool] = False  # images are decoded batch by batch, instead of lying in memory
+    num_classes: int
+    image_size: int  # pixels a side where DATASET.IMAGE_SIZE does not say otherwise
+    mean: tuple[float, float, float]  # of the training images, where white is 1
+    std: tuple[float, float, float]
+    model_family: str  # key of registry.MODEL_FAMILIES
+    public_teachers: bool = False  # whether the checkpoints in the model table were trained on it
+    # "weak": what a method gets that asks for "image"; "plain": the same in each epoch; "test" where there is one
+    views: dict[str, View]
+    in_files: bool = False  # images are decoded batch by batch, instead of lying in memory
     defaults: ClassVar[dict[str, Any]] = {}  # options (mdistiller/options.py) of its own section, DATASET.<NAME>
 
+    def __init__(self, root: Path, image_size: int = 0, download: bool = False, **options: Any) -> None:
+        self.root, self.download, self.options = root, download, options
+        if image_size:
+            self.image_size = image_size
+        if ismethod(type(self).load):  # a class method takes the settings as arguments
+            self.load = partial(type(self).load, root, self.image_size, download, **options)
+
     @classmethod
-    def load(cls, root: Path, image_size: int, download: bool, **options: Any) -> tuple[Split, Split]:
+    def open(cls, cfg: Any) -> DataSet:
+        """The data set with the settings of ``cfg.DATASET``."""
+        keys = cfg.DATASET
+        options = {key.lower(): keys[cls.name.upper()][key] for key in cls.defaults}
+        return cls(Path(keys.ROOT).expanduser(), keys.IMAGE_SIZE, keys.DOWNLOAD, **options)
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes; their numbers where they have none."""
+        return [str(number) for number in range(self.num_classes)]
+
+    def load(self) -> tuple[Split, Split]:
         """Training and test images.
 
-        Args:
-            root: folder of the data, one for all data sets; those that need no files ignore it.
-            image_size: pixels a side of the images returned.
-            download: fetch missing files.
-            options: the keys of ``defaults``, in lower case.
         Raises:
             InputError: files are missing or unreadable; says which and what to do.
         """

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mdistiller.contract import contract_of
 from mdistiller.functional.gather import this_process
-from mdistiller.registry import InputError, dataset_dict, distiller_dict, image_side
+from mdistiller.registry import InputError, distiller_dict, open_dataset
 
 from .augment import ColorJitter, RandomErasing
 from .base import DataSet, Split
@@ -51,7 +50,7 @@ class Loaders:
 
 
 def load_splits(cfg: Any) -> Splits:
-    """The images of ``DATASET.TYPE``, in memory.
+    """The images of the data set.
 
     The validation images are taken from the training images first, ``TRAIN_FRACTION`` or
     ``TRAIN_PER_CLASS`` then applies to the rest. Both choices depend on ``EXPERIMENT.SEED``; the test
@@ -60,14 +59,12 @@ def load_splits(cfg: Any) -> Splits:
     Raises:
         InputError: unknown data set, missing files, or not enough images for what is asked.
     """
-    dataset = dataset_dict[cfg.DATASET.TYPE]
-    own = {key.lower(): cfg.DATASET[dataset.name.upper()][key] for key in dataset.defaults}
-    train, test = dataset.load(Path(cfg.DATASET.ROOT).expanduser(), image_side(cfg), cfg.DATASET.DOWNLOAD, **own)
+    train, test = open_dataset(cfg).load()
     val, seed = None, cfg.EXPERIMENT.SEED
     if cfg.DATASET.VAL_FRACTION != 0:
-        rest, held_out = hold_out(train.labels, cfg.DATASET.VAL_FRACTION, seed)
+        rest, held_out = hold_out(train.targets, cfg.DATASET.VAL_FRACTION, seed)
         train, val = train.take(rest), train.take(held_out)
-    kept = reduce_train(train.labels, cfg.DATASET.TRAIN_FRACTION, cfg.DATASET.TRAIN_PER_CLASS, seed)
+    kept = reduce_train(train.targets, cfg.DATASET.TRAIN_FRACTION, cfg.DATASET.TRAIN_PER_CLASS, seed)
     return Splits(train if kept is None else train.take(kept), val, test)
 
 
@@ -93,7 +90,7 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
             f"SOLVER.BATCH_SIZE, the batch of all processes, is {cfg.SOLVER.BATCH_SIZE} and must be a multiple of "
             f"their number, {share[1]}"
         )
-    dataset = dataset_dict[cfg.DATASET.TYPE]
+    dataset = open_dataset(cfg)
     method, seed = distiller_dict[cfg.DISTILLER.TYPE], cfg.EXPERIMENT.SEED
     views = training_views(cfg, method)
     splits = load_splits(cfg)
@@ -109,8 +106,8 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
         return Loader(images, batch_size, num_workers=decoders, share=share, in_turn=True)
 
     try:
-        labels = splits.train.labels.to(place["device"])
-        negatives = negatives_from(cfg, method.section, labels) if contract_of(method).negatives else None
+        targets = splits.train.targets.to(place["device"])
+        negatives = negatives_from(cfg, method.section, targets) if contract_of(method).negatives else None
         train = Loader(
             BatchedImages(
                 splits.train,
@@ -158,12 +155,12 @@ def training_views(cfg: Any, method: type) -> dict[str, tuple[str, View]]:
         added += (RandAugment(keys.RANDAUGMENT),)
     if keys.RANDOM_ERASING:
         added += (RandomErasing(keys.RANDOM_ERASING),)
-    dataset = dataset_dict[cfg.DATASET.TYPE]
+    dataset = open_dataset(cfg)
     views = views_of(contract_of(method).views, dataset, chosen_recipes(cfg, dataset))
     return {field: (name, (*view, *added) if name == "weak" else view) for field, (name, view) in views.items()}
 
 
-def _label_mixing(cfg: Any, dataset: type[DataSet]) -> LabelMixing | None:
+def _label_mixing(cfg: Any, dataset: DataSet) -> LabelMixing | None:
     keys = cfg.DATASET
     wanted = keys.MIXUP_ALPHA, keys.CUTMIX_ALPHA, keys.LABEL_SMOOTHING
     return LabelMixing(dataset.num_classes, *wanted, cfg.EXPERIMENT.SEED) if any(wanted) else None
@@ -172,7 +169,7 @@ def _label_mixing(cfg: Any, dataset: type[DataSet]) -> LabelMixing | None:
 def _worker_count(cfg: Any, device: torch.device) -> int | None:
     """Worker processes for the training batches; ``None``: they are made on the device."""
     count, choice = cfg.DATASET.NUM_WORKERS, cfg.DATASET.LOADER
-    if dataset_dict[cfg.DATASET.TYPE].in_files:
+    if open_dataset(cfg).in_files:
         if choice == "device":
             raise InputError(f"DATASET.LOADER device keeps images in memory; {cfg.DATASET.TYPE} takes workers or auto")
         return count

@@ -47,27 +47,23 @@ class CIFAR100(DataSet):
         **rotations((RandomCrop(), HorizontalFlip())),
     }
 
-    @classmethod
-    def load(cls, root: Path, image_size: int, download: bool) -> tuple[Split, Split]:
-        folder = root / FOLDER
+    def load(self) -> tuple[Split, Split]:
+        folder = self.root / FOLDER
         missing = [name for name in MD5 if not (folder / name).is_file()]
-        if missing and not download:
+        if missing and not self.download:
             raise InputError(
                 f"CIFAR-100: {folder / missing[0]} is missing and DATASET.DOWNLOAD is off; turn it on, or "
                 f"{_how_to_get(folder)}"
             )
         if missing:
-            _download(root)
+            _download(self.root)
         train, test = _read_split(folder / "train"), _read_split(folder / "test")
         if not all(check_integrity(folder / name, md5) for name, md5 in MD5.items()):
             warn(
                 f"{folder} does not hold the official CIFAR-100 files, which have 50000 and 10000 images; "
                 f"using the {len(train)} training and {len(test)} test images found there"
             )
-        return (
-            Split(resize_images(train.images, image_size), train.labels),
-            Split(resize_images(test.images, image_size), test.labels),
-        )
+        return tuple(Split(resize_images(s.images.pixels(), self.image_size), s.targets) for s in (train, test))
 
 
 def _how_to_get(folder: Path) -> str:

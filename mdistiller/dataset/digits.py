@@ -6,7 +6,6 @@ ours, since there is none: 70 % of each class for training, always the same imag
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -38,17 +37,14 @@ class Digits(DataSet):
         **rotations((RandomCrop(),)),
     }
 
-    @classmethod
-    def load(cls, root: Path, image_size: int, download: bool) -> tuple[Split, Split]:
+    def load(self) -> tuple[Split, Split]:
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise InputError("data set digits comes with scikit-learn: pip install scikit-learn") from error
         bundled = load_digits()
         level = torch.from_numpy(bundled.images)[:, None] * (255 / 16)
-        whole = Split(
-            images=resize_images(level, image_size).repeat(1, 3, 1, 1),
-            labels=torch.from_numpy(bundled.target).long(),
-        )
-        in_test = stratified_mask(whole.labels, TEST_FRACTION, SPLIT_KEY)
+        targets = torch.from_numpy(bundled.target).long()
+        whole = Split(resize_images(level, self.image_size).repeat(1, 3, 1, 1), targets)
+        in_test = stratified_mask(targets, TEST_FRACTION, SPLIT_KEY)
         return whole.take((~in_test).nonzero()[:, 0]), whole.take(in_test.nonzero()[:, 0])

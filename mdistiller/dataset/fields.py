@@ -13,7 +13,7 @@ from .randaugment import RandAugment
 from .views import View
 
 
-def chosen_recipes(cfg: Any, dataset: type[DataSet]) -> dict[str, View]:
+def chosen_recipes(cfg: Any, dataset: DataSet) -> dict[str, View]:
     """The data set's recipes by name, where ``weak`` and ``strong`` stand for those that the configuration gives them.
 
     ``DATASET.VIEW_WEAK`` and ``DATASET.VIEW_STRONG`` name recipes, ``DATASET.STRONG_N`` the operations of
@@ -40,7 +40,7 @@ def chosen_recipes(cfg: Any, dataset: type[DataSet]) -> dict[str, View]:
 
 
 def views_of(
-    fields: tuple[str, ...], dataset: type[DataSet], recipes: Mapping[str, View] | None = None
+    fields: tuple[str, ...], dataset: DataSet, recipes: Mapping[str, View] | None = None
 ) -> dict[str, tuple[str, View]]:
     """For each field the name and the recipe of its view; ``image`` is the weak view.
 

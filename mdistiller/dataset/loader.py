@@ -96,12 +96,12 @@ class BatchedImages(Dataset):
         return {name: value[:count] for name, value in mixed.items()}
 
     def _unmixed(self, epoch: int, index: Tensor) -> Batch:
-        images = self.split.images.index_select(0, index)
+        images = self.split.images.take(index)
         batch = {}
         for field, (name, view) in self.views.items():
             rng = Draws.of_view(name, self.seed, epoch, index)
             batch[field] = normalize(apply_view(view, images, rng), self.mean, self.std, self.layout)
-        batch["target"] = self.split.labels.index_select(0, index)
+        batch["target"] = self.split.targets.index_select(0, index)
         if self.with_index:
             batch["index"] = index
         if self.negatives is not None:
@@ -253,7 +253,7 @@ class Loader:
 
     def _make_here(self, requests: Iterator[Request]) -> Iterator[Batch]:
         dataset = self.dataset
-        if dataset.device.type != "cpu" or dataset.mixing is not None or not isinstance(dataset.split.images, Tensor):
+        if dataset.device.type != "cpu" or dataset.mixing is not None or dataset.split.images.in_files:
             yield from map(dataset.__getitem__, requests)
             return
         while group := list(itertools.islice(requests, max(1, AT_ONCE // self.batch_size))):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -57,11 +56,8 @@ class Shapes(DataSet):
         "TEST_SIZE": Option(2_000, "test images", at_least=num_classes, role="data"),
     }
 
-    @classmethod
-    def load(
-        cls, root: Path, image_size: int, download: bool, train_size: int = 20_000, test_size: int = 2_000
-    ) -> tuple[Split, Split]:
-        return draw_split("train", train_size, image_size), draw_split("test", test_size, image_size)
+    def load(self) -> tuple[Split, Split]:
+        return tuple(draw_split(name, self.options[f"{name}_size"], self.image_size) for name in ("train", "test"))
 
 
 def draw_split(name: str, count: int, image_size: int) -> Split:

@@ -3,7 +3,9 @@
 A view is a tuple of operations, ``(RandomCrop(), HorizontalFlip())``, and the empty tuple is the image
 as it is. An operation takes the whole batch, ``operation(images, rng) -> images``: ``images`` is
 ``(B, C, H, W)`` uint8 on any device and stays untouched; ``rng`` gives ``(B,)`` random numbers by slot
-(:class:`Draws`), of which the operation may use the slots ``0 .. operation.slots - 1``.
+(:class:`Draws`), of which the operation may use the slots ``0 .. operation.slots - 1``. A first operation with
+``takes_images = True`` is given the :class:`~mdistiller.dataset.images.Images` instead, which may differ in size, and
+makes such a batch of them.
 
 The numbers an image gets depend on the seed, the epoch, its index and the view's *name*, nothing else:
 an image looks the same in any batch, with any number of workers, on any device, and whether its view is
@@ -21,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdistiller.functional import draws
+
+from .images import Images, as_images
 
 Operation = Callable[[Tensor, "Draws"], Tensor]
 View = tuple[Operation, ...]
@@ -60,8 +64,11 @@ def name_key(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def apply_view(view: View, images: Tensor, rng: Draws) -> Tensor:
+def apply_view(view: View, images: Images | Tensor, rng: Draws) -> Tensor:
     """The batch after all operations of ``view``, uint8."""
+    images = as_images(images)
+    if not (view and getattr(view[0], "takes_images", False)):
+        images = images.pixels()
     for operation in view:
         images = operation(images, rng)
         rng = rng.skip(operation.slots)

@@ -14,7 +14,7 @@ import mdistiller.models  # noqa: F401  fills the model tables
 from mdistiller.contract import contract_of
 from mdistiller.distillers import distiller_dict
 from mdistiller.models._registration import COLLECTIONS, TEACHER_RELEASE, public_file
-from mdistiller.registry import MODEL_FAMILIES, InputError, Registry, UnknownName, dataset_dict
+from mdistiller.registry import MODEL_FAMILIES, InputError, Registry, UnknownName, open_dataset
 
 from .added_kd import add_kd
 from .config.node import ConfigNode
@@ -26,7 +26,7 @@ TEACHER_OPTION = "DISTILLER.TEACHER_CKPT"
 
 def model_table(cfg: Any) -> Registry:
     """The models that belong to the data set."""
-    return MODEL_FAMILIES[dataset_dict[cfg.DATASET.TYPE].model_family]
+    return MODEL_FAMILIES[open_dataset(cfg).model_family]
 
 
 def build_model(table: Registry, name: str, num_classes: int) -> nn.Module:
@@ -75,7 +75,7 @@ def build_teacher(cfg: Any, num_classes: int, option: str = TEACHER_OPTION) -> n
     name, table = cfg.DISTILLER.TEACHER, model_table(cfg)
     path = teacher_checkpoint(cfg, option)
     if path is None:
-        return table[name](pretrained=True)
+        return table[name](pretrained=True, num_classes=num_classes)
     teacher = build_model(table, name, num_classes)
     load_network(teacher, path, f"teacher {name}", cfg, "a teacher must be trained on the same classes")
     return teacher
@@ -115,7 +115,7 @@ def teacher_checkpoint(cfg: Any, option: str = TEACHER_OPTION) -> Path | None:
     entry = _model_entry(cfg, "TEACHER")
     if not given and not isinstance(entry, tuple):
         return None
-    public = entry[1] if dataset_dict[cfg.DATASET.TYPE].public_teachers else None
+    public = entry[1] if open_dataset(cfg).public_teachers else None
     path = Path(given or public or "")
     if (given or public) and path.is_file():
         return path

@@ -13,7 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from mdistiller.contract import contract_of
-from mdistiller.dataset import dataset_dict
+from mdistiller.dataset import dataset_dict, open_dataset
 from mdistiller.dataset.build import LOADERS
 from mdistiller.dataset.fields import chosen_recipes
 from mdistiller.distillers import distiller_dict
@@ -270,7 +270,7 @@ def check_config(cfg: CN) -> None:
             "KD_TWO_VIEWS"
         )
     _check_mixed_labels(cfg)
-    chosen_recipes(cfg, dataset_dict[cfg.DATASET.TYPE])
+    chosen_recipes(cfg, open_dataset(cfg))
     if cfg.SOLVER.CACHE_TEACHER:
         check_cacheable(cfg)
     if not (cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG):

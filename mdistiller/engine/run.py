@@ -13,7 +13,7 @@ from mdistiller.dataset import Loaders, build_loaders
 from mdistiller.files import file_sha256
 from mdistiller.messages import say
 from mdistiller.plugins import load_methods
-from mdistiller.registry import InputError, dataset_dict, distiller_dict
+from mdistiller.registry import InputError, distiller_dict, open_dataset
 
 from .build import build_distiller, build_networks, build_student, build_teacher, teacher_checkpoint
 from .cfg import experiment_name
@@ -88,7 +88,7 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
         # Before the data, like the networks: nothing is downloaded for a run that cannot start.
         distributed.check_device(resolve_device(cfg.SOLVER.DEVICE))
         precision = Precision.from_cfg(cfg)
-        num_classes = dataset_dict[cfg.DATASET.TYPE].num_classes
+        num_classes = open_dataset(cfg).num_classes
         student = build_student(cfg, num_classes)
         networks = build_networks(cfg, num_classes)
     needs_teacher = contract_of(distiller_dict[cfg.DISTILLER.TYPE]).teacher

@@ -24,9 +24,9 @@ def cell(sheet, line, column_from_right, columns, size=16, zoom=4):
 
 
 def test_images_stand_where_they_belong():
-    sheet = contact_sheet([("one", SPLIT.images[:3]), ("a longer name", SPLIT.images[3:6])], "title")
+    sheet = contact_sheet([("one", SPLIT.images.pixels()[:3]), ("a longer name", SPLIT.images.pixels()[3:6])], "title")
     for i in range(6):
-        assert torch.equal(cell(sheet, i // 3, i % 3, 3), SPLIT.images[i])
+        assert torch.equal(cell(sheet, i // 3, i % 3, 3), SPLIT.images.pixels()[i])
 
 
 def test_operations_at_their_strengths():
@@ -34,7 +34,7 @@ def test_operations_at_their_strengths():
     names = [transform.name for transform in TRANSFORMS]
     position = names.index("Brightness")
     for column, level in enumerate([0.0, 0.25, 0.5, 0.75]):
-        expected = transform_images(SPLIT.images[:1], torch.tensor([position]), torch.tensor([level]))[0]
+        expected = transform_images(SPLIT.images.pixels()[:1], torch.tensor([position]), torch.tensor([level]))[0]
         assert torch.equal(cell(sheet, 1 + position, column, 5), expected)
 
 
@@ -42,7 +42,7 @@ def test_every_view_and_class_has_its_line():
     views = view_sheet(DIGITS, SPLIT, count=4, epochs=2)
     assert views.height == 22 + (1 + 2 * len(DIGITS.views)) * (64 + GAP)
     classes = class_sheet(DIGITS, SPLIT, count=2, classes_in_row=5)
-    assert torch.equal(cell(classes, 1, 3, 10), SPLIT.images[16])  # the second image of class 6
+    assert torch.equal(cell(classes, 1, 3, 10), SPLIT.images.pixels()[16])  # the second image of class 6
     both = stacked([views, classes])
     assert both.size == (max(views.width, classes.width), views.height + classes.height)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, default_collate
 
 from mdistiller.bench import old_loop
-from mdistiller.dataset import dataset_dict
+from mdistiller.dataset import Split, dataset_dict
 from mdistiller.dataset.loader import BatchedImages
 from mdistiller.dataset.views import Draws, Rotate90
 from mdistiller.distillers.KD import kd_loss
@@ -114,9 +113,7 @@ def test_evaluation_is_ours(tmp_path):
 
 def test_without_our_draws_pictures_differ_from_time_to_time():
     view = dataset_dict["shapes"].views["strong"]
-    split = SimpleNamespace(
-        images=torch.arange(3 * 32 * 32).view(1, 3, 32, 32).remainder(251).to(torch.uint8), labels=torch.zeros(1)
-    )
+    split = Split(torch.arange(3 * 32 * 32).view(1, 3, 32, 32).remainder(251).to(torch.uint8), torch.zeros(1))
     pictures = old_loop.Pictures(split, {"image": ("strong", view)}, (0.5,) * 3, (0.2,) * 3)
     seen = [pictures[0][0]["image"] for _ in range(4)]
     assert any(not torch.equal(seen[0], other) for other in seen[1:])

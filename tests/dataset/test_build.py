@@ -97,9 +97,9 @@ def test_the_test_images_are_only_normalised():
     loaders = build_loaders(cfg)
     test = load_splits(cfg).test
     batch = next(iter(loaders.test))
-    assert torch.equal(batch["target"], test.labels[:50])
+    assert torch.equal(batch["target"], test.targets[:50])
     restored = batch["image"] * dataset_dict["digits"].std[0] + dataset_dict["digits"].mean[0]
-    assert torch.allclose(restored * 255, test.images[:50].float(), atol=1e-3)
+    assert torch.allclose(restored * 255, test.images.pixels()[:50].float(), atol=1e-3)
 
 
 def test_no_validation_images_by_default():
@@ -112,7 +112,7 @@ def test_validation_images():
     assert len(splits.train) + len(splits.val) == 1258 and len(splits.test) == 539
     assert loaders.num_data == loaders.train.num_data == len(splits.train)
     assert get_dataset(cfg)[1].num_data == len(splits.val)
-    images = [{image.numpy().tobytes() for image in part.images} for part in (splits.train, splits.val)]
+    images = [{image.numpy().tobytes() for image in part.images.pixels()} for part in (splits.train, splits.val)]
     assert not images[0] & images[1]
 
 
@@ -127,15 +127,16 @@ def test_seed_chooses_the_images_in_use():
     options = ("DATASET.TRAIN_FRACTION", 0.1, "DATASET.VAL_FRACTION", 0.1)
     first, same, other = (load_splits(make_cfg(*options, "EXPERIMENT.SEED", seed)) for seed in (1, 1, 2))
     for part in ("train", "val"):
-        assert torch.equal(getattr(first, part).images, getattr(same, part).images)
-        assert not torch.equal(getattr(first, part).images, getattr(other, part).images)
-    assert torch.equal(first.test.images, other.test.images)
+        images = [getattr(splits, part).images.pixels() for splits in (first, same, other)]
+        assert torch.equal(images[0], images[1])
+        assert not torch.equal(images[0], images[2])
+    assert torch.equal(first.test.images.pixels(), other.test.images.pixels())
 
 
 def test_the_reduction_leaves_the_validation_images_alone():
     whole = load_splits(make_cfg("DATASET.VAL_FRACTION", 0.1))
     reduced = load_splits(make_cfg("DATASET.VAL_FRACTION", 0.1, "DATASET.TRAIN_FRACTION", 0.5))
-    assert torch.equal(whole.val.images, reduced.val.images)
+    assert torch.equal(whole.val.images.pixels(), reduced.val.images.pixels())
     assert abs(len(reduced.train) - len(whole.train) / 2) <= 5
 
 
@@ -200,8 +201,11 @@ def test_drop_last_must_leave_a_batch():
 
 
 @pytest.mark.parametrize("dataset", dataset_dict.values(), ids=dataset_dict.keys())
-def test_every_data_set_states_its_facts(dataset):
+def test_every_data_set_states_its_facts(dataset, tmp_path):
     assert dataset_dict[dataset.name] is dataset
+    for name in ("cat", "dog"):  # for one whose classes are folders
+        (tmp_path / "train" / name).mkdir(parents=True)
+    dataset = dataset(tmp_path)
     assert len(dataset.mean) == len(dataset.std) == 3
     assert dataset.num_classes > 1 and dataset.image_size > 0
     assert dataset.model_family in MODEL_FAMILIES
@@ -221,5 +225,5 @@ def test_resize():
 def test_take_keeps_images_and_labels_together():
     split = Split(torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1), torch.arange(4))
     part = split.take(torch.tensor([3, 1]))
-    assert part.images.flatten().tolist() == part.labels.tolist() == [3, 1]
+    assert part.images.pixels().flatten().tolist() == part.targets.tolist() == [3, 1]
     assert len(part) == 2

@@ -30,12 +30,12 @@ def train_file(root):
 
 
 def test_images_and_labels(root, train_file, capsys):
-    train, test = CIFAR100.load(root, 32, download=True)
+    train, test = CIFAR100(root, 32, download=True).load()
     entry = entry_of(train_file)
-    assert train.images.shape == (300, 3, 32, 32) and test.images.shape == (100, 3, 32, 32)
-    assert train.images.dtype == torch.uint8 and train.labels.dtype == torch.int64
-    assert train.labels.tolist() == entry["fine_labels"]
-    assert np.array_equal(train.images.numpy(), entry["data"].reshape(-1, 3, 32, 32))
+    assert train.images.pixels().shape == (300, 3, 32, 32) and test.images.pixels().shape == (100, 3, 32, 32)
+    assert train.images.pixels().dtype == torch.uint8 and train.targets.dtype == torch.int64
+    assert train.targets.tolist() == entry["fine_labels"]
+    assert np.array_equal(train.images.pixels().numpy(), entry["data"].reshape(-1, 3, 32, 32))
     said = capsys.readouterr().out
     assert "not hold the official CIFAR-100 files" in said
     assert "300 training and 100 test images" in said
@@ -45,41 +45,41 @@ def test_same_images_as_torchvision_reads(root, monkeypatch):
     monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
     theirs = datasets.CIFAR100(root, train=True)
-    ours, _ = CIFAR100.load(root, 32, download=False)
-    assert np.array_equal(ours.images.permute(0, 2, 3, 1).numpy(), theirs.data)
-    assert ours.labels.tolist() == theirs.targets
+    ours, _ = CIFAR100(root, 32, download=False).load()
+    assert np.array_equal(ours.images.pixels().permute(0, 2, 3, 1).numpy(), theirs.data)
+    assert ours.targets.tolist() == theirs.targets
 
 
 def test_official_files_are_not_warned_about(root, monkeypatch, capsys):
     monkeypatch.setattr("mdistiller.dataset.cifar100.check_integrity", lambda path, md5: True)
-    CIFAR100.load(root, 32, download=True)
+    CIFAR100(root, 32, download=True).load()
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_any_pickle_protocol(root, train_file, protocol):
-    before, _ = CIFAR100.load(root, 32, download=False)
+    before, _ = CIFAR100(root, 32, download=False).load()
     train_file.write_bytes(pickle.dumps(entry_of(train_file), protocol=protocol))
-    after, _ = CIFAR100.load(root, 32, download=False)
-    assert torch.equal(before.images, after.images)
+    after, _ = CIFAR100(root, 32, download=False).load()
+    assert torch.equal(before.images.pixels(), after.images.pixels())
 
 
 def test_resized(root):
-    full, _ = CIFAR100.load(root, 32, download=False)
-    train, test = CIFAR100.load(root, 16, download=False)
-    assert train.images.shape == (300, 3, 16, 16) and test.images.shape == (100, 3, 16, 16)
-    assert abs(train.images.float().mean() - full.images.float().mean()) < 0.5
+    full, _ = CIFAR100(root, 32, download=False).load()
+    train, test = CIFAR100(root, 16, download=False).load()
+    assert train.images.pixels().shape == (300, 3, 16, 16) and test.images.pixels().shape == (100, 3, 16, 16)
+    assert abs(train.images.pixels().float().mean() - full.images.pixels().float().mean()) < 0.5
 
 
 def test_missing_and_not_to_be_downloaded(tmp_path):
     with pytest.raises(InputError, match=r"/train is missing .*~kriz/cifar.html .* DATASET.ROOT"):
-        CIFAR100.load(tmp_path, 32, download=False)
+        CIFAR100(tmp_path, 32, download=False).load()
 
 
 def test_one_file_missing(root, train_file):
     (train_file.parent / "test").unlink()
     with pytest.raises(InputError, match="cifar-100-python/test is missing"):
-        CIFAR100.load(root, 32, download=False)
+        CIFAR100(root, 32, download=False).load()
 
 
 @pytest.mark.parametrize("error", [OSError("no route to host"), RuntimeError("File not found or corrupted.")])
@@ -89,12 +89,12 @@ def test_no_network(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(CIFAR10, "download", fail)
     with pytest.raises(InputError, match=rf"could not be downloaded \({error}\); .*~kriz/cifar.html"):
-        CIFAR100.load(tmp_path, 32, download=True)
+        CIFAR100(tmp_path, 32, download=True).load()
 
 
 def test_files_that_are_there_are_not_downloaded_over(root, monkeypatch):
     monkeypatch.setattr(CIFAR10, "download", lambda self: pytest.fail("downloaded"))
-    CIFAR100.load(root, 32, download=True)
+    CIFAR100(root, 32, download=True).load()
 
 
 @pytest.mark.parametrize(
@@ -105,13 +105,13 @@ def test_files_that_are_there_are_not_downloaded_over(root, monkeypatch):
 def test_damaged(root, train_file, content):
     train_file.write_bytes(content)
     with pytest.raises(InputError, match=r"cannot read .*/train: .*; delete .*~kriz/cifar.html"):
-        CIFAR100.load(root, 32, download=True)
+        CIFAR100(root, 32, download=True).load()
 
 
 def test_cut_off_in_the_middle(root, train_file):
     train_file.write_bytes(train_file.read_bytes()[:-5000])
     with pytest.raises(InputError, match="cannot read"):
-        CIFAR100.load(root, 32, download=True)
+        CIFAR100(root, 32, download=True).load()
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_cut_off_in_the_middle(root, train_file):
 def test_wrong_contents(root, train_file, change, says):
     train_file.write_bytes(dumps_like_the_original(entry_of(train_file) | change))
     with pytest.raises(InputError, match=says):
-        CIFAR100.load(root, 32, download=True)
+        CIFAR100(root, 32, download=True).load()
 
 
 class Touch:
@@ -151,5 +151,5 @@ def test_nothing_in_a_hostile_file_is_executed(root, train_file, tmp_path, proto
     trace.unlink()
     train_file.write_bytes(content)
     with pytest.raises(InputError, match=r"UnpicklingError: it asks for .*, which image data does not need"):
-        CIFAR100.load(root, 32, download=True)
+        CIFAR100(root, 32, download=True).load()
     assert not trace.exists()

@@ -3,42 +3,28 @@
 import math
 import shlex
 
-import numpy as np
 import pytest
 import torch
 from cli_runner import ROOT, run_tool
+from image_folders import write_images
 from PIL import Image
 from torchvision import transforms
 
 from mdistiller.analysis.sheets import class_sheet, view_sheet
-from mdistiller.dataset import build_loaders, dataset_dict
-from mdistiller.dataset.imagenet import ImageFiles, ImageNet, RandomResizedCrop, ResizeAndCentreCrop
+from mdistiller.dataset import ImageNet, build_loaders, dataset_dict
+from mdistiller.dataset.files import InFiles, RandomResizedCrop, ResizeAndCentreCrop
 from mdistiller.dataset.views import Draws, apply_view
 from mdistiller.engine.cfg import load_config
 from mdistiller.registry import InputError
 
-CLASSES = 3
-SIZES = [(50, 40), (31, 64), (40, 40), (16, 90)]
-
-
-def write_images(folder, classes=CLASSES, count=4):
-    """Photographs of noise in several sizes, one of them grey."""
-    random = np.random.default_rng(0)
-    for label in range(classes):
-        place = folder / f"n{label:04}"
-        place.mkdir(parents=True)
-        for number in range(count):
-            width, height = SIZES[number % len(SIZES)]
-            pixels = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-            image = Image.fromarray(pixels).resize((width, height))
-            (image.convert("L") if number == 1 else image).save(place / f"{number}.png")
+CLASSES = [f"n{label:04}" for label in range(3)]
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    monkeypatch.setattr(ImageNet, "num_classes", CLASSES)
+    monkeypatch.setattr(ImageNet, "num_classes", len(CLASSES))
     for name in ("train", "val"):
-        write_images(tmp_path / "imagenet" / name)
+        write_images(tmp_path / "imagenet" / name, CLASSES)
     return tmp_path
 
 
@@ -49,14 +35,14 @@ def config(root, *options):
 
 
 def files(root, size=32):
-    return ImageNet.load(root, size, False)[0].images
+    return ImageNet(root, size).load()[0].images
 
 
 def test_every_file_with_its_class(root):
-    train, test = ImageNet.load(root, 32, False)
+    train, test = ImageNet(root, 32).load()
     assert len(train) == len(test) == 12 == len(train.images)
-    assert train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert all(f"n{label:04}" in path for path, label in zip(train.images.paths, train.labels.tolist(), strict=True))
+    assert train.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert all(CLASSES[label] in path for path, label in zip(train.images.paths, train.targets.tolist(), strict=True))
     assert train.take(torch.tensor([5, 2])).images.paths == [train.images.paths[5], train.images.paths[2]]
 
 
@@ -112,12 +98,12 @@ def test_batches(root, workers):
     assert not torch.equal(next(iter(loaders.train))["image"], batches[0]["image"])  # the second epoch
     tested = torch.cat([batch["image"] for batch in loaders.test])
     std, mean = (torch.tensor(x).view(3, 1, 1) for x in (ImageNet.std, ImageNet.mean))
-    expected = apply_view(ImageNet.views["test"], ImageNet.load(root, 32, False)[1].images, Draws(torch.arange(12)))
+    expected = apply_view(ImageNet.views["test"], ImageNet(root, 32).load()[1].images, Draws(torch.arange(12)))
     torch.testing.assert_close((tested * std + mean) * 255, expected.float(), rtol=0, atol=1e-3)
 
 
 def test_sheets(root):
-    split, _ = ImageNet.load(root, 32, False)
+    split, _ = ImageNet(root, 32).load()
     assert view_sheet(ImageNet, split, count=2, epochs=1).width and class_sheet(ImageNet, split).width
 
 
@@ -144,4 +130,4 @@ def test_what_is_refused(root, tmp_path):
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(b"no image")
     with pytest.raises(InputError, match=r"cannot read the image .*damaged\.png"):
-        RandomResizedCrop()(ImageFiles([str(damaged)], 8), Draws(torch.arange(1)))
+        RandomResizedCrop()(InFiles([str(damaged)], 8), Draws(torch.arange(1)))

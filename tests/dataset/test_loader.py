@@ -42,7 +42,7 @@ def test_what_a_batch_holds():
         assert list(batch) == ["image_weak", "image_strong", "target", "index"]
         assert batch["image_weak"].dtype == torch.float32
         assert batch["image_weak"].shape == batch["image_strong"].shape == (len(batch["index"]), 3, 16, 16)
-        assert torch.equal(batch["target"], SPLIT.labels[batch["index"]])
+        assert torch.equal(batch["target"], SPLIT.targets[batch["index"]])
     seen = torch.cat([batch["index"] for batch in batches])
     assert seen.sort().values.tolist() == list(range(53))
 
@@ -56,7 +56,7 @@ def test_without_views_and_shuffling():
     loader = Loader(BatchedImages(SPLIT, {"image": ("test", ())}, (0, 0, 0), (1, 1, 1)), 20)
     batches = list(loader)
     assert list(batches[0]) == ["image", "target"]
-    assert torch.equal(torch.cat([batch["image"] for batch in batches]), SPLIT.images / 255)
+    assert torch.equal(torch.cat([batch["image"] for batch in batches]), SPLIT.images.pixels() / 255)
     assert_same(batches, loader)
 
 

@@ -22,20 +22,20 @@ def train():
 
 
 def test_shape_type_and_balance(train):
-    assert train.images.shape == (2000, 3, 32, 32)
-    assert (train.images.dtype, train.labels.dtype) == (torch.uint8, torch.int64)
-    assert (train.labels.bincount(minlength=100) == 20).all()
-    assert draw_split("train", 250, 32).labels.bincount(minlength=100).tolist() == [3] * 50 + [2] * 50
+    assert train.images.pixels().shape == (2000, 3, 32, 32)
+    assert (train.images.pixels().dtype, train.targets.dtype) == (torch.uint8, torch.int64)
+    assert (train.targets.bincount(minlength=100) == 20).all()
+    assert draw_split("train", 250, 32).targets.bincount(minlength=100).tolist() == [3] * 50 + [2] * 50
 
 
 def test_the_images_never_change(train):
     """Another digest is another data set: results of different versions would be incomparable."""
-    digest = hashlib.sha256(train.images[:500].numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(train.images.pixels()[:500].numpy().tobytes()).hexdigest()
     assert digest[:16] == "8fde2116c2ee9901"
 
 
 def test_a_larger_split_begins_with_the_smaller_one(train):
-    assert torch.equal(draw_split("train", 313, 32).images, train.images[:313])
+    assert torch.equal(draw_split("train", 313, 32).images.pixels(), train.images.pixels()[:313])
 
 
 def test_an_image_does_not_depend_on_its_batch():
@@ -47,18 +47,18 @@ def test_an_image_does_not_depend_on_its_batch():
 
 def test_the_splits_share_no_image(train):
     test = draw_split("test", 1000, 32)
-    assert len({image.numpy().tobytes() for image in (*train.images, *test.images)}) == 3000
+    assert len({image.numpy().tobytes() for image in (*train.images.pixels(), *test.images.pixels())}) == 3000
 
 
 @pytest.mark.parametrize("size", [1, 8, 17, 64])
 def test_any_size(size):
-    images = draw_split("train", 100, size).images
+    images = draw_split("train", 100, size).images.pixels()
     assert images.shape == (100, 3, size, size)
 
 
 def test_sizes_are_drawings_of_the_same_scene():
     """Not other images: the large one, shrunk, is close to the small one."""
-    small, large = (draw_split("train", 200, size).images.float() for size in (32, 96))
+    small, large = (draw_split("train", 200, size).images.pixels().float() for size in (32, 96))
     shrunk = F.interpolate(large, (32, 32), mode="area")
     difference = (small - shrunk).abs().mean((1, 2, 3))
     others = (small - shrunk.roll(1, 0)).abs().mean((1, 2, 3))
@@ -107,13 +107,13 @@ def test_colours_are_apart_and_say_nothing(train):
     far = (other_color(color, Draws.of_view("v", 0, 1, torch.arange(5000))) - color).abs()
     far = torch.minimum(far, 256 - far).amax(1)
     assert far.min() >= 64
-    mean = train.images.float().mean((2, 3))
-    between = torch.stack([mean[train.labels == label].mean(0) for label in range(100)]).var(0)
+    mean = train.images.pixels().float().mean((2, 3))
+    between = torch.stack([mean[train.targets == label].mean(0) for label in range(100)]).var(0)
     assert (between < 2.5 * mean.var(0) / 20).all()  # 1 / 20 is what chance gives
 
 
 def test_constants_are_those_of_the_training_images(train):
-    level = train.images.double() / 255
+    level = train.images.pixels().double() / 255
     assert level.mean((0, 2, 3)).tolist() == pytest.approx(Shapes.mean, abs=0.01)
     assert level.std((0, 2, 3)).tolist() == pytest.approx(Shapes.std, abs=0.01)
 
@@ -121,12 +121,12 @@ def test_constants_are_those_of_the_training_images(train):
 def test_nearest_neighbours_and_a_linear_classifier_do_not_get_far(train):
     """Pixels alone say little; above chance (1 %) but far below what the networks of the configs reach."""
     test = draw_split("test", 1000, 32)
-    x, z = ((split.images.float().flatten(1) / 255 - 0.5) * 4 for split in (train, test))
-    nearest = train.labels[torch.cdist(z, x).argmin(1)]
-    assert (nearest == test.labels).float().mean() < 0.05
-    ridge = torch.linalg.solve(x @ x.T + 3000 * torch.eye(len(x)), F.one_hot(train.labels, 100).float() - 0.01)
+    x, z = ((split.images.pixels().float().flatten(1) / 255 - 0.5) * 4 for split in (train, test))
+    nearest = train.targets[torch.cdist(z, x).argmin(1)]
+    assert (nearest == test.targets).float().mean() < 0.05
+    ridge = torch.linalg.solve(x @ x.T + 3000 * torch.eye(len(x)), F.one_hot(train.targets, 100).float() - 0.01)
     linear = (z @ (x.T @ ridge)).argmax(1)
-    assert (linear == test.labels).float().mean() < 0.05
+    assert (linear == test.targets).float().mean() < 0.05
 
 
 def test_drawing_takes_seconds():

@@ -66,7 +66,7 @@ def test_every_method_with_one_view_has_the_same_losses(method):
     split, view = Split(images, torch.arange(IMAGES)), {"image": ("weak", ())}
     dataset = BatchedImages(split, view, (0.5,) * 3, (0.2,) * 3, with_index=True)
     index = torch.randperm(IMAGES)[:5]
-    extra = {"epoch": 1, "contrastive_index": Negatives(split.labels, NEGATIVES).draw(1, index)}
+    extra = {"epoch": 1, "contrastive_index": Negatives(split.targets, NEGATIVES).draw(1, index)}
     values = {"DISTILLER.ADD_KD": 0.5, "OFD.TEACHER_BATCH_STATISTICS": False}
     cached, plain = (build(method, values) for _ in range(2))
     batch = dataset[(1, index)]

@@ -27,7 +27,7 @@ from mdistiller.dataset.build import training_views
 from mdistiller.dataset.views import is_random
 from mdistiller.messages import say
 from mdistiller.options import options_of
-from mdistiller.registry import InputError, dataset_dict, distiller_dict
+from mdistiller.registry import InputError, distiller_dict, open_dataset
 
 from ..batch import images_of, to_batch
 from ..config.experiment import flatten
@@ -57,7 +57,7 @@ def check_cacheable(cfg: Any) -> None:
             "to False"
         )
     ((_, (view, recipe)),) = views.items()
-    dataset, chosen = dataset_dict[keys.TYPE], f"VIEW_{view.upper()}"
+    dataset, chosen = open_dataset(cfg), f"VIEW_{view.upper()}"
     options = options_of(cfg)
     found = [f"{key} {v}" for key, v in flatten(cfg).items() if v and key in options and options[key].varies]
     if chosen not in keys:

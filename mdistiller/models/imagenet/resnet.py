@@ -75,7 +75,7 @@ def _resnet(
         if net.fc.out_features != 1000:
             raise InputError(
                 f"{name}: pretrained=True has weights for 1000 classes, not {net.fc.out_features}; "
-                "set one of the two aside"
+                "name weights of your own with DISTILLER.TEACHER_CKPT FILE"
             )
         from torchvision.models import get_model_weights
 

@@ -1,0 +1,126 @@
+"""Images that lie in files: a view begins by decoding them, in the training views cropped at once.
+
+The crop is torchvision's ``RandomResizedCrop`` with draws that follow from seed, epoch and image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional as torchvision
+
+from mdistiller.registry import InputError
+
+from .images import Images, as_images
+from .views import Draws
+
+ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class InFiles:
+    """Images in files of any size, decoded on the CPU each time that they are used.
+
+    Args:
+        paths: of the N images.
+        side: pixels a side of the images that views give.
+    """
+
+    paths: Sequence[str]
+    side: int
+    in_files = True
+    device = torch.device("cpu")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.side, self.side
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def take(self, positions: Tensor) -> InFiles:
+        return InFiles([self.paths[i] for i in positions.tolist()], self.side)
+
+    def to(self, device: torch.device) -> InFiles:
+        return self
+
+    def pixels(self) -> Tensor:
+        return _middles(self)
+
+    def pictures(self) -> Iterator[Image.Image]:
+        """Each image in its own size, three channels.
+
+        Raises:
+            InputError: a file that cannot be read; names it.
+        """
+        for path in self.paths:
+            try:
+                with Image.open(path) as image:
+                    yield image.convert("RGB")
+            except OSError as error:
+                raise InputError(f"cannot read the image {path}: {error}; fetch it again or delete it") from None
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """A window of random area and proportions, scaled to the size of the images wanted (bilinear, antialiased).
+
+    Its area is 8 % to all of the image's, its width by its height 3/4 to 4/3, uniform in the logarithm. Of ten draws
+    the first that fits is taken; where none does, the middle of the image with proportions within these bounds.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    slots = 2 * ATTEMPTS + 2  # area and proportions of each attempt, then row and column
+    takes_images = True
+
+    def __call__(self, images: Images | Tensor, rng: Draws) -> Tensor:
+        images, found = as_images(images), []
+        height, width = images.size
+        numbers = torch.stack([rng.uniform(slot) for slot in range(self.slots)], 1).tolist()
+        for picture, drawn in zip(images.pictures(), numbers, strict=True):
+            left, top, wide, high = self.window(picture.width, picture.height, drawn)
+            window = picture.crop((left, top, left + wide, top + high))
+            found.append(window.resize((width, height), Image.Resampling.BILINEAR))
+        return _stacked(found, images.device)
+
+    def window(self, width: int, height: int, drawn: list[float]) -> tuple[int, int, int, int]:
+        """Left, top, width and height in an image of that size, from ``slots`` numbers in [0, 1)."""
+        low, high = (math.log(ratio) for ratio in self.ratio)
+        *_, row, column = drawn
+        for area, proportion in zip(drawn[0:-2:2], drawn[1:-2:2], strict=True):
+            area = width * height * (self.scale[0] + (self.scale[1] - self.scale[0]) * area)
+            proportion = math.exp(low + (high - low) * proportion)
+            w, h = round(math.sqrt(area * proportion)), round(math.sqrt(area / proportion))
+            if 0 < w <= width and 0 < h <= height:
+                return int(column * (width - w + 1)), int(row * (height - h + 1)), w, h
+        w = min(width, round(height * self.ratio[1]))
+        h = min(height, round(width / self.ratio[0]))
+        return (width - w) // 2, (height - h) // 2, w, h
+
+
+@dataclass(frozen=True)
+class ResizeAndCentreCrop:
+    """The shorter side scaled to 8/7 of the size wanted (256 for 224), of which the middle is taken."""
+
+    slots = 0
+    takes_images = True
+
+    def __call__(self, images: Images | Tensor, rng: Draws) -> Tensor:
+        return _middles(as_images(images))
+
+
+def _middles(images: Images) -> Tensor:
+    scaled = (torchvision.resize(picture, round(min(images.size) * 8 / 7)) for picture in images.pictures())
+    return _stacked([torchvision.center_crop(picture, list(images.size)) for picture in scaled], images.device)
+
+
+def _stacked(pictures: Iterable[Image.Image], device: torch.device) -> Tensor:
+    pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
+    return torch.stack(pixels).to(device)

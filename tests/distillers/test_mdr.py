@@ -1,12 +1,24 @@
-"""MDR's relations, ranks, stages and losses against loops; what each key changes; the first phase."""
+"""MDR: its relations, ranks, stages and losses against ``oracles/mdr.py``, written out in loops; the ends; the method.
+
+Two choices jump: the rank of a pair, where similarities tie, and the sign of a difference of lengths. Inputs either
+keep clear of a tie in every precision or tie exactly.
+"""
 
 import contextlib
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from method_cases import CLASSES, SIZE, build, config, make_batch, total
+from oracles import mdr as oracle
+from oracles.cases import each_and_some, named
+from oracles.compare import assert_agree
+from oracles.complex_step import constant, cross_entropy, numbers
+from oracles.kd import kd_loss as kd_oracle
+from oracles.stubs import Outputs
+from torch import nn
 
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.MDR import (
@@ -45,38 +57,90 @@ def relations(matrix, z, **options):
     return torch.stack([matrix(stage[N:], stage[:N], **options) for stage in z])
 
 
-# Relations
+# The formula: relations, ranks, stages
 
 
-def length(vector):
-    return math.sqrt(sum(x * x for x in vector))
+def test_the_oracle_by_hand():
+    assert oracle.angle_matrix([[3.0, 4.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, -2.0]]) == [
+        pytest.approx([0.6, -0.8]),
+        [0, 0],
+    ]
+    # Lengths 5 and 1 against 1 and 2: differences 4, 3, 0, 1, mean 2.
+    assert oracle.length_matrix([[3.0, 4.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, -2.0]]) == [[2.0, 1.5], [0.0, 0.5]]
+    assert oracle.distance_matrix([[0.0], [6.0]], [[0.0], [2.0]]) == [
+        pytest.approx([0, 2 / 3]),
+        pytest.approx([2, 4 / 3]),
+    ]
+    similar = [[0.9, 0.1, 0.9], [0.2, 0.1, 0.3], [0.5, 0.5, 0.5]]
+    assert oracle.pair_ranks(similar, [0, 1, 2], descending=True) == [0, 2, 0]  # equals are not better
+    assert oracle.pair_ranks(similar, [0, 1, 2], descending=False) == [1, 0, 0]
+    assert oracle.pair_ranks(similar, [0, 1, 2], descending=True, dim="positive") == [0, 1, 1]
+    ranks = [[0, 3, 1], [2, 1, 1], [0, 2, 1]]  # three stages, three positives
+    assert oracle.select_stages(ranks) == [[2, 1, 2]]
+    assert oracle.select_stages(ranks, 2) == [[2, 1, 2], [0, 2, 1]]
+    assert oracle.select_stages(ranks, 2, "shallow") == [[0, 1, 0], [2, 2, 1]]
+    # Cosines (1, 0) of the teacher and (0, 1) of the student: p (1 - 0) / tau + (1 - p) (0 - 1) / tau.
+    p = 1 / (1 + math.exp(-2))
+    teacher, student = [([[1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]])], [([[0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]])]
+    assert oracle.angle_loss(student, teacher, [[0]]) == pytest.approx(0.25 * (2 * p - 1) / 0.5, rel=1e-12)
+    # Differences of lengths over their mean: (2, 0) and (1/2, 3/2); squares 9/4 and 9/4.
+    teacher, student = [([[1.0]], [[5.0], [1.0]])], [([[1.0]], [[2.0], [4.0]])]
+    assert oracle.length_loss(student, teacher, [[0]]) == pytest.approx(9 / 4, rel=1e-12)
+    assert oracle.length_loss(student, teacher, [[0], [0]], reduction="sum") == pytest.approx(9, rel=1e-12)
 
 
-def test_angles_equal_the_loop():
-    z = embeddings()[0]
-    found = angle_matrix(z[N:], z[:N])
-    for i, positive in enumerate(z[N:].tolist()):
-        for j, anchor in enumerate(z[:N].tolist()):
-            dot = sum(a * b for a, b in zip(positive, anchor, strict=True))
-            assert found[i, j].item() == pytest.approx(dot / length(positive) / length(anchor), rel=1e-12)
+MATRICES = {
+    angle_matrix: oracle.angle_matrix,
+    length_matrix: oracle.length_matrix,
+    distance_matrix: oracle.distance_matrix,
+}
 
 
-def loop_of_differences(z, difference):
-    found = [[difference(positive, anchor) for anchor in z[:N].tolist()] for positive in z[N:].tolist()]
-    mu = sum(map(sum, found)) / (M * N)
-    return torch.tensor([[entry / mu for entry in row] for row in found], dtype=torch.float64)
+def positives_and_anchors(
+    kind: str, positives: int, anchors: int, width: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """A self-supervised module's outputs."""
+    random = np.random.default_rng([seed, positives, anchors, width])
+    z_anchor = random.normal(size=(anchors, width))
+    own = z_anchor[np.arange(positives) % anchors]
+    z_pos = own + 0.7 * random.normal(size=(positives, width))
+    if kind == "large":
+        z_pos, z_anchor = 1e5 * z_pos, 1e5 * z_anchor
+    if kind == "small":
+        z_pos, z_anchor = 1e-5 * z_pos, 1e-5 * z_anchor
+    if kind == "zero":
+        z_pos[0], z_anchor[-1] = 0.0, 0.0
+    if kind == "copies":
+        z_pos = own.copy()
+    if kind == "near":
+        z_pos = own + 1e-2 * z_pos
+    if kind == "one_point":
+        z_pos[:], z_anchor[:] = 0.5, 0.5
+    return z_pos, z_anchor
 
 
-def test_lengths_equal_the_loop():
-    z = embeddings()[0]
-    expected = loop_of_differences(z, lambda p, a: abs(length(p) - length(a)))
-    torch.testing.assert_close(length_matrix(z[N:], z[:N]), expected, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("matrix", MATRICES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "case",
+    each_and_some(
+        6,
+        shape=[(9, 3, 5), (1, 1, 3), (3, 1, 4), (2, 2, 1), (12, 4, 2)],  # positives, anchors, entries
+        kind=["random", "large", "small", "zero", "near", "copies", "one_point"],
+    ),
+    ids=named,
+)
+def test_relations_and_their_gradients(case, matrix):
+    shape, kind = case.values()
+    z_pos, z_anchor = positives_and_anchors(kind, *shape)
+    if kind in ("large", "small") and matrix is angle_matrix:
+        z_anchor = z_anchor * 3  # cosines keep, lengths don't
+    weight = np.random.default_rng(5).normal(size=shape[:2])
 
+    def loops(p, a):
+        rows = MATRICES[matrix](p, a)
+        return sum(w * x for ws, xs in zip(weight, rows, strict=True) for w, x in zip(ws, xs, strict=True))
 
-def test_distances_equal_the_loop():
-    z = embeddings()[0]
-    expected = loop_of_differences(z, lambda p, a: length([x - y for x, y in zip(p, a, strict=True)]))
-    torch.testing.assert_close(distance_matrix(z[N:], z[:N]), expected, rtol=1e-12, atol=1e-12)
+    assert_agree(lambda p, a: (torch.as_tensor(weight).to(p) * matrix(p, a)).sum(), loops, z_pos, z_anchor, wrt=(0, 1))
 
 
 @pytest.mark.parametrize("matrix", [angle_matrix, length_matrix, distance_matrix])
@@ -103,45 +167,26 @@ def test_mu_without_gradient(matrix):
     assert mu > 0
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_constant_features_give_finite_relations_and_gradients(value, dtype):
-    z = torch.full((N + M, D), value, dtype=dtype, requires_grad=True)
-    matrices = [matrix(z[N:], z[:N]) for matrix in (angle_matrix, length_matrix, distance_matrix)]
-    torch.testing.assert_close(matrices[0], torch.full_like(matrices[0], value))
-    assert not matrices[1].any() and not matrices[2].any()
-    sum((m * torch.arange(N)).sum() for m in matrices).backward()
-    assert torch.isfinite(z.grad).all()
-    for matrix, descending in zip(matrices, (True, False, False), strict=True):
-        assert not pair_ranks(matrix, ANCHOR_OF, descending=descending).any()
-
-
-# Ranks and stages
-
-
-@pytest.mark.parametrize("descending", [True, False])
 @pytest.mark.parametrize("dim", ["anchor", "positive"])
-@pytest.mark.parametrize("ties", [False, True])
-def test_ranks_equal_the_loop(descending, dim, ties):
-    matrix = torch.randn(M, N, generator=torch.Generator().manual_seed(0))
-    if ties:
-        matrix = matrix.round()
-    expected = []
-    for i, own in enumerate(ANCHOR_OF.tolist()):
-        others = matrix[i].tolist() if dim == "anchor" else matrix[:, own].tolist()
-        mine = matrix[i, own].item()
-        expected.append(sum(x > mine if descending else x < mine for x in others))
-    assert pair_ranks(matrix, ANCHOR_OF, descending=descending, dim=dim).tolist() == expected
+@pytest.mark.parametrize("descending", [True, False])
+def test_ranks_with_and_without_ties(descending, dim):
+    random = np.random.default_rng(0)
+    for positives, anchors, levels in ((1, 1, 2), (3, 1, 2), (6, 2, 3), (9, 3, 2), (12, 4, 4), (15, 5, 1000)):
+        matrix = random.integers(levels, size=(positives, anchors)) / 7
+        anchor_of = np.arange(positives) % anchors
+        expected = oracle.pair_ranks(matrix.tolist(), anchor_of.tolist(), descending=descending, dim=dim)
+        got = pair_ranks(torch.as_tensor(matrix), torch.as_tensor(anchor_of), descending=descending, dim=dim)
+        assert got.tolist() == expected
 
 
 @pytest.mark.parametrize("ties", ["deep", "shallow"])
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
-def test_stages_equal_the_loop(ties, n):
-    ranks = torch.randint(3, (5, 40), generator=torch.Generator().manual_seed(0))
-    found = select_stages(ranks, n, ties)
-    for i, column in enumerate(ranks.T.tolist()):
-        order = sorted(range(5), key=lambda k: (column[k], -k if ties == "deep" else k))
-        assert found[:, i].tolist() == order[:n]
+def test_selected_stages_with_and_without_ties(ties):
+    random = np.random.default_rng(1)
+    for stages, positives, levels in ((1, 3, 2), (2, 12, 2), (3, 30, 3), (4, 30, 2), (5, 8, 100)):
+        ranks = random.integers(levels, size=(stages, positives))
+        for n in range(1, stages + 1):
+            expected = oracle.select_stages(ranks.tolist(), n, ties)
+            assert select_stages(torch.as_tensor(ranks), n, ties).tolist() == expected
 
 
 def test_ties_by_default_go_to_the_deepest():
@@ -161,86 +206,65 @@ def test_the_scale_of_a_stage_does_not_move_the_choice(matrix):
     assert len(choices[0].unique()) > 1
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: select_stages(torch.zeros(3, 2), n=4), "cannot select 4 of 3 stages"),
-        (lambda: select_stages(torch.zeros(3, 2), n=0), "cannot select 0 of 3 stages"),
-        (lambda: select_stages(torch.zeros(3, 2), ties="dep"), "MDR.TIES: no 'dep'; closest: deep"),
-        (lambda: pair_ranks(torch.zeros(3, 1), torch.zeros(3).long(), descending=True, dim="row"), "MDR.RANK_DIM"),
-    ],
-)
-def test_what_cannot_be_selected_is_refused(call, message):
-    with pytest.raises(InputError, match=message):
-        call()
+# The formula: losses
+
+
+def stages(count: int, kind: str, seed: int, positives: int = 6, anchors: int = 2) -> list[np.ndarray]:
+    """Of each stage the embeddings of positives and anchors, one after the other, stages of different width."""
+    pairs = [positives_and_anchors(kind, positives, anchors, 3 - k % 2, seed + k) for k in range(count)]
+    return [z for pair in pairs for z in pair]
+
+
+def paired(arrays) -> list[tuple]:
+    return list(zip(arrays[::2], arrays[1::2], strict=True))
 
 
 @pytest.mark.parametrize(
-    ("loss", "options", "message"),
-    [
-        (relation_kl, {"relation_dim": "anchors"}, r"MDR\.RELATION_DIM: no 'anchors'; closest: anchor"),
-        (relation_kl, {"reduction": "batchmean"}, r"MDR\.REDUCTION: no 'batchmean'"),
-        (relation_kl, {"stage_reduction": "none"}, r"MDR\.STAGE_REDUCTION"),
-        (length_loss, {"reduction": "batchmean"}, r"MDR\.REDUCTION"),
-        (length_loss, {"stage_reduction": "none"}, r"MDR\.STAGE_REDUCTION"),
-    ],
+    "case",
+    each_and_some(
+        8,
+        kind=["random", "equal", "near", "zero", "one_point"],
+        temperature=[0.5, 2.0],
+        relation_dim=["anchor", "positive"],
+        reduction=["mean", "sum"],
+        stage_reduction=["sum", "mean"],
+    ),
+    ids=named,
 )
-def test_unknown_reductions_are_refused(loss, options, message):
-    """They used to count as sums."""
-    with pytest.raises(InputError, match=message):
-        loss(torch.zeros(2, 6, 2), torch.zeros(2, 6, 2), torch.zeros(1, 6, dtype=torch.int64), **options)
+def test_losses_at_given_stages(case):
+    """Any choice of stages, also one that no rank would make; the teacher's relations are constants."""
+    kind, temperature, relation_dim, reduction, stage_reduction = case.values()
+    count, split = 3, 6
+    teacher = stages(count, "random" if kind in ("equal", "near") else kind, 10)
+    student = stages(count, kind if kind != "equal" else "random", 20)
+    if kind in ("equal", "near"):
+        student = [z + (1e-3 if kind == "near" else 0.0) * x for z, x in zip(teacher, student, strict=True)]
+    chosen = np.random.default_rng(3).permuted(np.tile(np.arange(count)[:, None], (1, 6)), axis=0)[:2]
+    reductions = {"reduction": reduction, "stage_reduction": stage_reduction}
+    softened = {"temperature": temperature, "relation_dim": relation_dim, **reductions}
 
+    def library(*z):
+        def of(matrix):
+            return [torch.stack([matrix(*pair) for pair in paired(part)]) for part in (z[:split], z[split:])]
 
-# Losses
+        at, distances = torch.as_tensor(chosen), of(distance_matrix)
+        return {
+            "angle": relation_kl(*of(angle_matrix), at, **softened),
+            "length": length_loss(*of(length_matrix), at, **reductions),
+            "distance": relation_kl(-distances[0], -distances[1], at, **softened),
+        }
 
+    def loops(*z):
+        given = paired(z[:split]), paired([constant(x) for x in z[split:]]), chosen.tolist()
+        options = {"tau": temperature, "relation_dim": relation_dim, "reduction": reduction}
+        losses = {
+            "angle": oracle.angle_loss(*given, **options),
+            "length": oracle.length_loss(*given, reduction=reduction),
+            "distance": oracle.distance_loss(*given, **options),
+        }
+        return {name: loss / (len(chosen) if stage_reduction == "mean" else 1) for name, loss in losses.items()}
 
-def softmax(row):
-    powers = [math.exp(x) for x in row]
-    return [p / sum(powers) for p in powers]
-
-
-def loop_of_kl(student, teacher, chosen, temperature, relation_dim):
-    """Eq. 12, one entry after the other."""
-    value = 0.0
-    for row in chosen.tolist():
-        for i, k in enumerate(row):
-            for j in range(N):
-                if relation_dim == "anchor":
-                    s, t = ([x / temperature for x in side[k, i].tolist()] for side in (student, teacher))
-                    p_s, p_t = softmax(s)[j], softmax(t)[j]
-                else:
-                    s, t = ([x / temperature for x in side[k, :, j].tolist()] for side in (student, teacher))
-                    p_s, p_t = softmax(s)[i], softmax(t)[i]
-                value += temperature**2 * p_t * math.log(p_t / p_s)
-    return value
-
-
-@pytest.mark.parametrize("relation_dim", ["anchor", "positive"])
-@pytest.mark.parametrize(
-    ("n", "reduction", "stage_reduction"), [(1, "mean", "sum"), (2, "sum", "sum"), (3, "mean", "mean")]
-)
-def test_angle_loss_equals_the_loop(relation_dim, n, reduction, stage_reduction):
-    student, teacher = (relations(angle_matrix, embeddings(seed)) for seed in (0, 1))
-    chosen = select_stages(torch.randint(4, (K, M), generator=torch.Generator().manual_seed(2)), n)
-    options = {"relation_dim": relation_dim, "reduction": reduction, "stage_reduction": stage_reduction}
-    expected = loop_of_kl(student, teacher, chosen, 0.5, relation_dim)
-    expected /= (M if reduction == "mean" else 1) * (n if stage_reduction == "mean" else 1)
-    assert relation_kl(student, teacher, chosen, **options).item() == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("n", "reduction", "stage_reduction"), [(1, "mean", "sum"), (2, "sum", "sum"), (3, "mean", "mean")]
-)
-def test_length_loss_equals_the_loop(n, reduction, stage_reduction):
-    student, teacher = (relations(length_matrix, embeddings(seed)) for seed in (0, 1))
-    chosen = select_stages(torch.randint(4, (K, M), generator=torch.Generator().manual_seed(2)), n)
-    expected = 0.0
-    for row in chosen.tolist():
-        for i, k in enumerate(row):
-            expected += sum((student[k, i, j] - teacher[k, i, j]).item() ** 2 for j in range(N))
-    expected /= (M * N if reduction == "mean" else 1) * (n if stage_reduction == "mean" else 1)
-    found = length_loss(student, teacher, chosen, reduction=reduction, stage_reduction=stage_reduction)
-    assert found.item() == pytest.approx(expected, rel=1e-12)
+    assert_agree(library, loops, *student, *teacher, wrt=range(2 * split))
 
 
 def losses_of(z, teacher):
@@ -254,7 +278,7 @@ def losses_of(z, teacher):
 def test_gradient_of_losses(which):
     teacher = embeddings(1)
     z = [stage.requires_grad_() for stage in embeddings()]
-    assert torch.autograd.gradcheck(lambda *x: losses_of(x, teacher)[which], z)
+    assert torch.autograd.gradcheck(lambda *x: losses_of(x, teacher)[which], z, fast_mode=True)
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -294,7 +318,7 @@ def test_the_order_of_images_does_not_matter():
     torch.testing.assert_close(*results)
 
 
-# Positives
+# The formula: positives
 
 
 def test_rotations_are_the_anchors_turned():
@@ -305,11 +329,6 @@ def test_rotations_are_the_anchors_turned():
             row = 2 * p + j
             assert torch.equal(found.images[row], torch.rot90(image[j], p + 1, (1, 2)))
             assert (found.anchor[row], found.partner[row], found.share[row]) == (j, j, 1)
-
-
-def test_rotating_needs_squares():
-    with pytest.raises(InputError, match="square"):
-        rotated(torch.zeros(1, 3, 8, 6))
 
 
 def mix(image, index=None, epoch=1, seed=0, alpha=1.0):
@@ -356,11 +375,6 @@ def test_quantiles_of_the_uniform_are_a_line():
     torch.testing.assert_close(share_quantiles(1.0), torch.linspace(0, 0.5, GRID + 1))
 
 
-def test_an_image_alone_is_mixed_with_itself():
-    image = torch.randn(1, 3, 4, 4)
-    torch.testing.assert_close(mix(image).images, image.expand(3, -1, -1, -1))
-
-
 def test_labels_are_mixed_as_the_images():
     image, target = torch.randn(4, 3, 2, 2), torch.tensor([2, 0, 1, 2])
     positives, logits = mix(image), torch.randn(16, 3, generator=torch.Generator().manual_seed(0)).double()
@@ -373,115 +387,79 @@ def test_labels_are_mixed_as_the_images():
     torch.testing.assert_close(mixed_cross_entropy(logits, target, positives), sum(rows) / 16, rtol=1e-6, atol=1e-6)
 
 
-# The method
+# At the edges
 
 
-def test_it_is_the_sum_of_its_parts():
-    """A step written out on the networks' own outputs, in float64."""
-    mdr = build("MDR").double()
-    batch = make_batch("MDR", images=4, dtype=torch.float64)
-    positives = mdr.positives(batch["image"], batch["index"], 3)
-    images = torch.cat([batch["image"], positives.images])
-    with torch.no_grad():
-        state = {k: v.clone() for k, v in mdr.student.state_dict().items()}
-        (logits_s, features_s), (logits_t, features_t) = mdr.student(images), mdr.teacher(images)
-        mdr.student.load_state_dict(state)
-        z_s = [m(f.mean((2, 3))) for m, f in zip(mdr.student_modules, features_s["feats"][1:], strict=True)]
-        z_t = [m(f.mean((2, 3))) for m, f in zip(mdr.teacher_modules, features_t["feats"][1:], strict=True)]
-    _, losses = mdr(**batch, epoch=3)
-    expected = {"loss_ce": F.cross_entropy(logits_s[:4], batch["target"])}
-    expected["loss_kd"] = 2 * (kd_loss(logits_s[:4], logits_t[:4], 1) + kd_loss(logits_s[4:], logits_t[4:], 1))
-    for name, matrix in (("loss_angle", angle_matrix), ("loss_length", length_matrix)):
-        student, teacher = relations(matrix, z_s), relations(matrix, z_t)
-        ranks = torch.stack([pair_ranks(m, ANCHOR_OF, descending=name == "loss_angle") for m in teacher])
-        chosen = select_stages(ranks)
-        if name == "loss_angle":
-            expected[name] = torch.tensor(
-                300 / M * loop_of_kl(student, teacher, chosen, 0.5, "anchor"), dtype=torch.float64
-            )
-        else:
-            rows = torch.arange(M)
-            expected[name] = (student[chosen[0], rows] - teacher[chosen[0], rows]).square().mean()
-    assert losses.keys() == expected.keys()
-    for name, loss in losses.items():
-        torch.testing.assert_close(loss.detach(), expected[name], rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constant_features_give_finite_relations_and_gradients(value, dtype):
+    z = torch.full((N + M, D), value, dtype=dtype, requires_grad=True)
+    matrices = [matrix(z[N:], z[:N]) for matrix in (angle_matrix, length_matrix, distance_matrix)]
+    torch.testing.assert_close(matrices[0], torch.full_like(matrices[0], value))
+    assert not matrices[1].any() and not matrices[2].any()
+    sum((m * torch.arange(N)).sum() for m in matrices).backward()
+    assert torch.isfinite(z.grad).all()
+    for matrix, descending in zip(matrices, (True, False, False), strict=True):
+        assert not pair_ranks(matrix, ANCHOR_OF, descending=descending).any()
 
 
-# For each key a value that must change the loss; beside it what the key needs to have an effect.
-CHANGES = {
-    "CE_WEIGHT": (0.5, {}),
-    "KD_WEIGHT": (1.0, {}),
-    "ANGLE_WEIGHT": (30.0, {}),
-    "LENGTH_WEIGHT": (0.5, {}),
-    "DISTANCE_WEIGHT": (300.0, {}),
-    "KD_TEMPERATURE": (4.0, {}),
-    "KD_TEMPERATURE_POSITIVE": (4.0, {}),
-    "TEMPERATURE": (1.0, {}),
-    "ANGLE_STAGES": (0, {}),
-    "LENGTH_STAGES": (0, {}),
-    "DISTANCE_STAGES": (1, {"DISTANCE_WEIGHT": 1.0}),
-    "AUGMENT": ("rotation", {}),
-    "MIXUP_ALPHA": (0.3, {}),
-    "RELATION_DIM": ("positive", {}),
-    "RANK_BY": ("student", {}),
-    "RANK_DIM": ("positive", {}),
-    "TIES": ("shallow", {}),
-    "STAGE_REDUCTION": ("mean", {"ANGLE_STAGES": 2}),
-    "REDUCTION": ("sum", {}),
-    "SM_WIDTH": (32, {}),
-    "SM_HIDDEN": (64, {}),
-    "SM_TRAINING": ("none", {}),
-}
-IN_PREPARATION = {"SM_EPOCHS", "SM_LR", "SM_LR_DECAY_STAGES", "SM_LR_DECAY_RATE", "SM_MOMENTUM", "SM_WEIGHT_DECAY"}
-IN_GRADIENT = {"MU_GRADIENT"}
-BY_NETWORK = {"STAGES"}
+def test_an_image_alone_is_mixed_with_itself():
+    image = torch.randn(1, 3, 4, 4)
+    torch.testing.assert_close(mix(image).images, image.expand(3, -1, -1, -1))
 
 
-def test_every_key_is_covered():
-    assert set(CHANGES) | IN_PREPARATION | IN_GRADIENT | BY_NETWORK == set(config("MDR").MDR)
+def test_a_single_image():
+    """Its own anchor is the only one: nothing to tell apart, and no number that isn't finite."""
+    mdr = build("MDR")
+    _, losses = mdr(**make_batch("MDR", images=1), epoch=1)
+    sum(losses.values()).backward()
+    assert losses["loss_angle"].item() == 0
+    assert all(torch.isfinite(p.grad).all() for p in mdr.get_learnable_parameters() if p.grad is not None)
 
 
-def with_keys(**values):
-    return build("MDR", {f"MDR.{key}": value for key, value in values.items()})
+def test_relations_are_computed_in_full_precision_under_autocast():
+    mdr = build("MDR")
+    features = {"feats": [torch.randn(16, c, 2, 2).bfloat16() for c in (16, 16, 32, 64)]}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = embed(mdr.teacher_modules, pooled_stages(features, (1, 2, 3)))
+    for k, (stage, module) in enumerate(zip(z, mdr.teacher_modules, strict=True), 1):
+        assert stage.dtype == torch.float32
+        assert torch.equal(stage, module(features["feats"][k].float().mean((2, 3))))
 
 
-@pytest.mark.parametrize("key", CHANGES)
-def test_each_key_changes_the_loss(key):
-    value, needed = CHANGES[key]
-    batch = make_batch("MDR")
-    before, after = total(with_keys(**needed), batch), total(with_keys(**needed, **{key: value}), batch)
-    assert abs(before - after) > 1e-6 * abs(before)
+def test_rotating_needs_squares():
+    with pytest.raises(InputError, match="square"):
+        rotated(torch.zeros(1, 3, 8, 6))
 
 
-def test_mu_gradient_changes_the_gradient_alone():
-    losses, gradients = [], []
-    for passing in (True, False):
-        mdr = with_keys(MU_GRADIENT=passing, ANGLE_WEIGHT=0.0, KD_WEIGHT=0.0)
-        loss = total(mdr, make_batch("MDR"))
-        loss.backward()
-        losses.append(loss.item())
-        gradients.append(mdr.student_modules[0][0].weight.grad)
-    assert losses[0] == losses[1]
-    assert not torch.allclose(*gradients)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: select_stages(torch.zeros(3, 2), n=4), "cannot select 4 of 3 stages"),
+        (lambda: select_stages(torch.zeros(3, 2), n=0), "cannot select 0 of 3 stages"),
+        (lambda: select_stages(torch.zeros(3, 2), ties="dep"), "MDR.TIES: no 'dep'; closest: deep"),
+        (lambda: pair_ranks(torch.zeros(3, 1), torch.zeros(3).long(), descending=True, dim="row"), "MDR.RANK_DIM"),
+    ],
+)
+def test_what_cannot_be_selected_is_refused(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
 
 
-def test_stages_as_declared():
-    """vgg has no map of a stem: all five maps are stages, or the first is skipped."""
-    net = cifar_model_dict["vgg8"][0](num_classes=CLASSES)
-    assert probe(net, 32, "skip_first").widths == [128, 256, 512, 512]
-    assert probe(net, 32, "declared").widths == [64, 128, 256, 512, 512]
-    for way, stages in (("skip_first", 4), ("declared", 5)):
-        assert build_distiller(config("MDR", {"MDR.STAGES": way}), net, net).stages == stages
-
-
-def test_probing_leaves_the_network_as_it_was():
-    net = cifar_model_dict["resnet8"][0](num_classes=CLASSES).train()
-    net.bn1.eval()
-    before, generator = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
-    assert probe(net, SIZE, "skip_first").classes == CLASSES
-    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
-    assert net.training and not net.bn1.training
-    assert torch.equal(generator, torch.get_rng_state())
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (relation_kl, {"relation_dim": "anchors"}, r"MDR\.RELATION_DIM: no 'anchors'; closest: anchor"),
+        (relation_kl, {"reduction": "batchmean"}, r"MDR\.REDUCTION: no 'batchmean'"),
+        (relation_kl, {"stage_reduction": "none"}, r"MDR\.STAGE_REDUCTION"),
+        (length_loss, {"reduction": "batchmean"}, r"MDR\.REDUCTION"),
+        (length_loss, {"stage_reduction": "none"}, r"MDR\.STAGE_REDUCTION"),
+    ],
+)
+def test_unknown_reductions_are_refused(loss, options, message):
+    """They used to count as sums."""
+    with pytest.raises(InputError, match=message):
+        loss(torch.zeros(2, 6, 2), torch.zeros(2, 6, 2), torch.zeros(1, 6, dtype=torch.int64), **options)
 
 
 def test_different_stage_counts_are_refused_by_name():
@@ -516,13 +494,151 @@ def test_a_share_for_rotations_is_refused():
         with_keys(AUGMENT="rotation", MIXUP_ALPHA=0.3)
 
 
-def test_a_single_image():
-    """Its own anchor is the only one: nothing to tell apart, and no number that isn't finite."""
-    mdr = build("MDR")
-    _, losses = mdr(**make_batch("MDR", images=1), epoch=1)
-    sum(losses.values()).backward()
-    assert losses["loss_angle"].item() == 0
-    assert all(torch.isfinite(p.grad).all() for p in mdr.get_learnable_parameters() if p.grad is not None)
+# The method
+
+
+def with_keys(**values):
+    return build("MDR", {f"MDR.{key}": value for key, value in values.items()})
+
+
+FROM_OUTPUTS = [
+    {},
+    {"RELATION_DIM": "positive"},
+    {"RANK_DIM": "positive"},
+    {"TIES": "shallow"},
+    {"REDUCTION": "sum"},
+    {"ANGLE_STAGES": 2, "LENGTH_STAGES": 3},
+    {"ANGLE_STAGES": 0, "LENGTH_STAGES": 2, "STAGE_REDUCTION": "mean"},
+    {"RANK_BY": "student"},
+    {"MU_GRADIENT": False, "TEMPERATURE": 1.5},
+    {"DISTANCE_WEIGHT": 3.0, "ANGLE_WEIGHT": 0.0},
+    {"DISTANCE_WEIGHT": 2.0, "DISTANCE_STAGES": 1, "MU_GRADIENT": False, "RELATION_DIM": "positive"},
+    {"KD_TEMPERATURE": 4.0, "KD_TEMPERATURE_POSITIVE": 2.0, "KD_WEIGHT": 0.3, "CE_WEIGHT": 0.5, "LENGTH_WEIGHT": 0.0},
+    {"SM_TRAINING": "none"},
+    {"SM_HIDDEN": 2, "AUGMENT": "rotation"},
+]
+
+
+@pytest.mark.parametrize("anchors", [1, 2])
+@pytest.mark.parametrize("values", FROM_OUTPUTS, ids=str)
+def test_losses_from_given_outputs(values, anchors):
+    """From logits and feature maps to the weighted losses; the first map is no stage."""
+    classes, width, count, rows = 3, 2, 3, 4 * anchors
+    target, anchor_of = [2, 0][:anchors], [*range(anchors)] * 3
+    torch.manual_seed(0)
+    student, teacher = Outputs(classes, [1, 2, 1, 2]), Outputs(classes, [1, 2, 2, 3])
+    cfg = config("MDR", {"MDR.SM_WIDTH": width} | {f"MDR.{key}": value for key, value in values.items()})
+    distiller = build_distiller(cfg, student, teacher).train()
+    options = cfg.MDR
+    layers = [
+        [[tuple(numbers(p.detach()) for p in layer.parameters()) for layer in sm if not isinstance(layer, nn.ReLU)]
+         if isinstance(sm, nn.Sequential) else [] for sm in modules]
+        for modules in (distiller.student_modules, distiller.teacher_modules)
+    ]  # fmt: skip
+
+    def library(logits_s, logits_t, *maps):
+        dtype = torch.promote_types(logits_s.dtype, torch.float32)
+        distiller.to(dtype)
+        student.give(logits_s, [torch.zeros(rows, 1, 1, 1, dtype=dtype), *maps[:count]])
+        teacher.give(logits_t, [torch.zeros(rows, 1, 1, 1, dtype=dtype), *maps[count:]])
+        return distiller(image=torch.zeros(anchors, 3, 4, 4), target=torch.tensor(target), epoch=1)[1]
+
+    def embedded(modules, maps):
+        z = [oracle.self_supervised_module(x, *module) for x, module in zip(maps, modules, strict=True)]
+        return [(stage[anchors:], stage[:anchors]) for stage in z]
+
+    def loops(logits_s, logits_t, *maps):
+        logits_t = constant(logits_t)
+        kd = kd_oracle(logits_s[:anchors], logits_t[:anchors], options.KD_TEMPERATURE)
+        kd = kd + kd_oracle(logits_s[anchors:], logits_t[anchors:], options.KD_TEMPERATURE_POSITIVE)
+        losses = {
+            "loss_ce": options.CE_WEIGHT * cross_entropy(logits_s[:anchors], target),
+            "loss_kd": options.KD_WEIGHT * kd,
+        }
+        z_s = embedded(layers[0], maps[:count])
+        z_t = embedded(layers[1], [constant(x) for x in maps[count:]])
+        ranked = z_t if options.RANK_BY == "teacher" else z_s
+        softened = {"tau": options.TEMPERATURE, "relation_dim": options.RELATION_DIM}
+        mu = {"mu_gradient": options.MU_GRADIENT}
+        for kind, loss, given in (
+            ("angle", oracle.angle_loss, softened),
+            ("length", oracle.length_loss, mu),
+            ("distance", oracle.distance_loss, softened | mu),
+        ):
+            weight, n = (options[f"{kind.upper()}_{key}"] for key in ("WEIGHT", "STAGES"))
+            n = n or count
+            selected = oracle.selection(ranked, anchor_of, kind, n, rank_dim=options.RANK_DIM, ties=options.TIES)
+            if weight:
+                found = loss(z_s, z_t, selected, reduction=options.REDUCTION, **given)
+                losses[f"loss_{kind}"] = weight * found / (n if options.STAGE_REDUCTION == "mean" else 1)
+        return losses
+
+    random = np.random.default_rng(anchors)
+    shapes = [(rows, classes)] * 2 + [(rows, c, 2, 1) for net in (student, teacher) for c in net.widths[1:]]
+    given = [random.normal(size=shape) for shape in shapes]
+    assert_agree(library, loops, *given, wrt=range(len(given)))
+
+
+# What images and modules decide, given outputs cannot show.
+CHANGES = {"AUGMENT": "rotation", "MIXUP_ALPHA": 0.3, "SM_WIDTH": 32, "SM_HIDDEN": 64, "SM_TRAINING": "none"}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_each_key_changes_the_loss(key):
+    batch = make_batch("MDR")
+    before, after = total(with_keys(), batch), total(with_keys(**{key: CHANGES[key]}), batch)
+    assert abs(before - after) > 1e-6 * abs(before)
+
+
+def test_every_key_is_among_those():
+    tested = {key for values in FROM_OUTPUTS for key in values} | set(CHANGES) | {"STAGES"}
+    of_first_phase = {key for key in config("MDR").MDR if key.startswith("SM_")}
+    assert tested | of_first_phase == set(config("MDR").MDR)
+
+
+def test_it_is_the_sum_of_its_parts():
+    """A step of whole networks, in float64: what they return, taken through the oracle."""
+    mdr = build("MDR").double()
+    batch = make_batch("MDR", images=N, dtype=torch.float64)
+    positives = mdr.positives(batch["image"], batch["index"], 3)
+    images = torch.cat([batch["image"], positives.images])
+    with torch.no_grad():
+        state = {k: v.clone() for k, v in mdr.student.state_dict().items()}
+        (logits_s, features_s), (logits_t, features_t) = mdr.student(images), mdr.teacher(images)
+        mdr.student.load_state_dict(state)
+        z_s, z_t = (
+            [m(f.mean((2, 3))).tolist() for m, f in zip(modules, features["feats"][1:], strict=True)]
+            for modules, features in ((mdr.student_modules, features_s), (mdr.teacher_modules, features_t))
+        )
+    given = [[(stage[N:], stage[:N]) for stage in z] for z in (z_s, z_t)]
+    selected = {kind: oracle.selection(given[1], ANCHOR_OF.tolist(), kind, 1) for kind in ("angle", "length")}
+    expected = {
+        "loss_ce": F.cross_entropy(logits_s[:N], batch["target"]).item(),
+        "loss_kd": 2 * (kd_loss(logits_s[:N], logits_t[:N], 1) + kd_loss(logits_s[N:], logits_t[N:], 1)).item(),
+        "loss_angle": 300 * oracle.angle_loss(*given, selected["angle"]),
+        "loss_length": oracle.length_loss(*given, selected["length"]),
+    }
+    _, losses = mdr(**batch, epoch=3)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-9)
+
+
+def test_stages_as_declared():
+    """vgg has no map of a stem: all five maps are stages, or the first is skipped."""
+    net = cifar_model_dict["vgg8"][0](num_classes=CLASSES)
+    assert probe(net, 32, "skip_first").widths == [128, 256, 512, 512]
+    assert probe(net, 32, "declared").widths == [64, 128, 256, 512, 512]
+    for way, stages in (("skip_first", 4), ("declared", 5)):
+        assert build_distiller(config("MDR", {"MDR.STAGES": way}), net, net).stages == stages
+
+
+def test_probing_leaves_the_network_as_it_was():
+    net = cifar_model_dict["resnet8"][0](num_classes=CLASSES).train()
+    net.bn1.eval()
+    before, generator = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+    assert probe(net, SIZE, "skip_first").classes == CLASSES
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert net.training and not net.bn1.training
+    assert torch.equal(generator, torch.get_rng_state())
 
 
 def test_monitors_are_shares():
@@ -532,16 +648,6 @@ def test_monitors_are_shares():
         assert sum(mdr.monitors[f"{name}_{k}"] for k in (1, 2, 3)).item() == pytest.approx(expected)
     for name in ("smp_student", "smp_teacher"):
         assert all(0 <= mdr.monitors[f"{name}_{k}"] <= 1 for k in (1, 2, 3))
-
-
-def test_relations_are_computed_in_full_precision_under_autocast():
-    mdr = build("MDR")
-    features = {"feats": [torch.randn(16, c, 2, 2).bfloat16() for c in (16, 16, 32, 64)]}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        z = embed(mdr.teacher_modules, pooled_stages(features, (1, 2, 3)))
-    for k, (stage, module) in enumerate(zip(z, mdr.teacher_modules, strict=True), 1):
-        assert stage.dtype == torch.float32
-        assert torch.equal(stage, module(features["feats"][k].float().mean((2, 3))))
 
 
 def test_modules_do_not_touch_the_generator_and_follow_from_the_seed():
@@ -558,6 +664,57 @@ def test_modules_do_not_touch_the_generator_and_follow_from_the_seed():
 
 
 # The first phase
+
+
+@pytest.mark.parametrize("augment", ["mixup", "rotation"])
+@pytest.mark.parametrize("training", ["ce", "contrastive"])
+def test_the_first_phase_from_given_outputs(training, augment):
+    """The figures of a first batch, before its step: Sec. 3.3's classifier behind each module, or Eq. 5."""
+    classes, anchors, count = 3, 3, 2
+    target, anchor_of = [2, 0, 1], [*range(anchors)] * 3
+    torch.manual_seed(0)
+    student, teacher = (Outputs(classes, [1, 2, 3]) for _ in range(2))
+    values = {"SM_WIDTH": 4, "SM_TRAINING": training, "AUGMENT": augment, "SM_EPOCHS": 1, "TEMPERATURE": 0.3}
+    cfg = config("MDR", {f"MDR.{key}": value for key, value in values.items()})
+    distiller = build_distiller(cfg, student, teacher).double().train()
+    _, classifiers = distiller._fresh_teacher_modules()
+    modules, classifiers = (
+        [[tuple(numbers(p.detach()) for p in layer.parameters()) for layer in found] for found in nets]
+        for nets in ([[sm[0], sm[2]] for sm in distiller.teacher_modules], [[layer] for layer in classifiers])
+    )
+    random = np.random.default_rng(4)
+    logits, *maps = (random.normal(size=(4 * anchors, width, 1, 2)) for width in (classes, 1, 2, 3))
+    teacher.give(torch.as_tensor(logits[..., 0, 0]), [torch.as_tensor(x) for x in maps])
+    image, index = torch.as_tensor(random.normal(size=(anchors, 3, 4, 4))), torch.tensor([5, 0, 9])
+    positives = distiller.positives(image, index, 1)
+    labels = np.zeros((4 * anchors, classes))
+    for row, (own, other, share) in enumerate(
+        [(j, j, 1.0) for j in range(anchors)]
+        + list(zip(anchor_of, positives.partner.tolist(), positives.share.tolist(), strict=True))
+    ):
+        labels[row, target[own]] += share
+        labels[row, target[other]] += 1 - share
+    facts = distiller.prepare(
+        lambda epoch: [{"image": image, "target": torch.tensor(target), "index": index}], contextlib.nullcontext
+    )
+    z = [oracle.self_supervised_module(x.tolist(), *module) for x, module in zip(maps[1:], modules, strict=True)]
+    pairs = [(stage[anchors:], stage[:anchors]) for stage in z]
+    assert facts["smp"] == pytest.approx([oracle.smp_accuracy(*pair, anchor_of) for pair in pairs], rel=1e-6)
+    if training == "contrastive":
+        expected = sum(oracle.contrastive_loss(*pair, anchor_of, 0.3) for pair in pairs)
+    else:
+        scores = [
+            [
+                [sum(w * x for w, x in zip(line, row, strict=True)) + b for line, b in zip(*layer, strict=True)]
+                for row in stage
+            ]
+            for stage, (layer,) in zip(z, classifiers, strict=True)
+        ]
+        expected = sum(oracle.mixed_cross_entropy(rows, labels.tolist()) for rows in scores)
+        right = [np.mean(np.argmax(rows[:anchors], axis=1) == target) for rows in scores]
+        assert facts["accuracy"] == pytest.approx(right, rel=1e-6)
+    assert facts["loss"] == pytest.approx(expected, rel=1e-6)
+    assert len(facts["smp"]) == count
 
 
 def prepare(mdr, images=32, steps=1):
@@ -597,43 +754,34 @@ def test_the_first_phase_repeats_itself_and_does_not_depend_on_the_student():
         assert torch.equal(a, b)
 
 
+FEW_EPOCHS = {"SM_EPOCHS": 3, "SM_LR_DECAY_STAGES": [2]}
+
+
+@pytest.fixture(scope="module")
+def usual_first_phase():
+    mdr = with_keys(**FEW_EPOCHS)
+    prepare(mdr)
+    return mdr
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("SM_EPOCHS", 4), ("SM_LR", 0.1), ("SM_LR_DECAY_STAGES", [1]), ("SM_LR_DECAY_RATE", 0.5), ("SM_MOMENTUM", 0.0),
      ("SM_WEIGHT_DECAY", 0.1), ("SM_TRAINING", "contrastive"), ("AUGMENT", "rotation"), ("MIXUP_ALPHA", 0.2),
      ("SM_HIDDEN", 64), ("SM_WIDTH", 64)],
 )  # fmt: skip
-def test_each_key_of_the_first_phase_changes_its_result_and_its_file(key, value):
-    common = {"SM_EPOCHS": 3, "SM_LR_DECAY_STAGES": [2]}
-    one, other = with_keys(**common), with_keys(**{**common, key: value})
-    prepare(one), prepare(other)
-    a, b = one.teacher_modules[0][0].weight, other.teacher_modules[0][0].weight
+def test_each_key_of_the_first_phase_changes_its_result_and_its_file(key, value, usual_first_phase):
+    usual, other = usual_first_phase, with_keys(**{**FEW_EPOCHS, key: value})
+    prepare(other)
+    a, b = usual.teacher_modules[0][0].weight, other.teacher_modules[0][0].weight
     assert a.shape != b.shape or not torch.equal(a, b)
-    assert one.preparation()[1] != other.preparation()[1]
+    assert usual.preparation()[1] != other.preparation()[1]
 
 
 @pytest.mark.parametrize("training", ["ce", "contrastive"])
 def test_the_first_phase_depends_on_the_temperature_where_it_uses_it(training):
     before, after = (with_keys(SM_TRAINING=training, TEMPERATURE=t).preparation()[1] for t in (0.5, 1.0))
     assert (before != after) == (training == "contrastive")
-
-
-def test_a_step_of_the_first_phase_written_out():
-    """The loss of one epoch of one batch: sum over stages of the mean cross-entropy, at the initial weights."""
-    mdr = with_keys(SM_EPOCHS=1)
-    modules, classifiers = mdr._fresh_teacher_modules()
-    batch = make_batch("MDR", images=4)
-    positives = mdr.positives(batch["image"], batch["index"], 1)
-    with torch.no_grad():
-        _, features = mdr.teacher(torch.cat([batch["image"], positives.images]))
-        expected = sum(
-            mixed_cross_entropy(
-                classifiers[k](modules[k](features["feats"][k + 1].mean((2, 3)))), batch["target"], positives
-            )
-            for k in range(3)
-        )
-    facts = mdr.prepare(lambda epoch: [batch], contextlib.nullcontext)
-    assert facts["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_without_modules_there_is_nothing_to_prepare():

@@ -64,7 +64,7 @@ def test_a_teacher_and_its_student_by_the_command(root, tmp_path, monkeypatch):
 
     options = (
         f"DATASET.TYPE folder DATASET.ROOT {root} DATASET.IMAGE_SIZE 32 DATASET.NUM_WORKERS 0 DATASET.VIEW_WEAK plain "
-        "SOLVER.BATCH_SIZE 6 SOLVER.EPOCHS 4 SOLVER.LR 0.001 SOLVER.DEVICE cpu DISTILLER.STUDENT ResNet18 "
+        "SOLVER.BATCH_SIZE 6 SOLVER.EPOCHS 8 SOLVER.LR 0.001 SOLVER.DEVICE cpu DISTILLER.STUDENT ResNet18 "
         f"LOG.PREFIX {tmp_path}/out EXPERIMENT.NAME"
     )
 
@@ -72,8 +72,8 @@ def test_a_teacher_and_its_student_by_the_command(root, tmp_path, monkeypatch):
         outcome = run_tool("train", shlex.split(f"{options} {name} {more}"))
         assert (outcome.code, outcome.err) == (0, "")
         folder = tmp_path / "out" / "distill" / name
-        rows = list(csv.DictReader((folder / "metrics.csv").open()))
-        assert float(rows[-1]["train_loss"]) < 0.7 * float(rows[0]["train_loss"])
+        losses = [float(row["train_loss"]) for row in csv.DictReader((folder / "metrics.csv").open())]
+        assert min(losses) < 0.6 * losses[0]
         return folder / "student_last", json.loads((folder / "results.json").read_text())
 
     teacher, before = trained("teacher")

@@ -99,6 +99,7 @@ cifar_model_dict = Registry("CIFAR model")
 tiny_imagenet_model_dict = Registry("Tiny-ImageNet model")
 imagenet_model_dict = Registry("ImageNet model")
 dataset_dict = Registry("data set")
+task_dict = Registry("task")
 
 # By a data set's model_family.
 MODEL_FAMILIES = {

@@ -7,6 +7,7 @@ python tools/eval.py -m resnet8x4 -c output/.../student_last -d cifar100 --again
 import argparse
 from typing import Any
 
+import torch
 from torch import nn
 
 from mdistiller.analysis.consistency import (
@@ -19,8 +20,8 @@ from mdistiller.dataset import build_loaders, open_dataset
 from mdistiller.engine.build import build_student, build_teacher, load_network, model_table
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.cli import command
-from mdistiller.engine.evaluate import collect_logits, evaluate
 from mdistiller.engine.forwards.precision import Precision
+from mdistiller.engine.task import task_of
 from mdistiller.registry import InputError
 
 
@@ -43,17 +44,15 @@ def main() -> None:
         raise InputError("--against-ckpt without --against would do nothing; name its network by --against MODEL")
 
     cfg = config_of(args, args.model)
-    precision = Precision.from_cfg(cfg)
+    precision, task = Precision.from_cfg(cfg), task_of(cfg)
     model = network(cfg, args.ckpt, "-c")
     other = network(config_of(args, args.against), args.against_ckpt, "--against-ckpt") if args.against else None
     images = build_loaders(cfg, precision.device).test
-    result = evaluate(precision.place(model), images, precision)
-    print(
-        f"{args.model} on {result.count} test images of {args.dataset}: "
-        f"top-1 {result.top1:.2f}, top-5 {result.top5:.2f}, loss {result.loss:.4f}"
-    )
+    score = task.evaluate(precision.place(model), images, precision)
+    print(f"{args.model} on {score.count} test images of {args.dataset}: {task.line(score.values)}")
     if other is not None:
-        compare(args, *(collect_logits(precision.place(net), images, precision) for net in (model, other)))
+        outputs = [zip(*task.outputs(precision.place(net), images, precision), strict=True) for net in (model, other)]
+        compare(args, *(tuple(torch.cat(parts).cpu() for parts in of_one) for of_one in outputs))
 
 
 def config_of(args: argparse.Namespace, model: str) -> Any:

@@ -61,6 +61,7 @@ class DataSet:
     """
 
     name: ClassVar[str]
+    task: ClassVar[str] = "classification"  # key of registry.task_dict
     num_classes: int
     image_size: int  # pixels a side where DATASET.IMAGE_SIZE does not say otherwise
     mean: tuple[float, float, float]  # of the training images, where white is 1

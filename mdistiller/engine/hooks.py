@@ -25,12 +25,10 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mdistiller.functional.mixing import class_numbers
 from mdistiller.messages import log_msg, say, warn
 
 from .batch import images_of
 from .deployed import deploys_whole
-from .evaluate import Evaluation, evaluate, hits_at
 from .folder.checkpoint import (
     CheckpointError,
     DiskFullError,
@@ -43,6 +41,7 @@ from .folder.checkpoint import (
 from .folder.writers import CsvWriter, TensorboardWriter, WandbWriter, WorklogWriter
 from .processes import distributed
 from .solver import learning_rate
+from .task import LOSS, Measure, Score
 
 if TYPE_CHECKING:
     from .trainer import BaseTrainer, StepOutput
@@ -153,7 +152,7 @@ class NonFiniteGuard(Hook):
 
 
 class Meters(Hook):
-    """Training loss, its terms, the accuracy and what the method monitors: means over the epoch's images.
+    """Training loss, its terms, the task's meters and what the method monitors: means over the epoch's images.
 
     The sums stay on the device. They are this process's; the epoch's line has the means over all processes.
     """
@@ -161,7 +160,7 @@ class Meters(Hook):
     def __init__(self, trainer: BaseTrainer) -> None:
         super().__init__(trainer)
         self.names: list[str] = []
-        self.sums: Tensor | None = None  # total, top-1, top-5, then those named, each times images
+        self.sums: Tensor | None = None  # total, the task's meters, then those named, each times images
         self.count = self.images_seen = 0
 
     def before_epoch(self) -> None:
@@ -169,16 +168,10 @@ class Meters(Hook):
             self.sums, self.count = None, 0
 
     def after_step(self, output: StepOutput) -> None:
-        target = class_numbers(output.batch["target"])
-        top1, top5 = hits_at(output.logits, target, (1, 5))
-        per_image = [
-            output.total,
-            100 * top1.float().mean(),
-            100 * top5.float().mean(),
-            *output.losses.values(),
-            *output.monitors.values(),
-        ]
-        values = torch.stack([value.float() for value in per_image]).double() * len(target)
+        task = self.trainer.task
+        target = output.batch[task.target]
+        means = [output.total, *task.means(output.logits, target), *output.losses.values(), *output.monitors.values()]
+        values = torch.stack([value.float() for value in means]).double() * len(target)
         self.names = [f"loss/{name}" for name in output.losses] + [f"monitor/{name}" for name in output.monitors]
         self.sums = values if self.sums is None else self.sums.to(values.device) + values
         self.count += len(target)
@@ -190,9 +183,10 @@ class Meters(Hook):
         return {} if self.sums is None else self._named((self.sums / self.count).tolist())
 
     def _named(self, means: list[float]) -> dict[str, float]:
-        loss, top1, top5, *others = means
-        named = dict(zip(self.names, others, strict=True))
-        return {"train_acc": top1, "train_acc_top5": top5, "train_loss": loss, **named}
+        loss, *others = means
+        meters = [f"train_{meter.column}" for meter in self.trainer.task.meters]
+        others.insert(len(meters), loss)
+        return dict(zip([*meters, "train_loss", *self.names], others, strict=True))
 
     def after_epoch(self) -> None:
         sums, count, self.trainer.results["images_seen"] = self._of_all_processes()
@@ -296,7 +290,7 @@ class Evaluate(Hook):
         self.weight_average = weight_average
         self.clock = clock
         self.on_batch: Callable[[], None] | None = None
-        self.scores: list[tuple[float, float]] = []  # top-1 and top-5 of each evaluation
+        self.scores: list[tuple[float, ...]] = []  # of each evaluation all values, the headline first
         self.prefix = "val" if trainer.test_loader is not None else "test"
         self.is_best = False
         self.best_fingerprint = 0  # of the network in student_best
@@ -317,39 +311,33 @@ class Evaluate(Hook):
         if trainer.epoch % trainer.cfg.LOG.EVAL_FREQ and trainer.epoch != trainer.cfg.SOLVER.EPOCHS:
             return
         start = time.perf_counter()
-        result = self.score(trainer.deployed, trainer.val_loader)
-        trainer.row.update(
-            {
-                f"{self.prefix}_acc": result.top1,
-                f"{self.prefix}_acc_top5": result.top5,
-                f"{self.prefix}_loss": result.loss,
-            }
-        )
+        score = self.score(trainer.deployed, trainer.val_loader)
+        for measure in trainer.task.measures:
+            trainer.row[f"{self.prefix}_{measure.column}"] = score.values[measure.name]
         if self.weight_average is not None:
             ema = self.score(self.weight_average.network, trainer.val_loader)
-            trainer.row[f"{self.prefix}_acc_ema"] = ema.top1
+            trainer.row[f"{self.prefix}_{trainer.task.headline.column}_ema"] = ema.headline
             trainer.results["ema"] = _as_dict(ema, trainer.epoch, self.prefix)
         self.clock.seconds["evaluation"] += time.perf_counter() - start
-        self._keep(result)
+        self._keep(score)
 
-    def score(self, model: torch.nn.Module, loader: Any) -> Evaluation:
-        return evaluate(model, loader, self.trainer.precision, self.on_batch)
+    def score(self, network: torch.nn.Module, loader: Any) -> Score:
+        return self.trainer.task.evaluate(network, loader, self.trainer.precision, self.on_batch)
 
-    def _keep(self, result: Evaluation) -> None:
-        trainer = self.trainer
-        self.scores.append((result.top1, result.top5))
-        trainer.results["last"] = _as_dict(result, trainer.epoch, self.prefix)
-        if result.top1 >= trainer.results.get("best", {}).get(
-            "top1", -1.0
-        ):  # a tie goes to the later, as in mdistiller
+    def _keep(self, score: Score) -> None:
+        trainer, headline = self.trainer, self.trainer.task.headline
+        self.scores.append(tuple(score.values.values()))
+        trainer.results["last"] = _as_dict(score, trainer.epoch, self.prefix)
+        best = trainer.results.get("best", {}).get(headline.name)
+        if best is None or headline.gain(score.headline, best) >= 0:  # a tie goes to the later, as in mdistiller
             self.is_best = True
             self.best_fingerprint = fingerprint(trainer.deployed.state_dict())
-            trainer.results["best"] = _as_dict(result, trainer.epoch, self.prefix)
-        recent = [top1 for top1, _ in self.scores[-trainer.cfg.LOG.MEAN_OF_LAST :]]
+            trainer.results["best"] = _as_dict(score, trainer.epoch, self.prefix)
+        recent = [value for value, *_ in self.scores[-trainer.cfg.LOG.MEAN_OF_LAST :]]
         trainer.results["mean_of_last"] = {
             "evaluations": len(recent),
             "split": SPLITS[self.prefix],
-            "top1": statistics.fmean(recent),
+            headline.name: statistics.fmean(recent),
             "std": statistics.stdev(recent) if len(recent) > 1 else 0.0,
         }
 
@@ -401,22 +389,15 @@ class TrainedTeacher(Hook):
         if not trainer.distiller.teacher_parameters():
             return
         loader = trainer.val_loader if trainer.test_loader is None else trainer.test_loader
-        after = evaluate(trainer.distiller.teacher, loader, trainer.precision)
-        facts = trainer.results.setdefault("teacher", {})
-        facts["after"] = {"top1": after.top1, "top5": after.top5}
-        before = f", {facts['top1']:.2f} before" if "top1" in facts else ""
-        say(f"Teacher after training: top-1 {after.top1:.2f}{before}", "EVAL")
+        after = trainer.task.evaluate(trainer.distiller.teacher, loader, trainer.precision)
+        facts, headline = trainer.results.setdefault("teacher", {}), trainer.task.headline
+        facts["after"] = after.without_loss
+        before = f", {headline.text(facts[headline.name])} before" if headline.name in facts else ""
+        say(f"Teacher after training: {headline.label} {headline.text(after.headline)}{before}", "EVAL")
 
 
-def _as_dict(result: Evaluation, epoch: int, split: str) -> dict[str, Any]:
-    scores = {
-        "top1": result.top1,
-        "top5": result.top5,
-        "loss": result.loss,
-        "epoch": epoch,
-        "images": result.count,
-    }
-    return {**scores, "split": SPLITS[split]}
+def _as_dict(score: Score, epoch: int, split: str) -> dict[str, Any]:
+    return {**score.values, "epoch": epoch, "images": score.count, "split": SPLITS[split]}
 
 
 class Writers(Hook):
@@ -431,11 +412,11 @@ class Writers(Hook):
         trainer = self.trainer
         self.writers = [
             CsvWriter(trainer.folder / "metrics.csv"),
-            WorklogWriter(trainer.folder / "worklog.txt"),
+            WorklogWriter(trainer.folder / "worklog.txt", trainer.task.measures),
             TensorboardWriter(trainer.folder / "train.events", trainer.cfg.LOG.TENSORBOARD_FREQ),
         ]
         if trainer.cfg.LOG.WANDB:
-            self.writers.append(WandbWriter(trainer.cfg, trainer.folder))
+            self.writers.append(WandbWriter(trainer.cfg, trainer.folder, trainer.task.headline))
         for writer in self.writers:
             writer.start(self.rows, trainer.step)
         trainer.results.pop("stopped_by", None)
@@ -632,36 +613,37 @@ class Console(Hook):
         data = self.clock.data_in_epoch / steps
         whole = (now - self.clock.epoch_start) / steps
         means = self.meters.averages()
-        self.bar.set_description(
-            log_msg(
-                f"Epoch:{self.trainer.epoch}| Time(data):{data:.3f}| Time(train):{whole:.3f}| "
-                f"Loss:{means['train_loss']:.4f}| Top-1:{means['train_acc']:.3f}| Top-5:{means['train_acc_top5']:.3f}",
-                "TRAIN",
-            )
-        )
+        parts = [f"Epoch:{self.trainer.epoch}", f"Time(data):{data:.3f}", f"Time(train):{whole:.3f}"]
+        for meter in (LOSS, *self.trainer.task.meters):
+            parts.append(f"{meter.label.capitalize()}:{means[f'train_{meter.column}']:.{max(meter.digits, 3)}f}")
+        self.bar.set_description(log_msg("| ".join(parts), "TRAIN"))
 
     def after_epoch(self) -> None:
         self.close()
-        row = self.trainer.row
+        trainer, task = self.trainer, self.trainer.task
         for split in ("val", "test"):
-            if f"{split}_acc" in row:
+            if f"{split}_{task.headline.column}" in trainer.row:
                 say(
-                    f"Epoch {self.trainer.epoch}/{self.trainer.cfg.SOLVER.EPOCHS}| lr {row['lr']:.4g}| "
-                    f"train loss {row['train_loss']:.4f}, top-1 {row['train_acc']:.2f}| "
-                    f"{split} loss {row[f'{split}_loss']:.4f}, top-1 {row[f'{split}_acc']:.2f}, "
-                    f"top-5 {row[f'{split}_acc_top5']:.2f}",
+                    f"Epoch {trainer.epoch}/{trainer.cfg.SOLVER.EPOCHS}| lr {trainer.row['lr']:.4g}| "
+                    f"{self._part('train', LOSS, task.headline)}| {self._part(split, LOSS, *task.measures)}",
                     "EVAL",
                 )
 
+    def _part(self, split: str, *measures: Measure) -> str:
+        """Those of the measures that the epoch's line has: ``"train loss 0.1234, top-1 71.20"``."""
+        row = self.trainer.row
+        found = {m.name: row[f"{split}_{m.column}"] for m in measures if f"{split}_{m.column}" in row}
+        return f"{split} {self.trainer.task.line(found)}"
+
     def after_train(self) -> None:
-        results = self.trainer.results
+        results, headline = self.trainer.results, self.trainer.task.headline
         if "last" not in results:
             return
-        picked = results["best"].get("picked_on", results["best"]["split"])
+        last, best = results["last"], results["best"]
         say(
-            f"Last: top-1 {results['last']['top1']:.2f} on {results['last']['images']} {results['last']['split']} "
-            f"images| best (epoch {results['best']['epoch']}, picked on the {picked} split): "
-            f"{results['best']['top1']:.2f}| all of it in {self.trainer.folder}",
+            f"Last: {headline.label} {headline.text(last[headline.name])} on {last['images']} {last['split']} "
+            f"images| best (epoch {best['epoch']}, picked on the {best.get('picked_on', best['split'])} split): "
+            f"{headline.text(best[headline.name])}| all of it in {self.trainer.folder}",
             "EVAL",
         )
 

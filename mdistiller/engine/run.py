@@ -17,7 +17,6 @@ from mdistiller.registry import InputError, distiller_dict, open_dataset
 
 from .build import build_distiller, build_networks, build_student, build_teacher, teacher_checkpoint
 from .cfg import experiment_name
-from .evaluate import evaluate
 from .folder.checkpoint import remove_leftovers, write_atomically
 from .folder.run_folder import (
     alone_in,
@@ -31,6 +30,7 @@ from .folder.run_folder import (
 from .forwards.precision import Precision, resolve_device
 from .processes import distributed
 from .random_state import seed_everything, seed_process
+from .task import task_of
 from .trainer import BaseTrainer, trainer_dict
 
 
@@ -125,17 +125,15 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
 
 
 def score_teacher(cfg: Any, teacher: torch.nn.Module, loaders: Loaders) -> dict[str, Any]:
-    """The teacher's accuracy on the test split, printed: a wrong checkpoint shows before the first step."""
-    precision = Precision.from_cfg(cfg)
-    result = evaluate(precision.place(teacher), loaders.test, precision)
+    """The teacher's score on the test split, printed: a wrong checkpoint shows before the first step."""
+    precision, task = Precision.from_cfg(cfg), task_of(cfg)
+    score = task.evaluate(precision.place(teacher), loaders.test, precision)
     name = cfg.DISTILLER.TEACHER
     checkpoint = cfg.DISTILLER.TEACHER_CKPT or "its public weights"
-    say(
-        f"Teacher {name} ({checkpoint}): top-1 {result.top1:.2f}, top-5 {result.top5:.2f} on {result.count} test images"
-    )
+    say(f"Teacher {name} ({checkpoint}): {task.line(score.without_loss)} on {score.count} test images")
     path = teacher_checkpoint(cfg)
     digest = file_sha256(path) if path is not None else None
-    return {"name": name, "checkpoint": checkpoint, "sha256": digest, "top1": result.top1, "top5": result.top5}
+    return {"name": name, "checkpoint": checkpoint, "sha256": digest, **score.without_loss}
 
 
 def _check_rest(trainer: BaseTrainer, facts: dict[str, Any], folder: Path) -> None:

@@ -34,6 +34,7 @@ from .processes import distributed
 from .processes.parallel import Parallel
 from .random_state import random_state, restore_random_state, seed_process
 from .solver import build_optimizer
+from .task import task_of
 
 trainer_dict = Registry("trainer")
 
@@ -81,7 +82,7 @@ class BaseTrainer:
         cfg: Any,
         test_loader: Any = None,
     ) -> None:
-        self.cfg = cfg
+        self.cfg, self.task = cfg, task_of(cfg)
         self.precision = Precision.from_cfg(cfg)
         self.distiller = self.precision.place(getattr(distiller, "module", distiller))
         accelerate(self.distiller, cfg)
@@ -289,7 +290,7 @@ class BaseTrainer:
         self.row = state.get("row", {})
         self.results.update(state.get("results", {}))
         if "best_acc" in state:  # mdistiller's; it doesn't say which epoch that was
-            self.results["best"] = {"top1": float(state["best_acc"]), "epoch": None, "split": "test"}
+            self.results["best"] = {self.task.headline.name: float(state["best_acc"]), "epoch": None, "split": "test"}
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
         for hook in self.hooks:

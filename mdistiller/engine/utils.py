@@ -12,9 +12,9 @@ from torch import Tensor
 from mdistiller.messages import log_msg
 from mdistiller.registry import InputError
 
-from .evaluate import evaluate, hits_at
 from .folder.checkpoint import load_checkpoint, save_checkpoint
 from .solver import learning_rate
+from .task import Classification, hits_at
 
 __all__ = [
     "AverageMeter",
@@ -63,8 +63,7 @@ def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> li
 
 def validate(val_loader, distiller) -> tuple[float, float, float]:
     """Top-1 and top-5 accuracy in percent and mean cross-entropy of the student, as mdistiller gives them."""
-    result = evaluate(distiller, val_loader)
-    return result.top1, result.top5, result.loss
+    return tuple(Classification().evaluate(distiller, val_loader).values.values())
 
 
 def adjust_learning_rate(epoch: int, cfg: Any, optimizer: torch.optim.Optimizer) -> float:

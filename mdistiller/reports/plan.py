@@ -20,13 +20,14 @@ a pair without uses the teacher that its configs name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.config.node import files_nearby, read_yaml
 from mdistiller.engine.folder.run_folder import run_folder
+from mdistiller.engine.task import Classification, Measure, task_of
 from mdistiller.registry import InputError, suggestion
 
 REQUIRED = {"TITLE": str, "OUTPUT": str, "SEEDS": list, "PAIRS": dict, "METHODS": dict}
@@ -65,6 +66,7 @@ class Plan:
     options: dict[str, Any] = field(default_factory=dict)
     claims: list[tuple[str, str] | tuple[str, str, float]] = field(default_factory=list)
     how_to_read: str = ""
+    headline: Measure = Classification().headline  # what the runs are compared by
 
     def teachers(self) -> dict[str, Cell]:
         """The runs that train the pairs' teachers, by their config; several pairs may share one."""
@@ -137,7 +139,11 @@ def _plan_from(tree: Any) -> Plan:
         other = owners.setdefault(cell.folder, cell)
         if other is not cell:
             raise InputError(f"{other.method!r} and {cell.method!r} on {cell.pair} share the folder {cell.folder}")
-    return plan
+    headlines = {task_of(cell.cfg).headline: cell.cfg.DATASET.TYPE for cell in plan.cells()}
+    if len(headlines) > 1:
+        found = " and ".join(f"{headline.label} on {dataset}" for headline, dataset in headlines.items())
+        raise InputError(f"its runs cannot stand in one table, because they are scored by {found}; make a plan of each")
+    return replace(plan, headline=next(iter(headlines)))
 
 
 def _check_tree(tree: Any) -> None:

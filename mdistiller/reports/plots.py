@@ -13,7 +13,7 @@ LINES = ("-", "--", ":")
 
 
 def learning_curves(plan: Plan, path: Path) -> None:
-    """Accuracy on the test images over the steps: one panel a pair, one colour a method; the line is the mean over
+    """The headline on the test images over the epochs: one panel a pair, one colour a method; the line is the mean over
     the seeds, the band spans them. Written to ``path`` as PNG.
 
     Raises:
@@ -27,12 +27,13 @@ def learning_curves(plan: Plan, path: Path) -> None:
     for panel, pair in zip(panels[0], plan.pairs, strict=True):
         for number, method in enumerate(plan.methods):
             color, line = colors[number % len(colors)], LINES[number // len(colors) % len(LINES)]
-            curves = [_curve(c.folder / "metrics.csv") for c in cells if (c.method, c.pair) == (method, pair)]
+            runs = [cell.folder / "metrics.csv" for cell in cells if (cell.method, cell.pair) == (method, pair)]
+            curves = [_curve(path, plan.headline.column) for path in runs]
             epochs = [epoch for epoch, _ in curves[0]]
             values = list(zip(*[[value for _, value in curve] for curve in curves], strict=True))
             panel.plot(epochs, [sum(v) / len(v) for v in values], line, color=color, label=method)
             panel.fill_between(epochs, list(map(min, values)), list(map(max, values)), color=color, alpha=0.15, lw=0)
-        panel.set(title=pair, xlabel="epoch", ylabel="accuracy [%], mean and span of the seeds")
+        panel.set(title=pair, xlabel="epoch", ylabel=f"{plan.headline.title}, mean and span of the seeds")
         panel.grid(alpha=0.3)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center")
     figure.suptitle(plan.title, fontsize=10, x=0.01, ha="left")
@@ -40,9 +41,9 @@ def learning_curves(plan: Plan, path: Path) -> None:
     plt.close(figure)
 
 
-def _curve(path: Path) -> list[tuple[int, float]]:
-    """(epoch, accuracy) of the evaluated epochs."""
+def _curve(path: Path, column: str) -> list[tuple[int, float]]:
+    """(epoch, value) of the evaluated epochs."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    key = "test_acc" if rows and rows[-1].get("test_acc") else "val_acc"
+    key = f"test_{column}" if rows and rows[-1].get(f"test_{column}") else f"val_{column}"
     return [(int(row["epoch"]), float(row[key])) for row in rows if row.get(key)]

@@ -88,7 +88,7 @@ def _facts(environment: dict) -> dict[str, str]:
 
 def write_page(path: str | Path, reports: Sequence[Report], command: str) -> None:
     """The reports of several plans as one Markdown page, with the command that makes it."""
-    parts = ["# Measured results", f"Made by `{command}`; headlines are last-epoch accuracies."]
+    parts = ["# Measured results", f"Made by `{command}`; headlines are of the last epoch."]
     for report in reports:
         parts += [f"## {report.title}", report.body, report.provenance]
     Path(path).parent.mkdir(parents=True, exist_ok=True)

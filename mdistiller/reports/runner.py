@@ -23,6 +23,7 @@ from mdistiller.engine.config.node import read_yaml
 from mdistiller.engine.forwards.precision import resolve_device
 from mdistiller.engine.hooks import StopRequested
 from mdistiller.engine.run import run
+from mdistiller.engine.task import task_of
 from mdistiller.files import file_sha256
 from mdistiller.registry import InputError
 
@@ -106,7 +107,9 @@ def _run_all(cells: list[Cell], jobs: int, say: Callable[[str], None]) -> None:
         else:
             results = finished_results(cell)
             images += results.get("images_seen", 0)
-            say(f"{place}: {results['last']['top1']:.2f} % after the last epoch, {seconds:.0f} s")
+            headline = task_of(cell.cfg).headline
+            value = headline.with_unit(results["last"][headline.name])
+            say(f"{place}: {value} after the last epoch, {seconds:.0f} s")
     if images:
         rate = images / (time.perf_counter() - start)
         say(f"{len(cells) - len(failed)} runs, {jobs} side by side: {rate:,.0f} images a second, all together")

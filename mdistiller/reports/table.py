@@ -8,10 +8,12 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from mdistiller.engine.task import Classification, Measure
+
 from .plan import Plan
 
 Results = dict[tuple[str, str, int], dict[str, Any]]
-COLUMNS = ("method", "pair", "last-epoch top-1 [%]", "std", "n", "training [s]", "images seen")
+COLUMNS = ("method", "pair", "last-epoch {}", "std", "n", "training [s]", "images seen")  # {}: the headline
 
 
 @dataclass(frozen=True)
@@ -21,32 +23,34 @@ class Summary:
     Args:
         method: row name in the plan.
         pair: teacher-student pair.
-        top1: accuracy after the last epoch in percent, by seed.
+        values: the headline after the last epoch, by seed.
         seconds: training time of each run: data and a method's stage before training included, the latter also where
             its result came from another run's file; evaluation not.
         images_seen: images that went through the student in each run, every view and every copy counted.
+        headline: name, unit and direction of ``values``.
     """
 
     method: str
     pair: str
-    top1: list[float]
+    values: list[float]
     seconds: list[float]
     images_seen: int
+    headline: Measure = Classification().headline
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.top1)
+        return statistics.fmean(self.values)
 
     @property
     def std(self) -> float:
         """Sample standard deviation over the seeds; 0 for a single one."""
-        return statistics.stdev(self.top1) if len(self.top1) > 1 else 0.0
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def cells(self) -> tuple[str, ...]:
         seconds = statistics.fmean(self.seconds)
         return (
-            self.method, self.pair, f"{self.mean:.2f}", f"{self.std:.2f}", str(len(self.top1)), f"{seconds:.1f}",
-            f"{self.images_seen:,}",
+            self.method, self.pair, self.headline.text(self.mean), self.headline.text(self.std),
+            str(len(self.values)), f"{seconds:.1f}", f"{self.images_seen:,}",
         )  # fmt: skip
 
 
@@ -56,15 +60,20 @@ def summarize(plan: Plan, results: Results) -> list[Summary]:
     for method in plan.methods:
         for pair in plan.pairs:
             runs = [results[method, pair, seed] for seed in plan.seeds]
-            top1 = [run["last"]["top1"] for run in runs]
+            values = [run["last"][plan.headline.name] for run in runs]
             seconds = [run["seconds"]["train"] + run.get("preparation", {}).get("seconds", 0.0) for run in runs]
-            rows.append(Summary(method, pair, top1, seconds, runs[0]["images_seen"]))
+            rows.append(Summary(method, pair, values, seconds, runs[0]["images_seen"], plan.headline))
     return rows
+
+
+def columns(rows: list[Summary]) -> tuple[str, ...]:
+    """The table's head."""
+    return tuple(column.format(rows[0].headline.title) for column in COLUMNS)
 
 
 def render(rows: list[Summary]) -> str:
     """The table in Markdown, columns aligned so that it reads well as plain text too."""
-    lines = [COLUMNS, *(row.cells() for row in rows)]
+    lines = [columns(rows), *(row.cells() for row in rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     aligned = [
         [
@@ -80,7 +89,7 @@ def render(rows: list[Summary]) -> str:
 def to_csv(rows: list[Summary]) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(COLUMNS)
+    writer.writerow(columns(rows))
     writer.writerows(row.cells() for row in rows)
     return text.getvalue()
 
@@ -88,7 +97,7 @@ def to_csv(rows: list[Summary]) -> str:
 def check_claims(plan: Plan, rows: list[Summary]) -> list[tuple[bool, str]]:
     """For each of the plan's claims and each pair: does it hold, and the sentence that says so.
 
-    A method is better than another if its mean lies above by more than the larger of both standard deviations. With a
+    A method is better than another if its mean is better by more than the larger of both standard deviations. With a
     limit, two methods are alike if the mean of their differences, seed by seed, is at most that.
     """
     found = {(row.method, row.pair): row for row in rows}
@@ -98,7 +107,7 @@ def check_claims(plan: Plan, rows: list[Summary]) -> list[tuple[bool, str]]:
             a, b = found[one, pair], found[other, pair]
             if limit:
                 verdicts.append(_alike(a, b, *limit))
-            elif min(len(a.top1), len(b.top1)) < 2:
+            elif min(len(a.values), len(b.values)) < 2:
                 verdicts.append((False, f"whether {one} beats {other} on {pair} cannot be told from one seed"))
             else:
                 verdicts.append(_better(a, b))
@@ -106,16 +115,18 @@ def check_claims(plan: Plan, rows: list[Summary]) -> list[tuple[bool, str]]:
 
 
 def _better(a: Summary, b: Summary) -> tuple[bool, str]:
-    gain, needed = a.mean - b.mean, max(a.std, b.std)
+    headline, gain, needed = a.headline, a.headline.gain(a.mean, b.mean), max(a.std, b.std)
     holds = gain > needed
-    sentence = f"{a.method} {'beats' if holds else 'does NOT beat'} {b.method} on {a.pair}: {gain:+.2f} points"
-    return holds, f"{sentence}, larger std {needed:.2f}"
+    sentence = f"{a.method} {'beats' if holds else 'does NOT beat'} {b.method} on {a.pair}: {headline.difference(gain)}"
+    return holds, f"{sentence}, larger std {headline.text(needed)}"
 
 
 def _alike(a: Summary, b: Summary, limit: float) -> tuple[bool, str]:
-    differences = [x - y for x, y in zip(a.top1, b.top1, strict=True)]
+    headline, differences = a.headline, [x - y for x, y in zip(a.values, b.values, strict=True)]
     mean = statistics.fmean(differences)
     holds = abs(mean) <= limit
-    spread = f", std {statistics.stdev(differences):.2f} over {len(differences)} seeds" if len(differences) > 1 else ""
-    sentence = f"{a.method} is {'' if holds else 'NOT '}within {limit:g} points of {b.method} on {a.pair}"
-    return holds, f"{sentence}: {mean:+.2f} points seed by seed{spread}"
+    spread = ""
+    if len(differences) > 1:
+        spread = f", std {headline.text(statistics.stdev(differences))} over {len(differences)} seeds"
+    sentence = f"{a.method} is {'' if holds else 'NOT '}within {limit:g} {headline.points} of {b.method} on {a.pair}"
+    return holds, f"{sentence}: {headline.difference(mean)} seed by seed{spread}"

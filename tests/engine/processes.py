@@ -25,10 +25,10 @@ from mdistiller.distillers import Distiller
 from mdistiller.engine import hooks
 from mdistiller.engine.build import build_distiller
 from mdistiller.engine.dot import DOT
-from mdistiller.engine.evaluate import evaluate
 from mdistiller.engine.processes import distributed
 from mdistiller.engine.processes.parallel import Parallel, SyncBatchNorm, average_gradients, shares
 from mdistiller.engine.run import run
+from mdistiller.engine.task import Classification
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.functional.gather import batch_of_processes, gather_with_gradient
 from mdistiller.registry import InputError
@@ -361,7 +361,7 @@ def runs(rank, folder):
     again = run(tiny_config(folder / "prepared", **PREPARED, DISTILLER__TEACHER_CKPT=teacher, EXPERIMENT__NAME="b"))
     tried = []
     loader = make_trainer(folder / "loader").val_loader
-    evaluate(build("NONE").student, loader, on_batch=lambda: tried.append(1))
+    Classification().evaluate(build("NONE").student, loader, on_batch=lambda: tried.append(1))
     return {
         "results": results,
         "prepared": {"results": prepared, "again": again["preparation"]["from_file"]},

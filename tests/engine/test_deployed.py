@@ -13,7 +13,6 @@ from torch import nn
 
 from mdistiller.distillers import Distiller, Vanilla, register_distiller
 from mdistiller.engine.deployed import WholeMethod, deployed_network, deploys_whole
-from mdistiller.engine.evaluate import evaluate
 from mdistiller.engine.folder.checkpoint import load_checkpoint, load_weights
 from mdistiller.registry import InputError
 
@@ -92,8 +91,7 @@ def score_of_file(trainer, name, loader):
     trainer.distiller.kept = None
     network = copy.deepcopy(deployed_network(trainer.distiller))
     network.load_state_dict(load_checkpoint(trainer.folder / name)["model"])
-    score = evaluate(network, loader, trainer.precision)
-    return {"top1": score.top1, "top5": score.top5, "loss": score.loss}
+    return trainer.task.evaluate(network, loader, trainer.precision).values
 
 
 def numbers(results, key):
@@ -116,7 +114,7 @@ def test_last_best_and_average_are_scores_of_the_network_that_predicts(tmp_path,
         load_checkpoint(trainer.folder / "student_latest"), load_checkpoint(trainer.folder / "student_last")
     )
     # The student alone, whose classifier nothing has trained, scores otherwise.
-    assert evaluate(trainer.distiller.student, test, trainer.precision).loss != results["last"]["loss"]
+    assert trainer.task.evaluate(trainer.distiller.student, test).values["loss"] != results["last"]["loss"]
     warnings = capsys.readouterr().out.count("Define deployed(self) in Headed")
     assert warnings == (1 if text == HEADED else 0)
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from mdistiller.distillers import Vanilla
 from mdistiller.engine.batch import to_batch
-from mdistiller.engine.evaluate import evaluate
 from mdistiller.engine.folder.checkpoint import CheckpointError, load_checkpoint, load_weights
 from mdistiller.engine.hooks import Hook, NonFiniteLossError
+from mdistiller.engine.task import Classification
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import AverageMeter, accuracy, validate
 
@@ -98,12 +98,13 @@ def test_what_is_trained_of_the_teacher_is_saved_scored_and_kept_out_of_its_file
     assert Path(path).read_bytes() == content
     for key, value in trainer.distiller.teacher.state_dict().items():
         assert torch.equal(value, of_teacher.get(key, original[key])), key
-    after = evaluate(trainer.distiller.teacher, trainer.val_loader)
-    assert results["teacher"]["after"] == {"top1": after.top1, "top5": after.top5}
-    assert results["teacher"]["top1"] == evaluate(teacher_of(trainer, original), trainer.val_loader).top1
+    evaluate = Classification().evaluate
+    after = evaluate(trainer.distiller.teacher, trainer.val_loader).values
+    assert results["teacher"]["after"] == {"top1": after["top1"], "top5": after["top5"]}
+    assert results["teacher"]["top1"] == evaluate(teacher_of(trainer, original), trainer.val_loader).headline
     written = json.loads((trainer.folder / "results.json").read_text())
     assert written["teacher"] == results["teacher"]
-    line = f"Teacher after training: top-1 {after.top1:.2f}, {results['teacher']['top1']:.2f} before"
+    line = f"Teacher after training: top-1 {after['top1']:.2f}, {results['teacher']['top1']:.2f} before"
     assert line in capsys.readouterr().out
 
 
@@ -227,8 +228,8 @@ def test_with_a_validation_split_the_test_split_is_scored_once_at_the_end(tmp_pa
     assert "val_acc" in trainer.row and "test_acc" not in trainer.row
     best = make_trainer(tmp_path / "again", DATASET__VAL_FRACTION=0.2)
     best.distiller.student.load_state_dict(load_checkpoint(trainer.folder / "student_best")["model"])
-    assert results["best"]["top1"] == evaluate(best.distiller, best.test_loader).top1
-    assert results["last"]["top1"] == evaluate(trainer.distiller, original).top1
+    assert results["best"]["top1"] == Classification().evaluate(best.distiller, best.test_loader).headline
+    assert results["last"]["top1"] == Classification().evaluate(trainer.distiller, original).headline
 
 
 class _Counting:

@@ -9,6 +9,7 @@ from runs import make_trainer, tiny_config
 
 from mdistiller.engine import hooks
 from mdistiller.engine.folder.writers import CsvWriter, TensorboardWriter, WandbWriter, WorklogWriter
+from mdistiller.engine.task import Classification
 
 ROW = {"epoch": 1, "lr": 0.0005, "train_acc": 50.0, "train_loss": 1.25}
 SCORED = {**ROW, "epoch": 2, "test_acc": 61.256, "test_acc_top5": 90.0, "test_loss": 1.5, "loss/kd": 0.5}
@@ -30,7 +31,7 @@ def test_csv_gains_columns_and_forgets_what_lies_behind_the_checkpoint(tmp_path)
 
 
 def test_worklog_has_mdistillers_form_and_keeps_small_rates(tmp_path):
-    writer = WorklogWriter(tmp_path / "worklog.txt")
+    writer = WorklogWriter(tmp_path / "worklog.txt", Classification.measures)
     writer.start([], 0)
     writer.write_epoch(SCORED)
     writer.finish({"best": {"top1": 61.256}})
@@ -106,7 +107,7 @@ def test_a_failing_wandb_does_not_end_the_run(tmp_path, monkeypatch, capsys):
         raise RuntimeError("no network")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
-    writer = WandbWriter(tiny_config(tmp_path), tmp_path)
+    writer = WandbWriter(tiny_config(tmp_path), tmp_path, Classification().headline)
     writer.start([], 0)
     writer.write_epoch(ROW)
     writer.finish({})

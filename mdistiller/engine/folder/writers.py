@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,10 @@ from torch import Tensor
 
 from mdistiller.messages import say
 
+from ..task import Measure
 from .checkpoint import write_atomically
 
 Row = dict[str, float]
-# mdistiller's tags, and those of a validation split; the rest of a row goes to TensorBoard under its own name.
-WORKLOG_KEYS = (
-    "train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss", "val_acc", "val_acc_top5", "val_loss",
-)  # fmt: skip
 
 
 class Writer:
@@ -65,10 +63,17 @@ class CsvWriter(Writer):
 
 
 class WorklogWriter(Writer):
-    """``worklog.txt`` in mdistiller's form, except that small learning rates keep their digits."""
+    """``worklog.txt`` in mdistiller's form, except that small learning rates keep their digits.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the file.
+        measures: of the task, the headline first; all values have as many digits as the headline.
+    """
+
+    def __init__(self, path: Path, measures: Sequence[Measure]) -> None:
+        self.path, self.headline = path, measures[0]
+        scores = [f"{split}_{measure.column}" for split in ("test", "val") for measure in measures]
+        self.keys = [f"train_{self.headline.column}", "train_loss", *scores]
 
     def start(self, rows: list[Row], step: int) -> None:
         write_atomically(self.path, "".join(map(self.render, rows)))
@@ -79,13 +84,13 @@ class WorklogWriter(Writer):
 
     def finish(self, results: dict[str, Any]) -> None:
         if "best" in results:
+            best = self.headline.text(results["best"][self.headline.name])
             with self.path.open("a") as file:
-                file.write(f"best_acc\t{results['best']['top1']:.2f}")
+                file.write(f"best_{self.headline.column}\t{best}")
 
-    @staticmethod
-    def render(row: Row) -> str:
+    def render(self, row: Row) -> str:
         line = "-" * 25
-        named = [f"{key}: {row[key]:.2f}" for key in WORKLOG_KEYS if key in row]
+        named = [f"{key}: {self.headline.text(row[key])}" for key in self.keys if key in row]
         return "\n".join([line, f"epoch: {row['epoch']}", f"lr: {row['lr']:.6g}", *named, line]) + "\n"
 
 
@@ -133,8 +138,8 @@ class TensorboardWriter(Writer):
 class WandbWriter(Writer):
     """Weights & Biases, imported only when asked for; a run goes on without it where it fails."""
 
-    def __init__(self, cfg: Any, folder: Path) -> None:
-        self.cfg, self.folder = cfg, folder
+    def __init__(self, cfg: Any, folder: Path, headline: Measure) -> None:
+        self.cfg, self.folder, self.headline = cfg, folder, headline
         self.run: Any = None
 
     def start(self, rows: list[Row], step: int) -> None:
@@ -158,8 +163,8 @@ class WandbWriter(Writer):
 
     def finish(self, results: dict[str, Any]) -> None:
         if self.run is not None and "best" in results:
-            self.run.summary["best_acc"] = results["best"]["top1"]
-            self.run.summary["last_acc"] = results["last"]["top1"]
+            for which in ("best", "last"):
+                self.run.summary[f"{which}_{self.headline.column}"] = results[which][self.headline.name]
 
     def close(self) -> None:
         if self.run is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mdistiller import plugins
 from mdistiller.engine.cfg import CFG
-from mdistiller.registry import distiller_dict
+from mdistiller.registry import dataset_dict, distiller_dict, task_dict
 
 # The habits of public files: imports from the package, everything read off the config in the constructor, a
 # regressor added by hand to what is learned, warm-up by the epoch.
@@ -139,6 +139,75 @@ WITH_DEFAULTS = """
             return logits, {"loss_ce": self.scale * F.cross_entropy(logits, target)}
 """
 
+# A task of its own with a data set and a method for it: where is the bright square?
+SQUARES = """
+    import torch
+    import torch.nn.functional as F
+    from mdistiller.dataset.base import DataSet, Split, register_dataset
+    from mdistiller.distillers import Distiller, register_distiller
+    from mdistiller.engine.task import Measure, Task
+    from mdistiller.registry import task_dict
+
+    class Regression(Task):
+        measures = (
+            Measure("mae", "mae", "MAE", "px", digits=3, higher_is_better=False),
+            Measure("mse", "mse", "MSE", higher_is_better=False),
+        )
+        meters = measures[:1]
+
+        def means(self, output, target):
+            return [(output - target.view_as(output)).abs().mean()]
+
+        def sums(self, output, target):
+            error = output - target.view_as(output)
+            return torch.stack([error.abs().mean(1).sum(), error.square().mean(1).sum()])
+
+    task_dict["regression"] = Regression
+
+    @register_dataset("squares")
+    class Squares(DataSet):
+        task = "regression"
+        num_classes = 2  # outputs: row and column
+        image_size = 8
+        mean = std = (0.5, 0.5, 0.5)
+        model_family = "cifar"
+        views = {"weak": (), "plain": ()}
+
+        @classmethod
+        def load(cls, root, image_size, download):
+            return cls.drawn(image_size, 40, 1), cls.drawn(image_size, 24, 2)
+
+        @staticmethod
+        def drawn(size, count, seed):
+            corners = torch.randint(0, size - 2, (count, 2), generator=torch.Generator().manual_seed(seed))
+            images = torch.zeros(count, 3, size, size, dtype=torch.uint8)
+            for image, (row, column) in zip(images, corners.tolist()):
+                image[:, row : row + 3, column : column + 3] = 255
+            return Split(images, corners.float() - 3)
+
+    @register_distiller("MIMIC", {"WEIGHT": 0.1})
+    class Mimic(Distiller):
+        def __init__(self, student, teacher, cfg):
+            super().__init__(student, teacher)
+            self.weight = cfg.MIMIC.WEIGHT
+
+        def forward_train(self, image, target):
+            output, _ = self.student(image)
+            with torch.no_grad():
+                of_teacher, _ = self.teacher(image)
+            mimic = self.weight * F.mse_loss(output, of_teacher)
+            return output, {"mse": F.mse_loss(output, target), "mimic": mimic}
+
+    @register_distiller("PLAIN_SQUARES")
+    class Plain(Distiller):
+        def __init__(self, student):
+            super().__init__(student)
+
+        def forward_train(self, image, target):
+            output, _ = self.student(image)
+            return output, {"mse": F.mse_loss(output, target)}
+"""
+
 
 def write(folder: Path, name: str, text: str) -> Path:
     """A file as it would lie in another project's ``distillers`` folder."""
@@ -150,16 +219,16 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 @contextmanager
 def forgotten() -> Iterator[None]:
-    """Forget at the end which methods were registered, loaded and configured meanwhile."""
-    methods, files, modules = dict(distiller_dict), dict(plugins._loaded), set(sys.modules)
+    """Forget at the end which methods, data sets and tasks were registered, loaded and configured meanwhile."""
+    tables = [(table, dict(table)) for table in (distiller_dict, dataset_dict, task_dict, plugins._loaded)]
+    modules = set(sys.modules)
     tree, frozen = CFG.clone(), CFG.is_frozen()
     try:
         yield
     finally:
-        distiller_dict.clear()
-        distiller_dict.update(methods)
-        plugins._loaded.clear()
-        plugins._loaded.update(files)
+        for table, content in tables:
+            table.clear()
+            table.update(content)
         for name in set(sys.modules) - modules:
             if name.startswith("mdistiller.distillers."):
                 del sys.modules[name]

@@ -17,6 +17,7 @@ from mdistiller.analysis.consistency import (
     target_class_consistency,
 )
 from mdistiller.dataset import build_loaders, open_dataset
+from mdistiller.dataset.subsets import check_class_numbers
 from mdistiller.engine.build import build_student, build_teacher, load_network, model_table
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.cli import command
@@ -77,6 +78,7 @@ def network(cfg: Any, checkpoint: str, option: str) -> nn.Module:
 def compare(args: argparse.Namespace, one: tuple, other: tuple) -> None:
     """Print how alike two networks' predictions are; each given as logits and targets."""
     (logits, target), (others, _) = one, other
+    check_class_numbers(target, "--against")
     print(
         f"against {args.against}: target-class consistency {target_class_consistency(logits, others, target):.4f}, "
         f"non-target-class consistency {nontarget_class_consistency(logits, others, target):.4f}"

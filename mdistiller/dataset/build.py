@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mdistiller.contract import contract_of
 from mdistiller.functional.gather import this_process
@@ -18,7 +19,7 @@ from .loader import BatchedImages, Loader
 from .mixing import LabelMixing
 from .negatives import negatives_from
 from .randaugment import RandAugment
-from .subsets import hold_out, reduce_train
+from .subsets import check_class_numbers, hold_out, reduce_train
 from .views import View
 
 LOADERS = ("auto", "device", "workers")  # what DATASET.LOADER takes
@@ -117,7 +118,7 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
                 seed,
                 with_index=True,
                 negatives=negatives,
-                mixing=_label_mixing(cfg, dataset),
+                mixing=_label_mixing(cfg, dataset, splits.train.targets),
                 **place,
             ),
             cfg.SOLVER.BATCH_SIZE,
@@ -160,10 +161,12 @@ def training_views(cfg: Any, method: type) -> dict[str, tuple[str, View]]:
     return {field: (name, (*view, *added) if name == "weak" else view) for field, (name, view) in views.items()}
 
 
-def _label_mixing(cfg: Any, dataset: DataSet) -> LabelMixing | None:
-    keys = cfg.DATASET
-    wanted = keys.MIXUP_ALPHA, keys.CUTMIX_ALPHA, keys.LABEL_SMOOTHING
-    return LabelMixing(dataset.num_classes, *wanted, cfg.EXPERIMENT.SEED) if any(wanted) else None
+def _label_mixing(cfg: Any, dataset: DataSet, targets: Tensor) -> LabelMixing | None:
+    wanted = {key: cfg.DATASET[key] for key in ("MIXUP_ALPHA", "CUTMIX_ALPHA", "LABEL_SMOOTHING")}
+    if not any(wanted.values()):
+        return None
+    check_class_numbers(targets, " and ".join(f"DATASET.{key}" for key, value in wanted.items() if value))
+    return LabelMixing(dataset.num_classes, *wanted.values(), cfg.EXPERIMENT.SEED)
 
 
 def _worker_count(cfg: Any, device: torch.device) -> int | None:

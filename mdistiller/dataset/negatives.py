@@ -13,6 +13,7 @@ from torch import Tensor
 from mdistiller.functional import draws
 from mdistiller.registry import InputError
 
+from .subsets import check_class_numbers
 from .views import name_key
 
 MODES = ("exact", "relax")
@@ -29,7 +30,7 @@ class Negatives:
         seed: of the draws.
 
     Raises:
-        InputError: an unknown mode, no negative asked for, or only one class.
+        InputError: an unknown mode, no negative asked for, no class numbers, or only one class.
     """
 
     def __init__(self, labels: Tensor, count: int, mode: str = "exact", seed: int = 0) -> None:
@@ -37,6 +38,7 @@ class Negatives:
             raise InputError(f"CRD.MODE takes {' or '.join(MODES)}, got {mode!r}")
         if not isinstance(count, int) or count < 1:
             raise InputError(f"CRD.NCE.K, the number of negatives for each image, must be at least 1, got {count}")
+        check_class_numbers(labels, "contrastive_index")
         if len(labels.unique()) < 2:
             raise InputError("contrastive_index needs images of at least two classes")
         self.count, self.mode, self.seed = count, mode, seed

@@ -1,7 +1,7 @@
 """Part of the training images, the same share of every class, drawn by keys and hence reproducible.
 
-Within a class the images have one fixed random order for given keys, and every subset is a beginning of
-it: 10 % of the images are among the 20 % for the same seed.
+Targets that are no class numbers count as one class. Within a class the images have one fixed random order for given
+keys, and every subset is a beginning of it: 10 % of the images are among the 20 % for the same seed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor
     Raises:
         InputError: one of the two would have no image of some class.
     """
+    labels = _classes(labels)
     smallest = _smallest_class(labels)
     taken = int(_share(torch.tensor(smallest), fraction))
     if not 0 < taken < smallest:
@@ -45,7 +46,7 @@ def reduce_train(labels: Tensor, fraction: float, per_class: int, seed: int) -> 
         fraction: ``DATASET.TRAIN_FRACTION``, of each class; 1: all.
         per_class: ``DATASET.TRAIN_PER_CLASS``, images of each class; 0: all.
     Raises:
-        InputError: both are given, or there are not enough images.
+        InputError: both are given, or there are not enough images, or ``per_class`` without class numbers.
     """
     if fraction == 1 and per_class == 0:
         return None
@@ -54,6 +55,9 @@ def reduce_train(labels: Tensor, fraction: float, per_class: int, seed: int) -> 
             f"DATASET.TRAIN_FRACTION={fraction} and DATASET.TRAIN_PER_CLASS={per_class} are both given; "
             "leave one of them at its default (1.0 and 0)"
         )
+    if per_class:
+        check_class_numbers(labels, "DATASET.TRAIN_PER_CLASS")
+    labels = _classes(labels)
     smallest = _smallest_class(labels)
     keys = (seed, name_key("training images"))
     if per_class:
@@ -85,6 +89,29 @@ def class_ranks(labels: Tensor, *keys: int) -> Tensor:
     ranks = torch.empty_like(labels)
     ranks[by_class] = torch.arange(len(labels)) - first[labels[by_class]]
     return ranks
+
+
+def check_class_numbers(targets: Tensor, reader: str) -> None:
+    """Refuse targets that are no class numbers ``(N,)``.
+
+    Args:
+        targets: of a data set.
+        reader: what needs class numbers, for the message.
+
+    Raises:
+        InputError: they are numbers of another kind, or several for each image.
+    """
+    if not _are_class_numbers(targets):
+        kind, shape = str(targets.dtype).removeprefix("torch."), ", ".join(map(str, ("N", *targets.shape[1:])))
+        raise InputError(f"{reader} needs class numbers, integers (N,); the data set's targets are {kind} ({shape})")
+
+
+def _are_class_numbers(targets: Tensor) -> bool:
+    return targets.ndim == 1 and not targets.is_floating_point()
+
+
+def _classes(targets: Tensor) -> Tensor:
+    return targets if _are_class_numbers(targets) else torch.zeros(len(targets), dtype=torch.int64)
 
 
 def _share(count: Tensor, fraction: float) -> Tensor:

@@ -28,6 +28,7 @@ from .forwards.cache import check_cacheable
 from .forwards.compile import COMPILE_MODES, COMPILED
 from .processes.parallel import BATCH_NORMS
 from .solver import LR_RULES
+from .task import task_of
 from .trainer import trainer_dict
 
 
@@ -270,6 +271,7 @@ def check_config(cfg: CN) -> None:
             "KD_TWO_VIEWS"
         )
     _check_mixed_labels(cfg)
+    task_of(cfg)
     chosen_recipes(cfg, open_dataset(cfg))
     if cfg.SOLVER.CACHE_TEACHER:
         check_cacheable(cfg)

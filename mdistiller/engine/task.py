@@ -54,14 +54,10 @@ class Measure:
     def with_unit(self, value: float) -> str:
         return f"{self.text(value)} {self.unit}".rstrip()
 
-    @property
-    def points(self) -> str:
-        """The unit of a difference; percentages differ by points."""
-        return "points" if self.unit == "%" else self.unit or f"in {self.label}"
-
-    def difference(self, value: float) -> str:
-        """``"+1.25 points"``."""
-        return f"{value:+.{self.digits}f} {self.points}"
+    def difference(self, value: float, form: str = "") -> str:
+        """``"+1.25 points"``: percentages differ by points. ``form`` is a format in place of sign and digits."""
+        unit = "points" if self.unit == "%" else self.unit
+        return f"{format(value, form or f'+.{self.digits}f')} {unit}".rstrip()
 
     def gain(self, value: float, other: float) -> float:
         """By how much ``value`` is better than ``other``; negative where it is worse."""

@@ -128,5 +128,7 @@ def _alike(a: Summary, b: Summary, limit: float) -> tuple[bool, str]:
     spread = ""
     if len(differences) > 1:
         spread = f", std {headline.text(statistics.stdev(differences))} over {len(differences)} seeds"
-    sentence = f"{a.method} is {'' if holds else 'NOT '}within {limit:g} {headline.points} of {b.method} on {a.pair}"
+    sentence = (
+        f"{a.method} is {'' if holds else 'NOT '}within {headline.difference(limit, 'g')} of {b.method} on {a.pair}"
+    )
     return holds, f"{sentence}: {headline.difference(mean)} seed by seed{spread}"

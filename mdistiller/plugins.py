@@ -13,6 +13,9 @@ whatever their letter case.
 Loaded as a module of ``mdistiller.distillers``, a file may say ``from ._base import Distiller`` or
 ``from .KD import kd_loss``. A helper that lies beside it and that the package lacks (``from .loss import ...``) is
 loaded first; an import that fails and that nothing in the file uses (``from turtle import st``) is left out.
+
+A file may hold hooks, beside methods or alone: ``HOOKS = [MyHook]``, a list of classes derived from
+``mdistiller.engine.hooks.Hook``. They take part in each run whose method or ``DISTILLER.PLUGINS`` the file is.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ class MethodFile:
         taken: names that it declares and that belong to another method, letter case aside.
         reads: the configuration keys that its text reads, ``cfg.A.B`` as ``"A.B"``.
         required: by class, those of them that its constructor reads in any case.
+        hooks: its list ``HOOKS``.
     """
 
     path: Path
@@ -53,6 +57,7 @@ class MethodFile:
     taken: tuple[str, ...]
     reads: tuple[str, ...]
     required: dict[str, tuple[str, ...]]
+    hooks: tuple[Any, ...]
 
 
 _loaded: dict[Path, MethodFile] = {}
@@ -130,6 +135,12 @@ def method_file(method: type | None) -> MethodFile | None:
     return next((file for file in _loaded.values() if method in file.methods.values()), None)
 
 
+def hooks_of(paths: Iterable[str], name: str) -> list[Any]:
+    """The hooks in the files that ``DISTILLER.PLUGINS`` names, and in that of the method ``name``."""
+    files = {file.path: file for file in [*map(load_method_file, paths), method_file(distiller_dict[name])] if file}
+    return [hook for file in files.values() for hook in file.hooks]
+
+
 distiller_dict.finder = find_method
 
 
@@ -168,7 +179,8 @@ def _load(path: Path, registered: dict[str, Any]) -> MethodFile:
         _state_section(cls, module, reads)
     if taken:
         warn(f"{path}: {', '.join(taken)} stays what it was; the file's methods are {', '.join(own)}")
-    return MethodFile(path, own, tuple(taken), reads, required)
+    hooks = getattr(module, "HOOKS", ())
+    return MethodFile(path, own, tuple(taken), reads, required, tuple(hooks) if isinstance(hooks, list) else ())
 
 
 def _names(classes: list[type], stem: str) -> Iterator[tuple[str, type]]:

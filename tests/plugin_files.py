@@ -173,9 +173,8 @@ SQUARES = """
         model_family = "cifar"
         views = {"weak": (), "plain": ()}
 
-        @classmethod
-        def load(cls, root, image_size, download):
-            return cls.drawn(image_size, 40, 1), cls.drawn(image_size, 24, 2)
+        def load(self):
+            return self.drawn(self.image_size, 40, 1), self.drawn(self.image_size, 24, 2)
 
         @staticmethod
         def drawn(size, count, seed):

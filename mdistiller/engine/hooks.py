@@ -1,8 +1,10 @@
 """What happens around the steps: one small class each, in the order of :func:`default_hooks`.
 
-A hook's methods are called by the trainer at the moments they name. Hooks with a state save it with the run.
-They talk to each other through the trainer only: ``trainer.row`` is the epoch's line in the logs,
-``trainer.results`` becomes ``results.json``.
+The trainer calls a hook's methods at the moments that they name. Hooks with a state save it with the run. What hooks
+measure stands in ``trainer.row``, the epoch's line in the logs, and in ``trainer.results``, which becomes
+``results.json``. A hook that needs another hook is given it by :func:`default_hooks`.
+
+A script adds hooks by ``run(cfg, hooks=[...])``, a method file by ``HOOKS = [...]``; see :func:`add_hooks`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mdistiller.messages import log_msg, say, warn
+from mdistiller.registry import InputError
 
 from .batch import images_of
 from .deployed import deploys_whole
@@ -68,9 +71,16 @@ class StopRequested(RuntimeError):
 
 
 class Hook:
-    """Base: does nothing at any moment and has no state."""
+    """Base: does nothing at any moment and has no state.
 
-    def __init__(self, trainer: BaseTrainer) -> None:
+    A state is saved under the name of the hook's class. It may hold tensors, numbers, texts and ``None``, in lists,
+    tuples and dictionaries; checkpoints are read without executing code, and hence nothing else.
+
+    Args:
+        trainer: whose run the hook takes part in; :func:`add_hooks` sets it for a hook that was made without.
+    """
+
+    def __init__(self, trainer: BaseTrainer | None = None) -> None:
         self.trainer = trainer
 
     def before_train(self) -> None: ...
@@ -669,3 +679,34 @@ def default_hooks(trainer: BaseTrainer) -> list[Hook]:
     hooks += [checkpoints, SameBuffers(trainer)]
     hooks += [Console(trainer, meters, clock)] if distributed.is_first_process() else []
     return [*hooks, stop]
+
+
+def add_hooks(trainer: BaseTrainer, hooks: Iterable[Hook | type[Hook]]) -> None:
+    """Add hooks of a script or of a method file.
+
+    At each moment they are called after the hooks that measure and before :class:`Writers` and :class:`Checkpoints`, in
+    the order given. Hence they find the epoch's scores in ``trainer.row`` after the epoch; what they add to it is
+    written, and their state is saved and resumed. Where several processes train, each has the hook.
+
+    Args:
+        trainer: before its training begins or is resumed.
+        hooks: classes, which are called with the trainer, or instances.
+
+    Raises:
+        InputError: something that is no hook; or two hooks of one name.
+    """
+    names = {type(hook).__name__ for hook in trainer.hooks}
+    place = next(n for n, hook in enumerate(trainer.hooks) if isinstance(hook, (Writers, Checkpoints)))
+    for given in hooks:
+        cls = given if isinstance(given, type) else type(given)
+        if not issubclass(cls, Hook):
+            raise InputError(f"{given!r} is no hook; derive its class from mdistiller.engine.hooks.Hook")
+        if cls.__name__ in names:
+            raise InputError(
+                f"two hooks are called {cls.__name__}, and a hook's state is saved under its name; rename one class"
+            )
+        names.add(cls.__name__)
+        hook = given(trainer) if given is cls else given
+        hook.trainer = trainer
+        trainer.hooks.insert(place, hook)
+        place += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from mdistiller.contract import contract_of
 from mdistiller.dataset import Loaders, build_loaders
 from mdistiller.files import file_sha256
 from mdistiller.messages import say
-from mdistiller.plugins import load_methods
+from mdistiller.plugins import hooks_of, load_methods
 from mdistiller.registry import InputError, distiller_dict, open_dataset
 
 from .build import build_distiller, build_networks, build_student, build_teacher, teacher_checkpoint
@@ -28,13 +29,16 @@ from .folder.run_folder import (
     write_environment,
 )
 from .forwards.precision import Precision, resolve_device
+from .hooks import Hook, add_hooks
 from .processes import distributed
 from .random_state import seed_everything, seed_process
 from .task import task_of
 from .trainer import BaseTrainer, trainer_dict
 
 
-def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def run(
+    cfg: Any, *, resume: bool = False, overwrite: bool = False, hooks: Iterable[Hook | type[Hook]] = ()
+) -> dict[str, Any]:
     """Train, evaluate and write the run's folder.
 
     Under torchrun, the processes train together; the first one writes.
@@ -43,6 +47,7 @@ def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str,
         cfg: a checked configuration, see :func:`mdistiller.engine.cfg.load_config`.
         resume: go on where the folder's ``latest`` stands; from the start where there is none.
         overwrite: delete what an earlier run left in the folder.
+        hooks: further hooks, see :func:`~mdistiller.engine.hooks.add_hooks`.
 
     Returns:
         What ``results.json`` holds.
@@ -54,6 +59,7 @@ def run(cfg: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str,
     folder = run_folder(cfg)
     distributed.on_first_process(lambda: check_folder(folder, cfg, resume, overwrite))
     trainer, facts = build_run(cfg)
+    add_hooks(trainer, hooks)
     with ExitStack() as stack:
 
         def enter() -> bool:
@@ -119,6 +125,7 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
         cfg,
         test_loader=None if loaders.val is None else loaders.test,
     )
+    add_hooks(trainer, hooks_of(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE))
     if distributed.rank() and not cfg.SOLVER.GATHER:  # dropout, say, differs between processes
         seed_process(cfg.EXPERIMENT.SEED, distributed.rank())
     return trainer, facts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -36,6 +37,9 @@ class Images(Protocol):
     def pictures(self) -> Iterator[Image.Image]:
         """Each image in the size that it is kept in, decoded one after the other."""
 
+    def fingerprint(self) -> int:
+        """A checksum that tells these images from others."""
+
 
 @dataclass(frozen=True)
 class InMemory:
@@ -66,6 +70,9 @@ class InMemory:
 
     def pictures(self) -> Iterator[Image.Image]:
         return (Image.fromarray(image.permute(1, 2, 0).numpy()) for image in self.tensor.cpu())
+
+    def fingerprint(self) -> int:
+        return zlib.crc32(self.tensor.cpu().contiguous().numpy())
 
 
 def as_images(images: Images | Tensor) -> Images:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import mdistiller
 from mdistiller.contract import contract_of
+from mdistiller.dataset import Loader
 from mdistiller.messages import say, warn
 from mdistiller.options import options_of
 
@@ -100,6 +101,8 @@ def settings_of(trainer: BaseTrainer, own: dict[str, Any]) -> dict[str, Any]:
     options = options_of(trainer.cfg)
     settings = {key: v for key, v in flatten(trainer.cfg).items() if key in options and options[key].role == "data"}
     settings |= {f"{trainer.distiller.section}.{key}": value for key, value in flatten(own).items()}
+    if isinstance(trainer.train_loader, Loader):  # a script may bring another
+        settings["training images"] = trainer.train_loader.dataset.split.images.fingerprint()
     settings["teacher's weights"] = None if teacher is None else fingerprint(teacher.state_dict())
     settings["autocast"] = str(trainer.precision.autocast_dtype)
     settings["device"] = trainer.precision.device.type  # other devices round differently

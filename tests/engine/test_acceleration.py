@@ -11,6 +11,7 @@ import pytest
 import torch
 from runs import make_trainer, teacher_file, tiny_config
 
+from mdistiller.distillers import Distiller
 from mdistiller.engine.batch import to_batch
 from mdistiller.engine.forwards import compile as acceleration
 from mdistiller.engine.forwards.compile import begin_step, check_compiler, keep_freed_memory, uncompiled
@@ -107,9 +108,7 @@ def test_the_fused_optimiser_takes_the_same_steps(tmp_path, kind, nesterov):
     cfg = tiny_config(tmp_path, SOLVER__TYPE=kind, SOLVER__NESTEROV=nesterov, SOLVER__LR=0.01)
     fused, plain = (torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 5)).double() for _ in range(2))
     plain.load_state_dict(fused.state_dict())
-    for model in (fused, plain):
-        model.get_learnable_parameters = lambda model=model: list(model.parameters())
-    optimizers = [build_optimizer(cfg, model) for model in (fused, plain)]
+    optimizers = [build_optimizer(cfg, Distiller(model)) for model in (fused, plain)]
     assert optimizers[0].defaults["fused"] is True
     for group in optimizers[1].param_groups:
         group["fused"], group["foreach"] = False, False

@@ -5,6 +5,7 @@ import json
 import pytest
 from runs import make_trainer, same_state, teacher_file, tiny_config
 
+from mdistiller.dataset import Digits, Split
 from mdistiller.engine.folder.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from mdistiller.engine.folder.run_folder import run_folder
 from mdistiller.engine.prepare import FOLDER, PreparationError, prepare
@@ -46,6 +47,19 @@ def test_it_trains_and_computing_it_again_gives_the_same(tmp_path):
     second, paid = prepared(tmp_path / "other")
     assert same_state(first, second) and not paid["from_file"]
     assert not same_state(first, mdr(tmp_path).distiller.teacher_modules.state_dict())
+
+
+def test_other_images_under_the_same_settings_have_another_file(tmp_path, monkeypatch):
+    prepared(tmp_path)
+    load = Digits.load
+
+    def brighter(self):
+        train, test = load(self)
+        return Split(train.images.pixels() // 2 + 100, train.targets), test
+
+    monkeypatch.setattr(Digits, "load", brighter)
+    _, facts = prepared(tmp_path)
+    assert not facts["from_file"] and len(files(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def mlkd_losses(
     for number, t in enumerate((temperature, *TEMPERATURES)):
         if as_published:
             instead = strong if number < STRONG else weak
-            share_of_images, share_of_classes = (mask.float().mean() for mask in (images, classes))
+            share_of_images, share_of_classes = (mask.to(certainty.dtype).mean() for mask in (images, classes))
             kd = kd + kd_loss(*weak, t, logit_stand) * share_of_images + kd_loss(*instead, t, logit_stand)
             cc = cc + cc_loss(*weak, t) * share_of_classes
             bc = bc + bc_loss(*weak, t) * share_of_images

@@ -1,4 +1,4 @@
-"""AT's loss against the formula written out, at the ends, and what its keys do."""
+"""AT: its loss against ``oracles/at.py``, at the edges, and what its keys do."""
 
 import math
 
@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from feature_maps import assert_finite, assert_float32_under_autocast, changed_by, maps
 from method_cases import build, config, make_batch
+from oracles import at as oracle
+from oracles.compare import assert_agree
 from torch import nn
 
 from mdistiller.distillers.AT import at_loss, attention_map, single_stage_at_loss
@@ -14,37 +16,12 @@ from mdistiller.engine.build import build_distiller
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import InputError
 
-
-def written_out(f_s, f_t, p):
-    total, count = 0.0, 0
-    for image_s, image_t in zip(f_s.tolist(), f_t.tolist(), strict=True):
-        rows = []
-        for image in (image_s, image_t):
-            sums = [
-                sum(abs(channel[y][x]) ** p for channel in image)
-                for y in range(len(image[0]))
-                for x in range(len(image[0][0]))
-            ]
-            length = math.sqrt(sum(v * v for v in sums))
-            rows.append([v / length for v in sums])
-        total += sum((a - b) ** 2 for a, b in zip(*rows, strict=True))
-        count += len(rows[0])
-    return total / count
+# The formula
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 4])
 def test_equals_the_formula(p):
-    f_s, f_t = maps()
-    assert single_stage_at_loss(f_s, f_t, p).item() == pytest.approx(written_out(f_s, f_t, p), rel=1e-12)
-
-
-def test_signed_maps_with_odd_p_count_by_size():
-    """mdistiller raises them as they are, so that channels of opposite sign cancel."""
-    feat = torch.tensor([[1.0, 2.0], [-1.0, 3.0]]).view(1, 2, 1, 2)
-    assert attention_map(feat, 1).tolist() == [pytest.approx([2 / math.sqrt(29), 5 / math.sqrt(29)])]
-    assert attention_map(feat, 3).tolist() == [pytest.approx([2 / math.hypot(2, 35), 35 / math.hypot(2, 35)])]
-    as_in_mdistiller = F.normalize(feat.pow(1).mean(1).flatten(1))
-    assert as_in_mdistiller.tolist() == [[0.0, 1.0]]
+    assert_agree(lambda s, t: single_stage_at_loss(s, t, p), lambda s, t: oracle.at_loss(s, t, p), *maps(), wrt=(0, 1))
 
 
 @pytest.mark.parametrize("p", [1, 2, 3])
@@ -60,6 +37,9 @@ def test_gradient_through_pooling_on_either_side():
     assert torch.autograd.gradcheck(lambda x: at_loss([x], [f_s.detach()], 2), (f_t.requires_grad_(),))
 
 
+# The formula: what it does not depend on, and where it is simple
+
+
 def test_blind_to_the_order_and_number_of_channels_and_to_scale():
     f_s, f_t = maps()
     expected = at_loss([f_s], [f_t], 2)
@@ -67,6 +47,15 @@ def test_blind_to_the_order_and_number_of_channels_and_to_scale():
     torch.testing.assert_close(at_loss([torch.cat([f_s, f_s], 1)], [1e-3 * f_t], 2), expected)
     torch.testing.assert_close(at_loss([-7 * f_s], [f_t], 2), expected)
     assert at_loss([f_s], [f_s], 2) == 0
+
+
+def test_signed_maps_with_odd_p_count_by_size():
+    """mdistiller raises them as they are, so that channels of opposite sign cancel."""
+    feat = torch.tensor([[1.0, 2.0], [-1.0, 3.0]]).view(1, 2, 1, 2)
+    assert attention_map(feat, 1).tolist() == [pytest.approx([2 / math.sqrt(29), 5 / math.sqrt(29)])]
+    assert attention_map(feat, 3).tolist() == [pytest.approx([2 / math.hypot(2, 35), 35 / math.hypot(2, 35)])]
+    as_in_mdistiller = F.normalize(feat.pow(1).mean(1).flatten(1))
+    assert as_in_mdistiller.tolist() == [[0.0, 1.0]]
 
 
 def test_of_two_maps_the_larger_is_pooled_before_attention_is_taken():
@@ -88,6 +77,9 @@ def test_stages_are_summed_and_must_be_equally_many():
         at_loss([f_s, f_s], [f_t], 2)
 
 
+# At the edges
+
+
 @pytest.mark.parametrize("p", [1, 2, 3])
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e-20, 1e4])
 def test_finite_for_maps_of_one_value(value, p):
@@ -98,6 +90,16 @@ def test_finite_for_maps_of_one_value(value, p):
 
 def test_half_precision_is_computed_in_float32():
     assert_float32_under_autocast(lambda f_s, f_t: at_loss([f_s], [f_t], 2), maps())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"AT.P": 0}, r"AT\.P must be at least 1, got 0"), ({"AT.STAGES": "all"}, r"AT\.STAGES: no choice named 'all'")],
+    ids=str,
+)
+def test_wrong_configurations(values, message):
+    with pytest.raises(InputError, match=message):
+        build("AT", values)
 
 
 # The method
@@ -159,16 +161,6 @@ def test_the_same_stages_are_compared_with_or_without_a_map_of_the_stem():
     }
     assert found["matched"] == 0
     assert found["skip_first"] > 0.01
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [({"AT.P": 0}, r"AT\.P must be at least 1, got 0"), ({"AT.STAGES": "all"}, r"AT\.STAGES: no choice named 'all'")],
-    ids=str,
-)
-def test_wrong_configurations(values, message):
-    with pytest.raises(InputError, match=message):
-        build("AT", values)
 
 
 def test_networks_of_different_depth_and_map_size():

@@ -1,13 +1,38 @@
-"""CTKD's temperature, its reversed gradient and its curriculum against the reference's values."""
+"""CTKD: its temperature, reversed gradient and curriculum against ``oracles/ctkd.py`` and the reference's values."""
 
 import pytest
 import torch
 from golden_data import assert_golden_gradients, case_tensors, loss_cases
 from method_cases import build, make_batch, total
+from oracles import ctkd as oracle
+from oracles.compare import assert_agree
 
 from mdistiller.distillers.CTKD import learned_temperature, reversal
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.registry import InputError
+
+# The formula
+
+
+@pytest.mark.parametrize("reversal", [-1.0, -0.3, 0.0, 1.0])
+def test_equals_the_formula(reversal):
+    """Both logits' gradients and that of the parameter, which counts ``reversal`` times."""
+    student, teacher = torch.randn(2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert_agree(
+        lambda s, t, g: kd_loss(s, t, learned_temperature(g, 1.0, 20.0, reversal)).sum(),
+        lambda s, t, g: oracle.ctkd_loss(s, t, g[0], 1.0, 20.0, reversal),
+        student,
+        teacher,
+        [0.7],
+        wrt=(0, 1, 2),
+    )
+
+
+@pytest.mark.parametrize(("highest", "lowest", "loops"), [(0.0, -1.0, 10), (1.0, -2.0, 7), (0.5, -0.5, 0)])
+def test_the_curriculum_is_the_formula(highest, lowest, loops):
+    for epoch in range(1, 15):
+        expected = oracle.reversal(epoch, highest, lowest, loops)
+        assert reversal(epoch, highest, lowest, loops) == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.parametrize("case", loss_cases("ctkd"))
@@ -29,6 +54,9 @@ def test_golden_values_and_gradients(case):
     assert_golden_gradients(case, given, rel=1e-5)
 
 
+# The formula: what it does not depend on, and where it is simple
+
+
 def test_the_temperature_rises_against_the_loss_and_the_student_goes_down_it():
     """The same parameter without the reversal would fall."""
     student, teacher = torch.randn(2, 6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -47,6 +75,34 @@ def test_the_curriculum():
     assert ramp[:10] == sorted(ramp[:10], reverse=True) and set(ramp[9:]) == {-1.0}
     assert ramp[4] == pytest.approx(-0.5) and -0.03 < ramp[0] < 0
     assert reversal(1, 0.0, -1.0, 0) == -1.0
+
+
+# At the edges
+
+
+@pytest.mark.parametrize("g", [-1e4, -100.0, 100.0, 1e4])
+def test_finite_at_extreme_parameters(g):
+    """There the temperature is at an end of its range, and has no slope."""
+    g = torch.full((1,), g, requires_grad=True)
+    temperature = learned_temperature(g, 1.0, 20.0, -1.0)
+    temperature.backward()
+    assert temperature.item() == pytest.approx(1.0 if g < 0 else 21.0) and abs(g.grad.item()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"CTKD.T_START": 0.0}, r"CTKD\.T_START"),
+        ({"CTKD.T_END": -1.0}, r"CTKD\.T_END"),
+        ({"CTKD.DECAY_LOOPS": -1}, r"CTKD\.DECAY_LOOPS"),
+    ],
+)
+def test_wrong_configurations(values, message):
+    with pytest.raises(InputError, match=message):
+        build("CTKD", values)
+
+
+# The method
 
 
 def test_the_temperature_is_learned_saved_and_watched():
@@ -76,16 +132,3 @@ def test_keys_change_what_they_name():
     ):
         after = facts(values)
         assert {key for key in before if before[key] != pytest.approx(after[key], rel=1e-6)} == changed, values
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"CTKD.T_START": 0.0}, r"CTKD\.T_START"),
-        ({"CTKD.T_END": -1.0}, r"CTKD\.T_END"),
-        ({"CTKD.DECAY_LOOPS": -1}, r"CTKD\.DECAY_LOOPS"),
-    ],
-)
-def test_wrong_configurations(values, message):
-    with pytest.raises(InputError, match=message):
-        build("CTKD", values)

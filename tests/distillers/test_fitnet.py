@@ -1,4 +1,4 @@
-"""FitNet: its loss, one hint or one in every stage, and that building it leaves the networks alone."""
+"""FitNet: its loss against ``oracles/fitnet.py``, one hint or many, and that building it leaves networks alone."""
 
 import copy
 
@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from feature_maps import assert_finite, assert_float32_under_autocast, changed_by, maps
 from method_cases import build, config, make_batch, total
+from oracles import fitnet as oracle
+from oracles.compare import assert_agree
 from torch import nn
 
 from mdistiller.distillers._common import ConvReg
@@ -15,16 +17,19 @@ from mdistiller.engine.build import build_distiller
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import InputError
 
-
-def networks(*names):
-    return [cifar_model_dict[name][0](num_classes=10) for name in names]
+# The formula
 
 
-def test_loss_is_the_mean_of_squared_differences():
+def test_equals_the_formula():
+    assert_agree(hint_loss, oracle.hint_loss, *maps(channels=(3, 3)), wrt=(0, 1))
+
+
+def test_gradient():
     f_s, f_t = maps(channels=(3, 3))
-    differences = [s - t for s, t in zip(f_s.flatten().tolist(), f_t.flatten().tolist(), strict=True)]
-    assert hint_loss(f_s, f_t).item() == pytest.approx(sum(d * d for d in differences) / len(differences), rel=1e-12)
     assert torch.autograd.gradcheck(lambda x: hint_loss(x, f_t), (f_s.requires_grad_(),))
+
+
+# At the edges
 
 
 def test_zero_for_equal_maps_and_finite_for_large_ones():
@@ -37,7 +42,35 @@ def test_half_precision_is_computed_in_float32():
     assert_float32_under_autocast(hint_loss, maps(channels=(3, 3)))
 
 
-# One hint
+@pytest.mark.parametrize(("layer", "offset", "allowed"), [(4, 0, "0 to 3"), (-1, 0, "0 to 3"), (0, -1, "1 to 3")])
+def test_a_layer_that_is_not_there_is_refused(layer, offset, allowed):
+    with pytest.raises(InputError, match=rf"FITNET\.HINT_LAYER must be from {allowed}, got {layer}"):
+        single_pair(layer, 4, 4, offset)
+
+
+def test_images_of_another_size_than_the_regressor_was_built_for_are_refused():
+    class Net(nn.Module):
+        def __init__(self, side):
+            super().__init__()
+            self.conv, self.side = nn.Conv2d(3, 4, 3), side
+
+        def forward(self, x):
+            maps = [F.adaptive_avg_pool2d(x, self.side or x.shape[2] - 1)] * 3
+            return x.mean((2, 3)), {"feats": maps}
+
+    values = {"FITNET.INPUT_SIZE": (8, 8)}
+    distiller = build_distiller(config("FITNET", values), Net(side=0), Net(side=5)).train()
+    target = torch.tensor([0, 1])
+    distiller(image=torch.randn(2, 3, 8, 8), target=target)
+    with pytest.raises(InputError, match=r"the regressed map is 3x7x7, the teacher's 3x5x5; FITNET\.INPUT_SIZE"):
+        distiller(image=torch.randn(2, 3, 10, 10), target=target)
+
+
+# The method: one hint
+
+
+def networks(*names):
+    return [cifar_model_dict[name][0](num_classes=10) for name in names]
 
 
 def test_losses_are_the_parts():
@@ -87,31 +120,12 @@ def test_the_hint_of_networks_with_and_without_a_stems_map_is_of_the_same_stage(
     assert build_distiller(config("FITNET"), teacher, student).pairs == [(3, 2)]
 
 
-@pytest.mark.parametrize(("layer", "offset", "allowed"), [(4, 0, "0 to 3"), (-1, 0, "0 to 3"), (0, -1, "1 to 3")])
-def test_a_layer_that_is_not_there_is_refused(layer, offset, allowed):
-    with pytest.raises(InputError, match=rf"FITNET\.HINT_LAYER must be from {allowed}, got {layer}"):
-        single_pair(layer, 4, 4, offset)
+def test_one_hint_keeps_mdistillers_names_in_the_state_dict():
+    extra = {key for key in build("FITNET").state_dict() if not key.startswith(("student.", "teacher."))}
+    assert extra == {f"conv_reg.{key}" for key in ConvReg((1, 2, 4, 4), (1, 2, 4, 4)).state_dict()}
 
 
-def test_images_of_another_size_than_the_regressor_was_built_for_are_refused():
-    class Net(nn.Module):
-        def __init__(self, side):
-            super().__init__()
-            self.conv, self.side = nn.Conv2d(3, 4, 3), side
-
-        def forward(self, x):
-            maps = [F.adaptive_avg_pool2d(x, self.side or x.shape[2] - 1)] * 3
-            return x.mean((2, 3)), {"feats": maps}
-
-    values = {"FITNET.INPUT_SIZE": (8, 8)}
-    distiller = build_distiller(config("FITNET", values), Net(side=0), Net(side=5)).train()
-    target = torch.tensor([0, 1])
-    distiller(image=torch.randn(2, 3, 8, 8), target=target)
-    with pytest.raises(InputError, match=r"the regressed map is 3x7x7, the teacher's 3x5x5; FITNET\.INPUT_SIZE"):
-        distiller(image=torch.randn(2, 3, 10, 10), target=target)
-
-
-# A hint in every stage
+# The method: a hint in every stage
 
 
 def test_every_stage_has_a_hint_and_a_regressor_that_is_trained():
@@ -135,8 +149,3 @@ def test_several_stages_of_networks_with_maps_of_other_sizes():
     assert all(isinstance(regressor.conv, nn.ConvTranspose2d) for regressor in distiller.conv_reg)
     _, losses = distiller(image=torch.randn(2, 3, 32, 32), target=torch.tensor([0, 1]))
     assert torch.isfinite(losses["loss_kd"])
-
-
-def test_one_hint_keeps_mdistillers_names_in_the_state_dict():
-    extra = {key for key in build("FITNET").state_dict() if not key.startswith(("student.", "teacher."))}
-    assert extra == {f"conv_reg.{key}" for key in ConvReg((1, 2, 4, 4), (1, 2, 4, 4)).state_dict()}

@@ -1,16 +1,19 @@
-"""KDSVD against a decomposition by torch, where its gradient is sound and torch's is not, and its ends."""
+"""KDSVD: its loss against ``oracles/kdsvd.py``, where its gradient is sound and torch's is not, and its edges."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from feature_maps import assert_finite, assert_float32_under_autocast, changed_by, maps
 from method_cases import build, config, make_batch
+from oracles import kdsvd as oracle
 from torch import nn
 
 from mdistiller.distillers.KDSVD import aligned, directions, kdsvd_loss
 from mdistiller.engine.build import build_distiller
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import InputError
+
+# The formula
 
 
 def stages(count=3, images=2, seed=0):
@@ -19,43 +22,10 @@ def stages(count=3, images=2, seed=0):
     return [list(side) for side in zip(*given, strict=True)]
 
 
-def written_out(g_s, g_t, k):
-    """By torch's decomposition, image by image, with loops over entries."""
-    total = 0.0
-    for image in range(len(g_s[0])):
-        before = None
-        for f_s, f_t in zip(g_s, g_t, strict=True):
-            right = {}
-            for side, feat, number in (("s", f_s, k + 3), ("t", f_t, k)):
-                _, values, vectors = torch.linalg.svd(feat[image].flatten(0, 1), full_matrices=False)
-                right[side] = vectors[:number].tolist(), values[:number]
-            columns_t = [[-v for v in column] if sum(column) < 0 else column for column in right["t"][0]]
-            share = (right["t"][1] / right["t"][1].square().sum().sqrt()).tolist()
-            columns_s = []
-            for column_t in columns_t:
-                cosines = [sum(a * b for a, b in zip(column, column_t, strict=True)) for column in right["s"][0]]
-                best = max(range(len(cosines)), key=lambda i: abs(cosines[i]))
-                columns_s.append([v * (1 if cosines[best] > 0 else -1) for v in right["s"][0][best]])
-            weighed = [
-                [[v * w for v in column] for column, w in zip(c, share, strict=True)] for c in (columns_s, columns_t)
-            ]
-            if before is not None:
-                for n in range(k):
-                    for i in range(f_s.shape[3]):
-                        for j in range(len(before[0][n])):
-                            rbf = [
-                                torch.tensor(-((now[n][i] - then[n][j]) ** 2) / 8).exp().item()
-                                for now, then in zip(weighed, before, strict=True)
-                            ]
-                            total += (rbf[0] - rbf[1]) ** 2
-            before = weighed
-    return total / len(g_s[0])
-
-
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_equals_the_formula(k):
     g_s, g_t = stages()
-    assert kdsvd_loss(g_s, g_t, k).item() == pytest.approx(written_out(g_s, g_t, k), rel=1e-5)
+    assert kdsvd_loss(g_s, g_t, k).item() == pytest.approx(oracle.kdsvd_loss(g_s, g_t, k), rel=1e-9)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -84,6 +54,9 @@ def test_gradient_is_that_of_torchs_decomposition():
     right = torch.linalg.svd(theirs.flatten(1, 2), full_matrices=False)[2][:, :2].mT
     (right * right.detach().sum(1, keepdim=True).sign() * weight).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+# The formula: what it does not depend on, and where it is simple
 
 
 def test_the_teacher_is_constant():
@@ -117,6 +90,17 @@ def test_alignment_finds_order_and_sign():
     v_t = torch.linalg.qr(torch.randn(2, 5, 5))[0]
     shuffled = v_t[:, :, [3, 1, 0, 2]] * torch.tensor([1.0, -1.0, -1.0, 1.0])
     torch.testing.assert_close(aligned(shuffled, v_t[:, :, :3]), v_t[:, :, :3])
+
+
+def test_maps_of_different_width_are_pooled():
+    """mdistiller fails at the shapes."""
+    g_s, g_t = stages(2)
+    wide = [x.repeat_interleave(2, 2).repeat_interleave(2, 3) for x in g_t]
+    torch.testing.assert_close(kdsvd_loss(g_s, wide, 1), kdsvd_loss(g_s, g_t, 1))
+    torch.testing.assert_close(kdsvd_loss(wide, g_s, 1), kdsvd_loss(g_t, g_s, 1))
+
+
+# At the edges
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
@@ -162,17 +146,36 @@ def test_half_precision_is_computed_in_float32():
     assert_float32_under_autocast(lambda a, b, c, d: kdsvd_loss([a, b], [c, d], 1), [*g_s, *g_t])
 
 
-def test_maps_of_different_width_are_pooled():
-    """mdistiller fails at the shapes."""
-    g_s, g_t = stages(2)
-    wide = [x.repeat_interleave(2, 2).repeat_interleave(2, 3) for x in g_t]
-    torch.testing.assert_close(kdsvd_loss(g_s, wide, 1), kdsvd_loss(g_s, g_t, 1))
-    torch.testing.assert_close(kdsvd_loss(wide, g_s, 1), kdsvd_loss(g_t, g_s, 1))
-
-
 def test_more_directions_than_columns_are_refused():
     with pytest.raises(InputError, match=r"KDSVD\.K must be at most 4, the width of the smallest map, got 5"):
         kdsvd_loss(*stages(), 5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"KDSVD.K": 0}, r"KDSVD\.K must be at least 1"),
+        ({"KDSVD.STAGES": "x"}, r"KDSVD\.STAGES: no choice named 'x'"),
+    ],
+    ids=str,
+)
+def test_wrong_configurations(values, message):
+    with pytest.raises(InputError, match=message):
+        build("KDSVD", values)
+
+
+class OneStage(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return x.mean((2, 3)), {"feats": [x, self.conv(x)]}
+
+
+def test_networks_of_one_stage_are_refused():
+    with pytest.raises(InputError, match="OneStage and OneStage have 1 in common"):
+        build_distiller(config("KDSVD"), OneStage(), OneStage())
 
 
 # The method
@@ -201,30 +204,3 @@ def test_networks_whose_maps_have_different_sizes():
     _, losses = distiller(image=torch.randn(2, 3, 32, 32), target=torch.tensor([0, 1]))
     losses["loss_kd"].backward()
     assert torch.isfinite(losses["loss_kd"]) and torch.isfinite(student.conv1.weight.grad).all()
-
-
-class OneStage(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-
-    def forward(self, x):
-        return x.mean((2, 3)), {"feats": [x, self.conv(x)]}
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"KDSVD.K": 0}, r"KDSVD\.K must be at least 1"),
-        ({"KDSVD.STAGES": "x"}, r"KDSVD\.STAGES: no choice named 'x'"),
-    ],
-    ids=str,
-)
-def test_wrong_configurations(values, message):
-    with pytest.raises(InputError, match=message):
-        build("KDSVD", values)
-
-
-def test_networks_of_one_stage_are_refused():
-    with pytest.raises(InputError, match="OneStage and OneStage have 1 in common"):
-        build_distiller(config("KDSVD"), OneStage(), OneStage())

@@ -1,48 +1,42 @@
-"""NST's loss against the formula written out, both forms of its kernel, its ends, and its memory."""
+"""NST: its loss against ``oracles/nst.py``, both forms of its kernel, its edges, and its memory."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from feature_maps import assert_finite, assert_float32_under_autocast, changed_by, maps
 from method_cases import build, make_batch
+from oracles import nst as oracle
+from oracles.compare import assert_agree
+from oracles.complex_step import constant
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdistiller.distillers.NST import kernel_mean, nst_loss, single_stage_nst_loss
 from mdistiller.registry import InputError
 
-
-def kernel_written_out(a, b):
-    """Mean over images and pairs of channels, in loops."""
-    total = 0.0
-    for channels_a, channels_b in zip(a.tolist(), b.tolist(), strict=True):
-        for x in channels_a:
-            total += sum(sum(p * q for p, q in zip(x, y, strict=True)) ** 2 for y in channels_b)
-    return total / (len(a) * a.shape[1] * b.shape[1])
-
-
-def written_out(f_s, f_t):
-    s, t = (x.flatten(2) / x.flatten(2).square().sum(2, keepdim=True).sqrt() for x in (f_s, f_t))
-    return kernel_written_out(t, t) + kernel_written_out(s, s) - 2 * kernel_written_out(s, t)
+# The formula
 
 
 @pytest.mark.parametrize("side", [1, 2, 4], ids=lambda side: f"{side * side} positions")
 def test_equals_the_formula(side):
     """With few positions by second moments, with many by products of channels."""
-    f_s, f_t = maps(side=side)
-    assert single_stage_nst_loss(f_s, f_t).item() == pytest.approx(written_out(f_s, f_t), rel=1e-10, abs=1e-13)
+    assert_agree(single_stage_nst_loss, lambda s, t: oracle.nst_loss(s, constant(t)), *maps(side=side), wrt=(0, 1))
 
 
 @pytest.mark.parametrize("positions", [2, 9])
 def test_both_forms_of_the_kernel(positions):
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(3, c, positions, generator=generator, dtype=torch.float64) for c in (4, 6))
-    assert kernel_mean(a, b).item() == pytest.approx(kernel_written_out(a, b), rel=1e-12)
+    expected = [oracle.kernel_mean(x, y) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    assert kernel_mean(a, b).item() == pytest.approx(sum(expected) / 3, rel=1e-12)
 
 
 @pytest.mark.parametrize("side", [1, 3])
 def test_gradient(side):
     f_s, f_t = maps(side=side)
     assert torch.autograd.gradcheck(lambda x: nst_loss([x], [f_t]), (f_s.requires_grad_(),))
+
+
+# The formula: what it does not depend on, and where it is simple
 
 
 def test_the_teacher_is_constant():
@@ -75,6 +69,9 @@ def test_stages_are_summed_and_must_be_equally_many():
         nst_loss([f_s], [f_t, f_t])
 
 
+# At the edges
+
+
 @pytest.mark.parametrize("side", [1, 4])
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
 def test_finite_for_maps_of_one_value(value, side):
@@ -92,6 +89,29 @@ def test_a_dead_channel_gets_no_gradient():
 
 def test_half_precision_is_computed_in_float32():
     assert_float32_under_autocast(lambda f_s, f_t: nst_loss([f_s], [f_t]), maps())
+
+
+def test_an_unknown_rule_for_stages_is_refused():
+    with pytest.raises(InputError, match=r"NST\.STAGES: no choice named 'skip'"):
+        build("NST", {"NST.STAGES": "skip"})
+
+
+# The method
+
+
+def test_losses_are_the_parts():
+    distiller, batch = build("NST"), make_batch("NST")
+    logits, losses = distiller(**batch, epoch=1)
+    feats_s, feats_t = (net(batch["image"])[1]["feats"] for net in (distiller.student, distiller.teacher))
+    torch.testing.assert_close(losses["loss_kd"], 50 * nst_loss(feats_s[1:], feats_t[1:]))
+    torch.testing.assert_close(losses["loss_ce"], F.cross_entropy(logits, batch["target"]))
+
+
+@pytest.mark.parametrize(
+    ("values", "changed"), [({"LOSS.FEAT_WEIGHT": 2.0}, {"loss_kd"}), ({"LOSS.CE_WEIGHT": 0.5}, {"loss_ce"})], ids=str
+)
+def test_keys_change_what_they_name(values, changed):
+    assert changed_by("NST", values) == changed
 
 
 class LargestTensor(TorchDispatchMode):
@@ -115,26 +135,3 @@ def test_nothing_is_as_large_as_all_products_of_pairs_of_channels(channels, side
     with LargestTensor() as largest:
         nst_loss([f_s], [f_t])
     assert largest.elements <= f_s.numel()
-
-
-# The method
-
-
-def test_losses_are_the_parts():
-    distiller, batch = build("NST"), make_batch("NST")
-    logits, losses = distiller(**batch, epoch=1)
-    feats_s, feats_t = (net(batch["image"])[1]["feats"] for net in (distiller.student, distiller.teacher))
-    torch.testing.assert_close(losses["loss_kd"], 50 * nst_loss(feats_s[1:], feats_t[1:]))
-    torch.testing.assert_close(losses["loss_ce"], F.cross_entropy(logits, batch["target"]))
-
-
-@pytest.mark.parametrize(
-    ("values", "changed"), [({"LOSS.FEAT_WEIGHT": 2.0}, {"loss_kd"}), ({"LOSS.CE_WEIGHT": 0.5}, {"loss_ce"})], ids=str
-)
-def test_keys_change_what_they_name(values, changed):
-    assert changed_by("NST", values) == changed
-
-
-def test_an_unknown_rule_for_stages_is_refused():
-    with pytest.raises(InputError, match=r"NST\.STAGES: no choice named 'skip'"):
-        build("NST", {"NST.STAGES": "skip"})

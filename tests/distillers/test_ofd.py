@@ -1,4 +1,4 @@
-"""OFD against the reference's values, its parts written out, and what it leaves alone in the teacher."""
+"""OFD: its parts against ``oracles/ofd.py`` and the reference's values, and what it leaves alone in the teacher."""
 
 import copy
 import math
@@ -8,12 +8,59 @@ import torch
 from golden_data import assert_golden_gradients, case_tensors, listed, loss_cases
 from method_cases import build, config, make_batch, total
 from networks_stub import GivenNet
+from oracles import ofd as oracle
+from oracles.compare import assert_agree
+from oracles.complex_step import constant
 from torch import nn
 
 from mdistiller.distillers.OFD import DEFAULTS, margins, ofd_loss
 from mdistiller.engine.build import build_distiller
 from mdistiller.models import cifar_model_dict, imagenet_model_dict
 from mdistiller.registry import InputError
+
+# The formula
+
+
+def inputs(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    f_s, f_t = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64, generator=generator)
+    return f_s, f_t, -torch.rand(1, 4, 1, 1, dtype=torch.float64, generator=generator)
+
+
+def test_equals_the_formula():
+    """The teacher and its margins are constants."""
+    f_s, f_t, margin = inputs()
+    assert_agree(
+        lambda s, t, m: ofd_loss(s, t, m.detach()[None, :, None, None]),
+        lambda s, t, m: oracle.ofd_loss(s, constant(t), constant(m)),
+        f_s,
+        f_t,
+        margin.flatten(),
+        wrt=(0, 1),
+    )
+
+
+def test_gradient():
+    f_s, f_t, margin = inputs()
+    assert torch.autograd.gradcheck(lambda f: ofd_loss(f, f_t, margin), (f_s.requires_grad_(),))
+    assert ofd_loss(f_t.clamp(min=0), f_t.clamp(min=0), margin).item() == 0
+
+
+def test_margins_are_the_formula():
+    weight, bias = torch.tensor([1.0, -2.0, 0.5, 1.0, 1.0, 0.1]), torch.tensor([0.0, 1.0, -1.0, 5.0, 3.0, -2.0])
+    expected = [oracle.margin(w, b) for w, b in zip(weight.tolist(), bias.tolist(), strict=True)]
+    assert margins(weight, bias).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_margin_is_the_mean_of_the_negative_part():
+    weight, bias = torch.tensor([1.0, -2.0, 0.5, 1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, -1.0, 5.0, 0.7, -0.7])
+    found = margins(weight, bias).tolist()
+    for w, b, margin in list(zip(weight.tolist(), bias.tolist(), found, strict=True))[:3]:
+        draws = b + abs(w) * torch.randn(10**6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        assert margin == pytest.approx(draws[draws < 0].mean().item(), rel=5e-3)
+    assert found[0] == pytest.approx(-math.sqrt(2 / math.pi), rel=1e-6)
+    assert found[3] == -3.0  # negative with a probability of 3e-7
+    assert found[4] == 0.0 and found[5] == pytest.approx(-0.7)  # channels that are constant
 
 
 def of_case(case, given):
@@ -59,35 +106,14 @@ def test_golden_values_and_gradients(case):
     assert_golden_gradients(case, given, rel=2e-6)
 
 
-def written_out(f_s, f_t, margin):
-    """Eq. 2 and 3, entry by entry."""
-    value = 0.0
-    for b in range(len(f_s)):
-        for c in range(f_s.shape[1]):
-            for s, t in zip(f_s[b, c].flatten().tolist(), f_t[b, c].flatten().tolist(), strict=True):
-                t_margin = max(t, margin[0, c].item())
-                value += 0.0 if s <= t_margin <= 0 else (s - t_margin) ** 2
-    return value / len(f_s)
-
-
-def inputs(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    f_s, f_t = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64, generator=generator)
-    return f_s, f_t, -torch.rand(1, 4, 1, 1, dtype=torch.float64, generator=generator)
-
-
-def test_loss_equals_the_formula_and_its_gradient():
-    f_s, f_t, margin = inputs()
-    assert ofd_loss(f_s, f_t, margin).item() == pytest.approx(written_out(f_s, f_t, margin), rel=1e-12)
-    assert torch.autograd.gradcheck(lambda f: ofd_loss(f, f_t, margin), (f_s.requires_grad_(),))
-    assert ofd_loss(f_t.clamp(min=0), f_t.clamp(min=0), margin).item() == 0
-
-
 def test_nothing_is_asked_below_a_teacher_that_is_below_zero():
     f_t = torch.full((1, 1, 1, 4), -0.3)
     f_s = torch.tensor([[[[-9.0, -0.3, 0.0, 1.0]]]], requires_grad=True)
     ofd_loss(f_s, f_t, torch.tensor([[[[-0.8]]]])).backward()
     assert f_s.grad.flatten().tolist() == pytest.approx([0.0, 0.0, 0.6, 2.6])
+
+
+# At the edges
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e4])
@@ -101,15 +127,11 @@ def test_half_precision_is_computed_in_float32():
     assert torch.equal(ofd_loss(f_s, f_t, margin), ofd_loss(f_s.float(), f_t.float(), margin))
 
 
-def test_margin_is_the_mean_of_the_negative_part():
-    weight, bias = torch.tensor([1.0, -2.0, 0.5, 1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, -1.0, 5.0, 0.7, -0.7])
-    found = margins(weight, bias).tolist()
-    for w, b, margin in list(zip(weight.tolist(), bias.tolist(), found, strict=True))[:3]:
-        draws = b + abs(w) * torch.randn(10**6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        assert margin == pytest.approx(draws[draws < 0].mean().item(), rel=5e-3)
-    assert found[0] == pytest.approx(-math.sqrt(2 / math.pi), rel=1e-6)
-    assert found[3] == -3.0  # negative with a probability of 3e-7
-    assert found[4] == 0.0 and found[5] == pytest.approx(-0.7)  # channels that are constant
+def test_a_teacher_without_such_batch_norms_is_refused_by_pair():
+    nets = [cifar_model_dict[name][0](num_classes=10) for name in ("resnet8", "ShuffleV2")]
+    cfg = config("OFD", {"DISTILLER.TEACHER": "ShuffleV2", "DISTILLER.STUDENT": "resnet8"})
+    with pytest.raises(InputError, match=r"OFD cannot be used with ShuffleV2 -> resnet8: .*choose another teacher"):
+        build_distiller(cfg, *nets)
 
 
 # The method
@@ -164,13 +186,6 @@ def test_the_pair_on_imagenet_has_three_stages():
         distiller = build_distiller(config("OFD"), *nets)
     shapes = [tuple(m[0].weight.shape[:2]) for m in distiller.connectors.connectors]
     assert shapes == [(512, 256), (1024, 512), (2048, 1024)]
-
-
-def test_a_teacher_without_such_batch_norms_is_refused_by_pair():
-    nets = [cifar_model_dict[name][0](num_classes=10) for name in ("resnet8", "ShuffleV2")]
-    cfg = config("OFD", {"DISTILLER.TEACHER": "ShuffleV2", "DISTILLER.STUDENT": "resnet8"})
-    with pytest.raises(InputError, match=r"OFD cannot be used with ShuffleV2 -> resnet8: .*choose another teacher"):
-        build_distiller(cfg, *nets)
 
 
 def test_margins_are_not_saved_and_follow_the_device_and_type():

@@ -1,4 +1,4 @@
-"""ReviewKD against the reference's values, its loss written out, and its levels on the usual pairs."""
+"""ReviewKD: its loss against ``oracles/reviewkd.py`` and the reference's values, and its levels on the usual pairs."""
 
 import pytest
 import torch
@@ -6,11 +6,56 @@ import torch.nn.functional as F
 from golden_data import assert_golden_gradients, case_tensors, listed, loss_cases
 from method_cases import build, config, make_batch
 from networks_stub import GivenNet
+from oracles import reviewkd as oracle
+from oracles.compare import assert_agree
+from oracles.complex_step import constant
 
 from mdistiller.distillers.ReviewKD import ABF, hcl_loss
 from mdistiller.engine.build import build_distiller
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import InputError
+
+# The formula
+
+
+def maps(sides=(8, 6, 1), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(2, 3, s, s, dtype=torch.float64, generator=generator) for s in sides] for _ in range(2)]
+
+
+@pytest.mark.parametrize("sides", [(8, 6, 1), (5,), (4, 2), (3, 7)], ids=str)
+def test_equals_the_formula(sides):
+    """Poolings nest in maps of side 8, 4, 2; a side that is no multiple has cells that overlap."""
+    student, teacher = ([f[:, :2] for f in net] for net in maps(sides))
+    levels = len(sides)
+    assert_agree(
+        lambda *f: hcl_loss(f[:levels], f[levels:]),
+        lambda *f: oracle.hcl_loss(f[:levels], constant(list(f[levels:]))),
+        *student,
+        *teacher,
+        wrt=range(2 * levels),
+    )
+
+
+def test_gradient():
+    student, teacher = maps()
+    assert hcl_loss(student, student).item() == 0
+    student = [f[:1, :2].clone().requires_grad_() for f in student]
+    teacher = [f[:1, :2] for f in teacher]
+    assert torch.autograd.gradcheck(lambda *f: hcl_loss(f, teacher), student)
+
+
+@pytest.mark.parametrize("sides", [(8, 4), (8, 1), (6, 4), (4, 4)])
+def test_fusion_equals_the_plain_form(sides):
+    abf = ABF(3, 5, 4, fuse=True).double()
+    x, deeper = (torch.randn(2, 5, side, side, dtype=torch.float64, requires_grad=True) for side in sides)
+    up = F.interpolate(deeper, x.shape[2:], mode="nearest")
+    a, b = abf.att_conv(torch.cat([x, up], dim=1)).split(1, dim=1)
+    found, expected = abf._fuse(x, deeper), x * a + up * b
+    torch.testing.assert_close(found, expected)
+    weights, inputs = torch.randn_like(found), (x, deeper, *abf.att_conv.parameters())
+    for one, other in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def of_case(case, given):
@@ -50,36 +95,7 @@ def test_golden_values_and_gradients(case):
     assert_golden_gradients(case, given)
 
 
-def maps(sides=(8, 6, 1), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [[torch.randn(2, 3, s, s, dtype=torch.float64, generator=generator) for s in sides] for _ in range(2)]
-
-
-def written_out(student, teacher):
-    total = 0.0
-    for f_s, f_t in zip(student, teacher, strict=True):
-        side = f_s.shape[2]
-        terms = [(f_s - f_t).square().mean()]
-        for n in (4, 2, 1):
-            if n < side:
-                pooled = []
-                for f in (f_s, f_t):
-                    # Cell i of n covers floor(i * side / n) to ceil((i + 1) * side / n).
-                    edges = [(i * side // n, -(-(i + 1) * side // n)) for i in range(n)]
-                    pooled.append(torch.stack([f[:, :, a:b, c:d].mean((2, 3)) for a, b in edges for c, d in edges]))
-                terms.append((pooled[0] - pooled[1]).square().mean())
-        weights = [0.5**i for i in range(len(terms))]
-        total += sum(w * term for w, term in zip(weights, terms, strict=True)) / sum(weights)
-    return total
-
-
-def test_loss_equals_the_formula_and_its_gradient():
-    student, teacher = maps()
-    torch.testing.assert_close(hcl_loss(student, teacher), written_out(student, teacher))
-    assert hcl_loss(student, student).item() == 0
-    student = [f[:1, :2].clone().requires_grad_() for f in student]
-    teacher = [f[:1, :2] for f in teacher]
-    assert torch.autograd.gradcheck(lambda *f: hcl_loss(f, teacher), student)
+# At the edges
 
 
 def test_half_precision_is_computed_in_float32():
@@ -95,17 +111,28 @@ def test_finite_at_the_ends(scale):
     assert torch.isfinite(hcl_loss(student, teacher))
 
 
-@pytest.mark.parametrize("sides", [(8, 4), (8, 1), (6, 4), (4, 4)])
-def test_fusion_equals_the_plain_form(sides):
-    abf = ABF(3, 5, 4, fuse=True).double()
-    x, deeper = (torch.randn(2, 5, side, side, dtype=torch.float64, requires_grad=True) for side in sides)
-    up = F.interpolate(deeper, x.shape[2:], mode="nearest")
-    a, b = abf.att_conv(torch.cat([x, up], dim=1)).split(1, dim=1)
-    found, expected = abf._fuse(x, deeper), x * a + up * b
-    torch.testing.assert_close(found, expected)
-    weights, inputs = torch.randn_like(found), (x, deeper, *abf.att_conv.parameters())
-    for one, other in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (found, expected)), strict=True):
-        torch.testing.assert_close(one, other)
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"IN_CHANNELS": [16, 32, 64, 32]}, r"REVIEWKD\.IN_CHANNELS is .* has \[16, 32, 64, 64\]"),
+        ({"OUT_CHANNELS": [8, 32, 64, 64]}, r"REVIEWKD\.OUT_CHANNELS is "),
+        ({"SHAPES": [1, 8, 16]}, r"REVIEWKD\.SHAPES is \[1, 8, 16\].* has \[1, 4, 8\]"),
+        ({"OUT_SHAPES": [1, 8]}, r"REVIEWKD\.OUT_SHAPES is \[1, 8\]"),
+        ({"SHAPES": [1, 2], "OUT_SHAPES": [1]}, r"has 4 levels.*got SHAPES"),
+        ({"SHAPES": [1, 1, 1, 1, 1]}, r"has 4 levels"),
+        ({"MAX_MID_CHANNEL": 0}, r"REVIEWKD\.MAX_MID_CHANNEL"),
+        ({"WARMUP_EPOCHS": -1}, r"REVIEWKD\.WARMUP_EPOCHS"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_with_what_does(values, message):
+    with pytest.raises(InputError, match=message):
+        build("REVIEWKD", {f"REVIEWKD.{key}": value for key, value in values.items()})(
+            **make_batch("REVIEWKD"), epoch=1
+        )
+
+
+# The method
 
 
 PAIRS = [
@@ -139,27 +166,6 @@ def test_the_deepest_levels_alone():
     distiller = build("REVIEWKD", {"REVIEWKD.IN_CHANNELS": [64, 64], "REVIEWKD.OUT_CHANNELS": [64, 64]})
     assert len(distiller.abfs) == 2
     distiller(**make_batch("REVIEWKD"), epoch=1)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"IN_CHANNELS": [16, 32, 64, 32]}, r"REVIEWKD\.IN_CHANNELS is .* has \[16, 32, 64, 64\]"),
-        ({"OUT_CHANNELS": [8, 32, 64, 64]}, r"REVIEWKD\.OUT_CHANNELS is "),
-        ({"SHAPES": [1, 8, 16]}, r"REVIEWKD\.SHAPES is \[1, 8, 16\].* has \[1, 4, 8\]"),
-        ({"OUT_SHAPES": [1, 8]}, r"REVIEWKD\.OUT_SHAPES is \[1, 8\]"),
-        ({"SHAPES": [1, 2], "OUT_SHAPES": [1]}, r"has 4 levels.*got SHAPES"),
-        ({"SHAPES": [1, 1, 1, 1, 1]}, r"has 4 levels"),
-        ({"MAX_MID_CHANNEL": 0}, r"REVIEWKD\.MAX_MID_CHANNEL"),
-        ({"WARMUP_EPOCHS": -1}, r"REVIEWKD\.WARMUP_EPOCHS"),
-    ],
-    ids=str,
-)
-def test_what_does_not_fit_is_refused_with_what_does(values, message):
-    with pytest.raises(InputError, match=message):
-        build("REVIEWKD", {f"REVIEWKD.{key}": value for key, value in values.items()})(
-            **make_batch("REVIEWKD"), epoch=1
-        )
 
 
 def test_the_bound_of_the_fusions_width_is_heeded():

@@ -1,46 +1,28 @@
-"""RKD's loss against the formulas written out, its invariances, near and equal images, and what its keys do."""
-
-import math
+"""RKD: its loss against ``oracles/rkd.py``, its invariances, near and equal images, and what its keys do."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from feature_maps import assert_finite, assert_float32_under_autocast, changed_by, embeddings
 from method_cases import build, make_batch
+from oracles import rkd as oracle
+from oracles.compare import assert_agree
+from oracles.complex_step import constant
 
 from mdistiller.distillers.RKD import angles, differences, relative_distances, rkd_loss
 from mdistiller.registry import InputError
 
-
-def huber(x):
-    return 0.5 * x * x if abs(x) < 1 else abs(x) - 0.5
+# The formula
 
 
-def written_out(f_s, f_t, squared, distance_weight, angle_weight):
-    """Distances and angles of each pair and triple, in loops."""
-    number = len(f_s)
-    tables = []
-    for embed in (f_s.tolist(), f_t.tolist()):
-        gap = {
-            (i, j): [b - a for a, b in zip(embed[i], embed[j], strict=True)]
-            for i in range(number)
-            for j in range(number)
-        }
-        length = {pair: math.sqrt(sum(v * v for v in vector)) for pair, vector in gap.items()}
-        distance = {pair: value**2 if squared else value for pair, value in length.items()}
-        mean = sum(distance.values()) / (number * (number - 1))
-        cosine = {}
-        for i in range(number):
-            for j in range(number):
-                for k in range(number):
-                    product = sum(a * b for a, b in zip(gap[i, j], gap[i, k], strict=True))
-                    lengths = length[i, j] * length[i, k]
-                    cosine[i, j, k] = product / lengths if lengths else 0.0
-        tables.append(({pair: value / mean for pair, value in distance.items()}, cosine))
-    (d_s, a_s), (d_t, a_t) = tables
-    distance = sum(huber(d_s[pair] - d_t[pair]) for pair in d_s) / number**2
-    angle = sum(huber(a_s[triple] - a_t[triple]) for triple in a_s) / number**3
-    return distance_weight * distance + angle_weight * angle
+def test_a_triangle():
+    """3, 4, 5: the mean is 4; the cosines are 0, 3/5, 4/5, and 1 where two of the three are one image."""
+    gap = differences(torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]]))
+    torch.testing.assert_close(
+        relative_distances(gap), torch.tensor([[0.0, 3.0, 4.0], [3.0, 0.0, 5.0], [4.0, 5.0, 0.0]]) / 4
+    )
+    torch.testing.assert_close(angles(gap)[0], torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+    torch.testing.assert_close(angles(gap)[1], torch.tensor([[1.0, 0.0, 0.6], [0.0, 0.0, 0.0], [0.6, 0.0, 1.0]]))
 
 
 @pytest.mark.parametrize("squared", [False, True])
@@ -49,14 +31,22 @@ def written_out(f_s, f_t, squared, distance_weight, angle_weight):
 def test_equals_the_formula(images, weights, squared):
     f_s, f_t = embeddings(images=images)
     f_s[0] *= 5  # so that both branches of the Huber loss are met
-    found = rkd_loss(f_s, f_t, squared, 1e-12, *weights).item()
-    assert found == pytest.approx(written_out(f_s, f_t, squared, *weights), rel=1e-10, abs=1e-13)
+    assert_agree(
+        lambda s, t: rkd_loss(s, t, squared, 1e-12, *weights),
+        lambda s, t: oracle.rkd_loss(s, constant(t), squared, *weights),
+        f_s,
+        f_t,
+        wrt=(0, 1),
+    )
 
 
 @pytest.mark.parametrize("squared", [False, True])
 def test_gradient(squared):
     f_s, f_t = embeddings(images=4)
     assert torch.autograd.gradcheck(lambda x: rkd_loss(x, f_t, squared), (f_s.requires_grad_(),))
+
+
+# The formula: what it does not depend on, and where it is simple
 
 
 def test_the_teacher_is_constant():
@@ -79,14 +69,7 @@ def test_blind_to_order_and_to_moving_turning_and_scaling(squared):
     assert rkd_loss(f_s, f_s, squared) == 0
 
 
-def test_a_triangle():
-    """3, 4, 5: the mean is 4; the cosines are 0, 3/5, 4/5, and 1 where two of the three are one image."""
-    gap = differences(torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]]))
-    torch.testing.assert_close(
-        relative_distances(gap), torch.tensor([[0.0, 3.0, 4.0], [3.0, 0.0, 5.0], [4.0, 5.0, 0.0]]) / 4
-    )
-    torch.testing.assert_close(angles(gap)[0], torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
-    torch.testing.assert_close(angles(gap)[1], torch.tensor([[1.0, 0.0, 0.6], [0.0, 0.0, 0.0], [0.6, 0.0, 1.0]]))
+# At the edges
 
 
 def as_in_mdistiller(embed, eps=1e-12):
@@ -138,6 +121,11 @@ def test_half_precision_is_computed_in_float32():
     assert_float32_under_autocast(rkd_loss, embeddings())
 
 
+def test_wrong_configurations():
+    with pytest.raises(InputError, match=r"RKD\.PDIST\.EPSILON must be above 0, got 0"):
+        build("RKD", {"RKD.PDIST.EPSILON": 0.0})
+
+
 # The method
 
 
@@ -163,8 +151,3 @@ def test_losses_are_the_parts():
 )
 def test_keys_change_what_they_name(values, changed):
     assert changed_by("RKD", values) == changed
-
-
-def test_wrong_configurations():
-    with pytest.raises(InputError, match=r"RKD\.PDIST\.EPSILON must be above 0, got 0"):
-        build("RKD", {"RKD.PDIST.EPSILON": 0.0})

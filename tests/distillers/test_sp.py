@@ -1,38 +1,29 @@
-"""SP's loss against the formula written out, its invariances, and its ends."""
-
-import math
+"""SP: its loss against ``oracles/sp.py``, its invariances, and its edges."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from feature_maps import assert_finite, assert_float32_under_autocast, changed_by, maps
 from method_cases import build, make_batch
+from oracles import sp as oracle
+from oracles.compare import assert_agree
 
 from mdistiller.distillers.SP import similarity_loss, similarity_matrix, sp_loss
 
-
-def written_out(f_s, f_t):
-    """Eq. 1 to 3 in loops."""
-    matrices = []
-    for feat in (f_s, f_t):
-        rows = feat.flatten(1).tolist()
-        products = [[sum(a * b for a, b in zip(x, y, strict=True)) for y in rows] for x in rows]
-        lengths = [math.sqrt(sum(p * p for p in row)) for row in products]
-        matrices.append([[p / length for p in row] for row, length in zip(products, lengths, strict=True)])
-    number = len(f_s)
-    pairs = [(i, j) for i in range(number) for j in range(number)]
-    return sum((matrices[0][i][j] - matrices[1][i][j]) ** 2 for i, j in pairs) / number**2
+# The formula
 
 
 @pytest.mark.parametrize("images", [1, 2, 5])
 def test_equals_the_formula(images):
-    f_s, f_t = maps(images=images)
-    assert similarity_loss(f_s, f_t).item() == pytest.approx(written_out(f_s, f_t), rel=1e-11, abs=1e-15)
+    assert_agree(similarity_loss, oracle.sp_loss, *maps(images=images, side=2), wrt=(0, 1))
 
 
 def test_gradient():
     f_s, f_t = maps(side=2, images=3)
     assert torch.autograd.gradcheck(lambda x: sp_loss([x], [f_t]), (f_s.requires_grad_(),))
+
+
+# The formula: what it does not depend on, and where it is simple
 
 
 def test_blind_to_order_scale_rotation_and_shape():
@@ -55,6 +46,9 @@ def test_layers_are_summed_and_must_be_equally_many():
     torch.testing.assert_close(sp_loss([f_s, f_s], [f_t, f_t]), 2 * sp_loss([f_s], [f_t]))
     with pytest.raises(ValueError, match="longer"):
         sp_loss([f_s], [f_t, f_t])
+
+
+# At the edges
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e4])

@@ -1,13 +1,14 @@
-"""VID's loss against the formula written out, its ends, and that its variances are learned, saved and found again."""
+"""VID: its loss against ``oracles/vid.py``, its edges, and that its variances are learned, saved and found again."""
 
 import copy
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from feature_maps import assert_finite, assert_float32_under_autocast, changed_by, maps
 from method_cases import build, config, make_batch, total
+from oracles import vid as oracle
+from oracles.compare import assert_agree
 from torch import nn
 
 from mdistiller.distillers.VID import inverse_softplus, predicted_variance, vid_loss
@@ -19,22 +20,20 @@ from mdistiller.registry import InputError
 EPS = 1e-5
 
 
-def written_out(mean, log_scale, f_t, eps):
-    total = 0.0
-    for image_m, image_t in zip(mean.tolist(), f_t.tolist(), strict=True):
-        for channel, scale in enumerate(log_scale.tolist()):
-            variance = math.log(1 + math.exp(scale)) + eps
-            for row_m, row_t in zip(image_m[channel], image_t[channel], strict=True):
-                for m, t in zip(row_m, row_t, strict=True):
-                    total += 0.5 * ((m - t) ** 2 / variance + math.log(variance))
-    return total / f_t.numel()
+# The formula
 
 
 def test_equals_the_formula():
-    f_s, f_t = maps(channels=(5, 5))
-    log_scale = torch.tensor([-3.0, -1.0, 0.0, 1.0, 5.0], dtype=torch.float64)
-    found = vid_loss(nn.Identity(), log_scale, f_s, f_t, EPS).item()
-    assert found == pytest.approx(written_out(f_s, log_scale, f_t, EPS), rel=1e-12)
+    """The map that is regressed, its target, and the variances."""
+    f_s, f_t = maps(channels=(5, 5), side=2)
+    assert_agree(
+        lambda s, scale, t: vid_loss(nn.Identity(), scale, s, t, EPS),
+        lambda s, scale, t: oracle.vid_loss(s, scale, t, EPS),
+        f_s,
+        [-3.0, -1.0, 0.0, 1.0, 5.0],
+        f_t,
+        wrt=(0, 1, 2),
+    )
 
 
 def test_gradient():
@@ -42,6 +41,9 @@ def test_gradient():
     log_scale = torch.linspace(-2, 2, 5, dtype=torch.float64, requires_grad=True)
     regressor = nn.Conv2d(3, 5, 1).double()
     assert torch.autograd.gradcheck(lambda x, v: vid_loss(regressor, v, x, f_t), (f_s.requires_grad_(), log_scale))
+
+
+# The formula: what it does not depend on, and where it is simple
 
 
 def test_the_best_variance_is_the_mean_squared_error():
@@ -68,6 +70,14 @@ def test_of_two_maps_the_larger_is_pooled():
         )
 
 
+@pytest.mark.parametrize("x", [1e-6, 0.1, 5.0, 1e3])
+def test_inverse_softplus(x):
+    assert F.softplus(torch.tensor(inverse_softplus(x), dtype=torch.float64)).item() == pytest.approx(x, rel=1e-9)
+
+
+# At the edges
+
+
 @pytest.mark.parametrize("log_scale", [-100.0, 0.0, 100.0, 1e4])
 def test_finite_at_extreme_variances(log_scale):
     """mdistiller's log(1 + exp(x)) is infinite from 89 on."""
@@ -83,9 +93,18 @@ def test_half_precision_is_computed_in_float32():
     assert_float32_under_autocast(lambda f_s, f_t: vid_loss(nn.Identity(), scale, f_s, f_t), maps(channels=(5, 5)))
 
 
-@pytest.mark.parametrize("x", [1e-6, 0.1, 5.0, 1e3])
-def test_inverse_softplus(x):
-    assert F.softplus(torch.tensor(inverse_softplus(x), dtype=torch.float64)).item() == pytest.approx(x, rel=1e-9)
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"VID.EPS": 0.0}, r"VID\.EPS must be above 0, got 0"),
+        ({"VID.INIT_PRED_VAR": 1e-6}, r"VID\.INIT_PRED_VAR must be above VID\.EPS 1e-05, got 1e-06"),
+        ({"VID.STAGES": "x"}, "STAGES: no 'x'"),
+    ],
+    ids=str,
+)
+def test_wrong_configurations(values, message):
+    with pytest.raises(InputError, match=message):
+        build("VID", values)
 
 
 # The method
@@ -154,17 +173,3 @@ def test_a_student_with_more_stages_than_its_teacher():
     distiller = build_distiller(config("VID"), student, teacher).train()
     _, losses = distiller(image=torch.randn(2, 3, 32, 32), target=torch.tensor([0, 1]))
     assert torch.isfinite(losses["loss_kd"]) and len(distiller.regressors) == 3
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"VID.EPS": 0.0}, r"VID\.EPS must be above 0, got 0"),
-        ({"VID.INIT_PRED_VAR": 1e-6}, r"VID\.INIT_PRED_VAR must be above VID\.EPS 1e-05, got 1e-06"),
-        ({"VID.STAGES": "x"}, "STAGES: no 'x'"),
-    ],
-    ids=str,
-)
-def test_wrong_configurations(values, message):
-    with pytest.raises(InputError, match=message):
-        build("VID", values)

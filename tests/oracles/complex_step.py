@@ -104,6 +104,21 @@ def norm(vector: Sequence[Any]) -> Any:
     return sqrt(squared) if value(squared) > 0 else 0.0
 
 
+def unit(vector: Sequence[Any]) -> list[Any]:
+    """At length 1; the zero vector stays as it is, without gradient."""
+    length = norm(vector)
+    return [x / length for x in vector] if value(length) > 0 else [0.0 for _ in vector]
+
+
+def dot(a: Sequence[Any], b: Sequence[Any]) -> Any:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def flat(nested: Any) -> list[Any]:
+    """The entries of nested lists, in their order."""
+    return [x for entry in nested for x in flat(entry)] if isinstance(nested, list) else [nested]
+
+
 def cross_entropy(logits: Sequence[Sequence[Any]], target: Sequence[int], smoothing: float = 0.0) -> Any:
     """Mean over the rows of -log p of the label; ``smoothing`` of the label's weight is spread over all classes."""
     losses = []

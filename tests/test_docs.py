@@ -269,7 +269,7 @@ def test_relative_links_resolve(path, target):
 
 def test_demo_table_has_the_rows_and_columns_of_the_plan():
     plan = yaml.safe_load((ROOT / "configs" / "plans" / "demo.yaml").read_text())
-    rows = table(*COLUMNS)
+    rows = table(*(column.format("top-1 [%]") for column in COLUMNS))
     assert [row[0] for row in rows] == list(plan["METHODS"])
     assert {int(row[COLUMNS.index("n")]) for row in rows} == {len(plan["SEEDS"])}
 

@@ -16,7 +16,7 @@ What text and code leave open or settle differently; these are our readings:
 - ``tau = exp(theta)``, at most ``MAX_TAU``, multiplies. ``theta`` and ``b`` are learned, as the text says
   (``LEARN_TEMPERATURE``); the authors' scripts never give them to the optimiser. They have no weight decay;
 - above ``MAX_TAU`` the gradient of ``theta`` is zero and it could never come back, so it is held just below;
-- ``b`` cancels in both softmaxes: it has no gradient and no effect, and is kept for the state dict;
+- ``b`` starts at 0 and cancels in both softmaxes: it has no gradient and no effect, and is kept for the checkpoints;
 - the target of the consistency term is not detached (``DETACH_TARGET``), as in the authors' code;
 - ``LAMBDA`` weights :func:`~mdistiller.distillers.KD.kd_loss`: 0 is the paper's DCD, 1 its DCD+KD. The supplement only
   says "typically set to 1.0";
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, require_one_shape
 from mdistiller.functional.gather import gather_with_gradient
+from mdistiller.options import Option, weight
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
@@ -43,18 +44,17 @@ from ._common import pooled_width
 from .KD import kd_loss
 
 DEFAULTS = {
-    "CE_WEIGHT": 1.0,
-    "BETA": 1.0,  # weight of dcd_loss
-    "ALPHA": 0.5,  # of its consistency term
-    "LAMBDA": 0.0,  # weight of KD; DCD+KD: 1
-    "TEMPERATURE": 4.0,  # KD's
-    "FEAT_DIM": 128,
-    "LEARN_TEMPERATURE": True,  # learn theta and b
-    "INIT_THETA": 1.0,  # tau = exp(theta), 2.718
-    "INIT_B": 0.0,
-    "MAX_TAU": 10.0,
-    "DETACH_TARGET": False,
-    "GATHER": True,  # compare with the images of all processes, not only the own ones
+    "CE_WEIGHT": weight(1.0, "of the cross-entropy"),
+    "BETA": weight(1.0, "of dcd_loss"),
+    "ALPHA": Option(0.5, "share of the consistency term in it", at_least=0),
+    "LAMBDA": weight(0.0, "of KD; DCD+KD: 1"),
+    "TEMPERATURE": Option(4.0, "KD's", above=0),
+    "FEAT_DIM": Option(128, "entries of an embedding", at_least=1),
+    "LEARN_TEMPERATURE": Option(True, "learn theta"),
+    "INIT_THETA": Option(1.0, "tau = exp(theta), 2.718"),
+    "MAX_TAU": Option(10.0, "bound of tau", above=0),
+    "DETACH_TARGET": Option(False, "hold the target of the consistency term constant"),
+    "GATHER": Option(True, "compare with the images of all processes, not only the own ones"),
 }
 PAPER = "Giakoumoglou and Stathaki, 2024, arXiv:2407.11802"
 
@@ -103,7 +103,7 @@ def bounded_scale(theta: Tensor, max_tau: float) -> Tensor:
     return theta.exp().clamp(max=max_tau)
 
 
-@register_distiller("DCD", DEFAULTS, paper=PAPER, family="feature", weights=("BETA", "LAMBDA"))
+@register_distiller("DCD", DEFAULTS, paper=PAPER, family="feature")
 class DCD(Distiller):
     """Cross-entropy on the labels plus :func:`dcd_loss` on projected features, and KD where ``LAMBDA`` is not 0."""
 
@@ -116,16 +116,13 @@ class DCD(Distiller):
         self.temperature, self.max_tau = own.TEMPERATURE, own.MAX_TAU
         self.learn_temperature, self.detach_target = own.LEARN_TEMPERATURE, own.DETACH_TARGET
         self.gather = own.GATHER
-        for key in ("FEAT_DIM", "MAX_TAU", "TEMPERATURE"):
-            if not own[key] > 0:
-                raise InputError(f"DCD.{key} must be above 0, got {own[key]}")
         if self.detach_target and not self.alpha:
             raise InputError("DCD.DETACH_TARGET concerns the consistency term, which DCD.ALPHA 0 takes away")
         with torch.random.fork_rng(devices=[]):
             self.embed_s = nn.Linear(pooled_width(student, "student"), own.FEAT_DIM)
             self.embed_t = nn.Linear(pooled_width(teacher, "teacher"), own.FEAT_DIM)
         self.theta = nn.Parameter(torch.tensor(float(own.INIT_THETA)), requires_grad=self.learn_temperature)
-        self.b = nn.Parameter(torch.tensor(float(own.INIT_B)), requires_grad=self.learn_temperature)
+        self.b = nn.Parameter(torch.zeros(()), requires_grad=self.learn_temperature)
 
     def parameter_groups(self, cfg: Any) -> list[dict[str, Any]]:
         """``theta`` and ``b`` without weight decay, the rest as usual."""

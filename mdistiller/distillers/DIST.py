@@ -43,40 +43,39 @@ from torch import Tensor, nn
 from mdistiller.functional import at_least_float32, require_one_shape, require_same_images, same_size
 from mdistiller.functional.gather import gather_with_gradient
 from mdistiller.functional.mixing import class_numbers
+from mdistiller.options import Option, weight
 from mdistiller.registry import InputError, check_choice
 
 from ._base import Distiller, register_distiller
 
-DEFAULTS = {
-    "TAU": 4.0,  # the paper: 4 on CIFAR-100, 1 on ImageNet
-    "TAU_SQUARED": True,  # multiply both terms by TAU ** 2
-    "CE_WEIGHT": 1.0,
-    "INTER_WEIGHT": 2.0,
-    "INTRA_WEIGHT": 2.0,
-    "LABEL_SMOOTHING": 0.0,  # of the cross-entropy alone; DATASET.LABEL_SMOOTHING: of all that reads labels
-    "RELATION": "pearson",  # pearson, cosine, kl
-    "EPS": 1e-8,
-    "GATHER": False,  # columns of the images of all processes, not only of the own ones
-}
-PLUS_DEFAULTS = {
-    **DEFAULTS,
-    "CHANNEL_WEIGHT": 1.0,
-    "SPATIAL_WEIGHT": 1.0,
-    "FEATURE_RELATION": "pearson",  # pearson, cosine, mse
-    "ACCLIMATE": "nontarget",  # nontarget, all, kl, none
-    "ACCLIMATE_WEIGHT": 1.0,
-    "ACCLIMATE_LR": 0.0,  # 0: a hundredth of SOLVER.LR
-    "ACCLIMATE_MODULES": [],  # of the teacher; empty: its last convolution and its classifier
-}
-PAPER = "Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, arXiv:2205.10536"
-PLUS_PAPER = "Huang et al., DIST+: Knowledge Distillation from A Stronger Adaptive Teacher"
-
 RELATIONS = ("pearson", "cosine", "kl")
 FEATURE_RELATIONS = ("pearson", "cosine", "mse")
 ACCLIMATIONS = ("nontarget", "all", "kl", "none")
-
-EPS = DEFAULTS["EPS"]
+EPS = 1e-8
 NOISE = 16  # a vector that varies by less than this many roundings of its largest entry is constant
+
+DEFAULTS = {
+    "TAU": Option(4.0, "temperature; the paper: 4 on CIFAR-100, 1 on ImageNet", above=0),
+    "TAU_SQUARED": Option(True, "multiply both terms by TAU ** 2"),
+    "CE_WEIGHT": weight(1.0, "of the cross-entropy"),
+    "INTER_WEIGHT": weight(2.0, "of L_inter"),
+    "INTRA_WEIGHT": weight(2.0, "of L_intra"),
+    "RELATION": Option("pearson", "distance of rows and of columns", one_of=RELATIONS),
+    "EPS": Option(EPS, "added to the product of two vectors' norms", at_least=0),
+    "GATHER": Option(False, "columns of the images of all processes, not only of the own ones"),
+}
+PLUS_DEFAULTS = {
+    **DEFAULTS,
+    "CHANNEL_WEIGHT": weight(1.0, "of L_cr"),
+    "SPATIAL_WEIGHT": weight(1.0, "of L_sr"),
+    "FEATURE_RELATION": Option("pearson", "distance of the feature maps", one_of=FEATURE_RELATIONS),
+    "ACCLIMATE": Option("nontarget", "what the teacher learns from; none: it stays", one_of=ACCLIMATIONS),
+    "ACCLIMATE_WEIGHT": weight(1.0, "of L_ta"),
+    "ACCLIMATE_LR": Option(0.0, "the teacher's learning rate; 0: a hundredth of SOLVER.LR", at_least=0),
+    "ACCLIMATE_MODULES": Option([], "modules of the teacher; empty: its last convolution and its classifier"),
+}
+PAPER = "Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, arXiv:2205.10536"
+PLUS_PAPER = "Huang et al., DIST+: Knowledge Distillation from A Stronger Adaptive Teacher"
 
 
 def pearson_distance(a: Tensor, b: Tensor, dim: int = -1, eps: float = EPS) -> Tensor:
@@ -292,21 +291,8 @@ class DIST(Distiller):
         super().__init__(student, teacher)
         own = cfg[self.section]
         self.tau, self.eps = own.TAU, own.EPS
-        self.relation = check_choice(f"{self.section}.RELATION", own.RELATION, RELATIONS)
-        self.label_smoothing, self.gather = own.LABEL_SMOOTHING, own.GATHER
+        self.relation, self.gather = own.RELATION, own.GATHER
         self.ce_weight, self.inter_weight, self.intra_weight = own.CE_WEIGHT, own.INTER_WEIGHT, own.INTRA_WEIGHT
-        for key, holds, allowed in (
-            ("TAU", own.TAU > 0, "above 0"),
-            ("EPS", own.EPS >= 0, "0 or more"),
-            ("LABEL_SMOOTHING", 0 <= own.LABEL_SMOOTHING < 1, "0 or more and below 1"),
-        ):
-            if not holds:
-                raise InputError(f"{self.section}.{key} must be {allowed}, got {own[key]}")
-        if own.LABEL_SMOOTHING and cfg.DATASET.LABEL_SMOOTHING:
-            raise InputError(
-                f"{self.section}.LABEL_SMOOTHING {own.LABEL_SMOOTHING} and DATASET.LABEL_SMOOTHING "
-                f"{cfg.DATASET.LABEL_SMOOTHING} would smooth the labels twice; set one of them to 0"
-            )
         self.factor = self.tau**2 if own.TAU_SQUARED else 1.0
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -317,7 +303,7 @@ class DIST(Distiller):
 
     def logit_losses(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The weighted terms on the logits."""
-        ce = F.cross_entropy(logits_student, target, label_smoothing=self.label_smoothing)
+        ce = F.cross_entropy(logits_student, target)
         logits = logits_student, logits_teacher.detach()
         if self.gather:
             logits = tuple(gather_with_gradient(z) for z in logits)
@@ -342,14 +328,13 @@ class DISTPlus(DIST):
         own = cfg.DIST_PLUS
         self.channel_weight, self.spatial_weight = own.CHANNEL_WEIGHT, own.SPATIAL_WEIGHT
         self.acclimate_weight = own.ACCLIMATE_WEIGHT
-        self.feature_relation = check_choice("DIST_PLUS.FEATURE_RELATION", own.FEATURE_RELATION, FEATURE_RELATIONS)
+        self.feature_relation, self.acclimate = own.FEATURE_RELATION, own.ACCLIMATE
         uses_maps = bool(self.channel_weight or self.spatial_weight)
         if self.feature_relation != "pearson" and not uses_maps:
             raise InputError(
                 f"DIST_PLUS.FEATURE_RELATION {self.feature_relation} has nothing to act on: CHANNEL_WEIGHT and "
                 "SPATIAL_WEIGHT are both 0"
             )
-        self.acclimate = check_choice("DIST_PLUS.ACCLIMATE", own.ACCLIMATE, ACCLIMATIONS)
         self.acclimated = self._find_acclimated(own)
         for parameter in self.acclimated:
             parameter.requires_grad_(True)
@@ -359,12 +344,8 @@ class DISTPlus(DIST):
                 self.align = nn.Conv2d(student.get_stage_channels()[-1], teacher.get_stage_channels()[-1], 1)
 
     def _find_acclimated(self, own: Any) -> list[nn.Parameter]:
-        """The teacher's parameters that move; checks all keys of the acclimation."""
+        """The teacher's parameters that move."""
         names = list(own.ACCLIMATE_MODULES)
-        if own.ACCLIMATE_LR < 0:
-            raise InputError(
-                f"DIST_PLUS.ACCLIMATE_LR must be 0 (a hundredth of SOLVER.LR) or more, got {own.ACCLIMATE_LR}"
-            )
         if self.acclimate == "none":
             if names or own.ACCLIMATE_LR:
                 raise InputError(

@@ -15,7 +15,7 @@ with ``z`` of an anchor and ``z~`` of a positive, an augmented anchor,
 ``L = CE(anchors) + 2 KD + 300 L_angle + L_length`` (Eq. 13). Anchors and positives go through the networks together, so
 BatchNorm sees both. Terms of weight 0 are not computed, and if only the cross-entropy is left, nor are the positives.
 
-The paper leaves open what follows; these are our readings, and each has a key:
+The paper leaves open what follows; these are our readings, most of them with a key:
 
 - ``STAGES``: ``skip_first`` takes all feature maps but the first, the stem (in vgg and MobileNetV1, which have no map
   of a stem, the first block); ``declared`` takes what a network declares as stages;
@@ -25,17 +25,16 @@ The paper leaves open what follows; these are our readings, and each has a key:
 - ``AUGMENT``, ``MIXUP_ALPHA``: Sec. 3.2 names MixUp. Each positive mixes its anchor with another image of the batch,
   partner and share drawn anew; shares are Beta(alpha, alpha), folded to at least 0.5, so that the anchor dominates.
   Labels are mixed alike in the first phase. ``rotation`` (Sec. 3.1) turns the anchor by 90, 180 and 270 degrees;
-- ``RELATION_DIM``: the softmax of a positive runs over the anchors (``anchor``). The sentence that names the dimension
-  is unclear. Over the positives (``positive``) the entries of one distribution come from several stages; the loss
-  then has no lower bound and a gradient where student and teacher agree: it is here for the record only;
+- the softmax of a positive runs over the anchors; the sentence that names the dimension is unclear. Over the positives
+  the loss has no lower bound (docs/readings.md);
 - ``RANK_BY``: ranks are taken from the teacher's relations, or from the student's;
 - ``RANK_DIM``: Eq. 8 ranks "between positive sample i and all anchor samples" (``anchor``); ``positive`` ranks within
   the anchor's column, where its own three positives compete for the first place;
 - ``TIES``: good SMs rank the own anchor first in several stages; ``deep`` takes the deepest of them, ``shallow`` the
   first, as a plain argmin does;
 - ``STAGE_REDUCTION``: several stages' losses are summed, as in Eq. 7;
-- ``REDUCTION``: L_angle is the mean over positives of the KL, L_length the mean over entries. The sums that are printed
-  make L_length 10^4 at the start, and 300 L_angle 10^3;
+- L_angle is the mean over positives of the KL, L_length the mean over entries. The sums that are printed make L_length
+  10^4 at the start, and 300 L_angle 10^3;
 - ``MU_GRADIENT``: the gradient passes through the student's mu, as in RKD;
 - ``KD_TEMPERATURE``, ``KD_TEMPERATURE_POSITIVE``: KD on anchors and on positives, added; both temperatures seem to be
   printed as 1. SSKD, whose terms these are, has 4 for both;
@@ -60,57 +59,49 @@ from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, draws, require_one_shape, spatial_mean, unit
 from mdistiller.functional.mixing import share_quantiles, smaller_shares
+from mdistiller.options import Option, weight
 from mdistiller.registry import InputError, check_choice, image_side
 
 from ._base import Distiller, register_distiller
 from ._common import answer_to_black
 from .KD import kd_loss
 
+REDUCTIONS = ("mean", "sum")
+DIMENSIONS = ("anchor", "positive")
+SM_TRAININGS = ("ce", "contrastive", "none")
+
 DEFAULTS = {
-    "CE_WEIGHT": 1.0,  # lambda_1
-    "KD_WEIGHT": 2.0,  # lambda_2
-    "ANGLE_WEIGHT": 300.0,  # lambda_3
-    "LENGTH_WEIGHT": 1.0,  # lambda_4
-    "DISTANCE_WEIGHT": 0.0,  # of the ablation's L_dist
-    "KD_TEMPERATURE": 1.0,  # on anchors
-    "KD_TEMPERATURE_POSITIVE": 1.0,
-    "TEMPERATURE": 0.5,  # of the relations
-    "ANGLE_STAGES": 1,  # stages that a positive uses; 0: all
-    "LENGTH_STAGES": 1,
-    "DISTANCE_STAGES": 0,
-    "STAGES": "skip_first",  # skip_first, declared
-    "AUGMENT": "mixup",  # mixup, rotation
-    "MIXUP_ALPHA": 1.0,
-    "RELATION_DIM": "anchor",  # anchor, positive
-    "RANK_BY": "teacher",  # teacher, student
-    "RANK_DIM": "anchor",  # anchor, positive
-    "TIES": "deep",  # deep, shallow
-    "STAGE_REDUCTION": "sum",  # sum, mean
-    "REDUCTION": "mean",  # mean, sum
-    "MU_GRADIENT": True,
-    "SM_WIDTH": 128,  # ImageNet: 1280
-    "SM_HIDDEN": 0,  # 0: as SM_WIDTH
-    "SM_TRAINING": "ce",  # of the teacher's: ce, contrastive; none: pooled features without SMs in both networks
-    "SM_EPOCHS": 60,
-    "SM_LR": 0.05,
-    "SM_LR_DECAY_STAGES": [30, 45],
-    "SM_LR_DECAY_RATE": 0.1,
-    "SM_MOMENTUM": 0.9,
-    "SM_WEIGHT_DECAY": 5e-4,
+    "CE_WEIGHT": weight(1.0, "lambda_1, of the cross-entropy"),
+    "KD_WEIGHT": weight(2.0, "lambda_2, of KD"),
+    "ANGLE_WEIGHT": weight(300.0, "lambda_3, of L_angle"),
+    "LENGTH_WEIGHT": weight(1.0, "lambda_4, of L_length"),
+    "DISTANCE_WEIGHT": weight(0.0, "of the ablation's L_dist"),
+    "KD_TEMPERATURE": Option(1.0, "of KD on anchors", above=0),
+    "KD_TEMPERATURE_POSITIVE": Option(1.0, "of KD on positives", above=0),
+    "TEMPERATURE": Option(0.5, "of the relations", above=0),
+    "ANGLE_STAGES": Option(1, "stages that a positive uses for L_angle; 0: all", at_least=0),
+    "LENGTH_STAGES": Option(1, "for L_length", at_least=0),
+    "DISTANCE_STAGES": Option(0, "for L_dist", at_least=0),
+    "STAGES": Option("skip_first", "which maps are stages", one_of=("skip_first", "declared")),
+    "AUGMENT": Option("mixup", "what makes positives of anchors", one_of=("mixup", "rotation")),
+    "MIXUP_ALPHA": Option(1.0, "shares are Beta(alpha, alpha), folded", above=0),
+    "RANK_BY": Option("teacher", "whose relations are ranked", one_of=("teacher", "student")),
+    "RANK_DIM": Option("anchor", "among what a positive ranks its own anchor", one_of=DIMENSIONS),
+    "TIES": Option("deep", "which of stages with equal ranks is taken", one_of=("deep", "shallow")),
+    "STAGE_REDUCTION": Option("sum", "over the stages of a positive", one_of=REDUCTIONS),
+    "MU_GRADIENT": Option(True, "the gradient passes through the student's mu"),
+    "SM_WIDTH": Option(128, "entries of an embedding; ImageNet: 1280", at_least=1),
+    "SM_HIDDEN": Option(0, "width of the SMs' hidden layer; 0: as SM_WIDTH", at_least=0),
+    "SM_TRAINING": Option("ce", "of the teacher's SMs; none: neither network has any", one_of=SM_TRAININGS),
+    "SM_EPOCHS": Option(60, "of that training", at_least=0),
+    "SM_LR": Option(0.05, "its learning rate", above=0),
+    "SM_LR_DECAY_STAGES": Option([30, 45], "epochs after which the rate falls", at_least=0),
+    "SM_LR_DECAY_RATE": Option(0.1, "factor at each", above=0),
+    "SM_MOMENTUM": Option(0.9, "of SGD", at_least=0, below=1),
+    "SM_WEIGHT_DECAY": Option(5e-4, "of SGD", at_least=0),
 }
 PAPER = "MDR: Multi-stage Decoupled Relational Knowledge Distillation with Adaptive Stage Selection"
 
-CHOICES = {
-    "STAGES": ("skip_first", "declared"),
-    "AUGMENT": ("mixup", "rotation"),
-    "RELATION_DIM": ("anchor", "positive"),
-    "RANK_BY": ("teacher", "student"),
-    "RANK_DIM": ("anchor", "positive"),
-    "TIES": ("deep", "shallow"),
-    "STAGE_REDUCTION": ("sum", "mean"),
-    "REDUCTION": ("mean", "sum"),
-    "SM_TRAINING": ("ce", "contrastive", "none"),
-}
 POSITIVES = 3  # of each anchor
 MIXUP_KEY = zlib.crc32(b"MDR's MixUp")
 TEACHER_KEY, CLASSIFIER_KEY, STUDENT_KEY = 1, 2, 3  # seeds of what is initialised
@@ -171,7 +162,7 @@ def pair_ranks(matrix: Tensor, anchor_of: Tensor, *, descending: bool, dim: str 
     Raises:
         InputError: an unknown ``dim``.
     """
-    _check_choice("RANK_DIM", dim)
+    check_choice("dim", dim, DIMENSIONS)
     own = matrix.gather(1, anchor_of[:, None])
     others = matrix if dim == "anchor" else matrix.T[anchor_of]
     return (others > own if descending else others < own).sum(1)
@@ -191,7 +182,7 @@ def select_stages(ranks: Tensor, n: int = 1, ties: str = "deep") -> Tensor:
     Raises:
         InputError: ``n`` out of range or unknown ``ties``.
     """
-    _check_choice("TIES", ties)
+    check_choice("ties", ties, DEFAULTS["TIES"].one_of)
     stages = len(ranks)
     if not 1 <= n <= stages:
         raise InputError(f"cannot select {n} of {stages} stages; from 1 to {stages} are possible")
@@ -228,9 +219,9 @@ def relation_kl(
         InputError: similarities of different shapes, or an unknown name.
     """
     require_one_shape("relation_kl", student, teacher)
-    named = {"RELATION_DIM": relation_dim, "REDUCTION": reduction, "STAGE_REDUCTION": stage_reduction}
-    for key, value in named.items():
-        _check_choice(key, value)
+    check_choice("relation_dim", relation_dim, DIMENSIONS)
+    for key, value in (("reduction", reduction), ("stage_reduction", stage_reduction)):
+        check_choice(key, value, REDUCTIONS)
     dim = 2 if relation_dim == "anchor" else 1
     log_s = _pick(F.log_softmax(at_least_float32(student) / temperature, dim), chosen)
     log_t = _pick(F.log_softmax(at_least_float32(teacher.detach()) / temperature, dim), chosen)
@@ -258,8 +249,8 @@ def length_loss(
         InputError: relations of different shapes, or an unknown name.
     """
     require_one_shape("length_loss", student, teacher)
-    for key, value in (("REDUCTION", reduction), ("STAGE_REDUCTION", stage_reduction)):
-        _check_choice(key, value)
+    for key, value in (("reduction", reduction), ("stage_reduction", stage_reduction)):
+        check_choice(key, value, REDUCTIONS)
     squares = (_pick(at_least_float32(student), chosen) - _pick(at_least_float32(teacher.detach()), chosen)).square()
     total = squares.mean() * len(chosen) if reduction == "mean" else squares.sum()
     return total / len(chosen) if stage_reduction == "mean" else total
@@ -329,20 +320,14 @@ class MDR(Distiller):
         super().__init__(student, teacher)
         self.own = own = cfg.MDR
         self.seed = cfg.EXPERIMENT.SEED
-        for key in CHOICES:
-            _check_choice(key, own[key])
-        for key in ("KD_TEMPERATURE", "KD_TEMPERATURE_POSITIVE", "TEMPERATURE", "MIXUP_ALPHA", "SM_LR"):
-            _require(key, own[key], own[key] > 0, "above 0")
-        _require("SM_WIDTH", own.SM_WIDTH, own.SM_WIDTH >= 1, "at least 1")
-        for key in ("SM_HIDDEN", "SM_EPOCHS"):
-            _require(key, own[key], own[key] >= 0, "0 or more")
         size = image_side(cfg)
         self.student_shape, self.teacher_shape = (probe(net, size, own.STAGES) for net in (student, teacher))
         self.stages = _same_count(self.student_shape, self.teacher_shape, cfg.DISTILLER)
         for key in ("ANGLE_STAGES", "LENGTH_STAGES", "DISTANCE_STAGES"):
-            _require(
-                key, own[key], 0 <= own[key] <= self.stages, f"from 0 (all) to {self.stages}, the stages there are"
-            )
+            if own[key] > self.stages:
+                raise InputError(
+                    f"MDR.{key} must be from 0 (all) to {self.stages}, the stages there are, got {own[key]}"
+                )
         if own.AUGMENT == "rotation" and own.MIXUP_ALPHA != 1:
             raise InputError(
                 f"MDR.MIXUP_ALPHA {own.MIXUP_ALPHA} belongs to MDR.AUGMENT mixup, got rotation; leave it at 1"
@@ -411,8 +396,8 @@ class MDR(Distiller):
             anchor_of: ``(M,)``.
         """
         own, mu = self.own, {"mu_gradient": self.own.MU_GRADIENT}
-        reductions = {"reduction": own.REDUCTION, "stage_reduction": own.STAGE_REDUCTION}
-        softened = {"temperature": own.TEMPERATURE, "relation_dim": own.RELATION_DIM, **reductions}
+        over_stages = {"stage_reduction": own.STAGE_REDUCTION}
+        softened = {"temperature": own.TEMPERATURE, **over_stages}
         losses = {}
         if own.ANGLE_WEIGHT:
             student, teacher = _relations(angle_matrix, z_s), _relations(angle_matrix, z_t)
@@ -423,7 +408,7 @@ class MDR(Distiller):
         if own.LENGTH_WEIGHT:
             student, teacher = _relations(length_matrix, z_s, **mu), _relations(length_matrix, z_t)
             chosen = self._choose("length", student, teacher, anchor_of, own.LENGTH_STAGES)
-            losses["loss_length"] = own.LENGTH_WEIGHT * length_loss(student, teacher, chosen, **reductions)
+            losses["loss_length"] = own.LENGTH_WEIGHT * length_loss(student, teacher, chosen, **over_stages)
         if own.DISTANCE_WEIGHT:
             student, teacher = _relations(distance_matrix, z_s, **mu), _relations(distance_matrix, z_t)
             chosen = self._choose("distance", student, teacher, anchor_of, own.DISTANCE_STAGES)
@@ -612,15 +597,6 @@ def _same_count(student: Shape, teacher: Shape, names: Any) -> int:
             "where they declare as many, MDR.STAGES declared"
         )
     return counts[0]
-
-
-def _check_choice(key: str, value: str) -> None:
-    check_choice(f"MDR.{key}", value, CHOICES[key])
-
-
-def _require(key: str, value: Any, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise InputError(f"MDR.{key} must be {allowed}, got {value}")
 
 
 @contextmanager

@@ -65,8 +65,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, zs_norm
-from mdistiller.functional.graphs import Comparison, Rules, compare_graphs, edge_uncertainty, in_working_precision
-from mdistiller.registry import InputError, check_choice
+from mdistiller.functional.graphs import (
+    METRICS,
+    RELATIONS,
+    Comparison,
+    Rules,
+    compare_graphs,
+    edge_uncertainty,
+    in_working_precision,
+)
+from mdistiller.options import Option, weight
+from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
 from ._common import last_linear, warmup
@@ -75,35 +84,29 @@ from .KD import kd_loss
 __all__ = ["VRM", "VRMOneView", "edge_uncertainty", "vrm_loss"]
 
 DEFAULTS = {
-    "ALPHA": 128.0,  # weight of the inter-sample relations
-    "BETA": 32.0,  # weight of the inter-class relations
-    "VERTEX_WEIGHT": 0.0,  # weight of the vertices themselves
-    "CE_WEIGHT": 1.0,
-    "CE_VIRTUAL_WEIGHT": 1.0,
-    "WARMUP": 0,  # epochs in which ALPHA and BETA rise linearly
-    "LOCATION": "logits",  # what the vertices are made of: logits, pooled
-    "TEMPERATURE": 4.0,
-    "ZSNORM": True,
-    "ADAPTOR": "residual",  # residual, mlp, none
-    "GRAPH": "virtual",  # edges from real to virtual views; raw: between all of them
-    "RELATION": "difference",  # difference, gram, angle
-    "EDGE_NORM": True,
-    "METRIC": "mse",  # mse, l1, huber, cosine
-    "HUBER_DELTA": 1.0,
-    "REDUCTION": "element",  # element, edge, sum
-    "PRUNE_PERCENTILE": 95.0,
-    "UNCERTAINTY": "cross",  # cross, mixture, sum
-    "ICV_NORMALIZE": True,
-    "EDGE_EPS": 1e-3,
-    "JOINT_FORWARD": False,
+    "ALPHA": weight(128.0, "of the inter-sample relations"),
+    "BETA": weight(32.0, "of the inter-class relations"),
+    "VERTEX_WEIGHT": weight(0.0, "of the vertices themselves"),
+    "CE_WEIGHT": weight(1.0, "of the real view's cross-entropy"),
+    "CE_VIRTUAL_WEIGHT": weight(1.0, "of the virtual view's cross-entropy"),
+    "WARMUP": Option(0, "epochs in which ALPHA and BETA rise linearly", at_least=0),
+    "LOCATION": Option("logits", "what the vertices are made of", one_of=("logits", "pooled")),
+    "TEMPERATURE": Option(4.0, "of the predictions", above=0),
+    "ZSNORM": Option(True, "standardise the logits first"),
+    "ADAPTOR": Option("residual", "module on the student's vertices", one_of=("residual", "mlp", "none")),
+    "GRAPH": Option("virtual", "edges from real to virtual views; raw: between all of them", one_of=("virtual", "raw")),
+    "RELATION": Option("difference", "what an edge says", one_of=RELATIONS),
+    "EDGE_NORM": Option(True, "edges have length 1"),
+    "METRIC": Option("mse", "of student's and teacher's relations", one_of=METRICS),
+    "HUBER_DELTA": Option(1.0, "where METRIC huber turns linear", above=0),
+    "REDUCTION": Option("element", "mean over the entries of edges, or over edges", one_of=("element", "edge")),
+    "PRUNE_PERCENTILE": Option(95.0, "of an edge's uncertainty; edges above are dropped", at_least=0, at_most=100),
+    "UNCERTAINTY": Option("cross", "entropy of an edge's vertices", one_of=("cross", "mixture")),
+    "ICV_NORMALIZE": Option(True, "between classes, uncertainty is that of columns of sum 1"),
+    "EDGE_EPS": Option(1e-3, "shorter edges, as a share of the mean length, are dropped", at_least=0),
+    "JOINT_FORWARD": Option(False, "both views pass the student in one batch"),
 }
 PAPER = "Zhang et al., VRM: Knowledge Distillation via Virtual Relation Matching, ICCV 2025"
-
-CHOICES = {
-    "LOCATION": ("logits", "pooled"),
-    "ADAPTOR": ("residual", "mlp", "none"),
-    "GRAPH": ("virtual", "raw"),
-}
 
 
 def vrm_loss(
@@ -198,7 +201,7 @@ class Adaptor(nn.Module):
         return self.skip(x) + self.mlp(x) if self.residual else self.mlp(x)
 
 
-@register_distiller("VRM", DEFAULTS, paper=PAPER, family="relation", weights=("ALPHA", "BETA"))
+@register_distiller("VRM", DEFAULTS, paper=PAPER, family="relation")
 class VRM(Distiller):
     """Cross-entropy on both views plus the distance of the virtual relations of their predictions.
 
@@ -209,12 +212,6 @@ class VRM(Distiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
         own = cfg.VRM
-        for key, allowed in CHOICES.items():
-            check_choice(f"VRM.{key}", own[key], allowed)
-        if not own.TEMPERATURE > 0:
-            raise InputError(f"VRM.TEMPERATURE must be above 0, got {own.TEMPERATURE}")
-        if own.WARMUP < 0:
-            raise InputError(f"VRM.WARMUP must be 0 or more epochs, got {own.WARMUP}")
         if own.VERTEX_WEIGHT and own.LOCATION != "logits":
             raise InputError(
                 f"VRM.VERTEX_WEIGHT compares predictions, but VRM.LOCATION is {own.LOCATION}; set the weight to 0 or "
@@ -318,7 +315,7 @@ class VRM(Distiller):
         self.monitors |= {f"kept_{name}": found.kept, f"uncertainty_{name}": found.uncertainty}
 
 
-@register_distiller("VRM_ONE_VIEW", DEFAULTS, section="VRM", paper=PAPER, family="relation", weights=("ALPHA", "BETA"))
+@register_distiller("VRM_ONE_VIEW", DEFAULTS, section="VRM", paper=PAPER, family="relation")
 class VRMOneView(VRM):
     """VRM without virtual views (Tab. 4's first rows): cross-entropy on one weak view, and the relations within it.
 

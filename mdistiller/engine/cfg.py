@@ -179,7 +179,6 @@ OPTIONS |= {
                                        at_least=0, role="place"),
     "LOG.SAVE_EVERY_STEPS": Option(0, "besides after each epoch, save latest every so many steps; 0: not",
                                    at_least=0, role="place"),
-    "LOG.SAVE_EVERY_MINUTES": Option(0.0, "or every so many minutes; 0: not", at_least=0, role="place"),
     "LOG.TENSORBOARD_FREQ": Option(500, "besides the values of each epoch, loss and rate every so many steps; 0: never",
                                    at_least=0, role="place"),
     "LOG.PROGRESS": Option("auto", "progress bar; auto: on a terminal only", one_of=("auto", "on", "off"),

@@ -483,16 +483,10 @@ class Checkpoints(Hook):
     def __init__(self, trainer: BaseTrainer, evaluation: Evaluate, guard: NonFiniteGuard) -> None:
         super().__init__(trainer)
         self.evaluation, self.guard = evaluation, guard
-        self.saved_at = time.monotonic()
-        self.due = distributed.DelayedMax()
 
     def after_step(self, output: StepOutput) -> None:
-        log = self.trainer.cfg.LOG
-        by_steps = log.SAVE_EVERY_STEPS and self.trainer.step % log.SAVE_EVERY_STEPS == 0
-        by_minutes = False
-        if log.SAVE_EVERY_MINUTES:
-            by_minutes = self.due(time.monotonic() - self.saved_at >= 60 * log.SAVE_EVERY_MINUTES)
-        if by_steps or by_minutes:
+        every = self.trainer.cfg.LOG.SAVE_EVERY_STEPS
+        if every and self.trainer.step % every == 0:
             self.save_latest()
 
     def save_latest(self) -> None:
@@ -500,7 +494,6 @@ class Checkpoints(Hook):
         self.guard.check()
         state, path = self.trainer.state_dict(), self.trainer.folder / "latest"
         distributed.on_first_process(lambda: save_checkpoint(state, path, keep_previous=True))
-        self.saved_at = time.monotonic()
 
     def epoch_done(self) -> None:
         trainer, finished = self.trainer, self.trainer.epoch - 1
@@ -521,9 +514,6 @@ class Checkpoints(Hook):
 
         distributed.on_first_process(save)
         self.save_latest()  # last: all that it says has happened is on the disk then
-
-    def close(self) -> None:
-        self.due.close()
 
 
 class StopSignals(Hook):

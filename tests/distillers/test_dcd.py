@@ -191,7 +191,7 @@ def test_half_precision_is_computed_in_float32(dtype):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"DCD.FEAT_DIM": 0}, r"DCD\.FEAT_DIM must be above 0"),
+        ({"DCD.FEAT_DIM": 0}, r"DCD\.FEAT_DIM must be at least 1"),
         ({"DCD.MAX_TAU": 0.0}, r"DCD\.MAX_TAU"),
         ({"DCD.TEMPERATURE": -1.0}, r"DCD\.TEMPERATURE"),
         ({"DCD.DETACH_TARGET": True, "DCD.ALPHA": 0.0}, r"DCD\.DETACH_TARGET"),
@@ -221,7 +221,7 @@ METHOD = [
     {"LAMBDA": 0.5, "TEMPERATURE": 2.0, "CE_WEIGHT": 0.1, "BETA": 3.0},
     {"ALPHA": 0.0},
     {"DETACH_TARGET": True, "ALPHA": 2.0},
-    {"INIT_THETA": 2.0, "INIT_B": 0.5},
+    {"INIT_THETA": 2.0},
     {"INIT_THETA": 3.0, "LEARN_TEMPERATURE": False},  # above the clamp
     {"INIT_THETA": 1.0, "MAX_TAU": 2.0, "LEARN_TEMPERATURE": False},
 ]
@@ -248,7 +248,7 @@ def test_losses_from_given_outputs(values, batch):
         pooled = ([[mean(line[0]) for line in image] for image in maps] for maps in (map_s, constant(map_t)))
         embedded = [oracle.embed(x, *layer) for x, layer in zip(pooled, layers, strict=True)]
         tau = oracle.scale(options.INIT_THETA, options.MAX_TAU)
-        loss = oracle.dcd_loss(*embedded, tau, options.INIT_B, options.ALPHA, options.DETACH_TARGET)
+        loss = oracle.dcd_loss(*embedded, tau, 0.0, options.ALPHA, options.DETACH_TARGET)
         losses = {"loss_ce": options.CE_WEIGHT * cross_entropy(logits_s, target), "loss_dcd": options.BETA * loss}
         if options.LAMBDA:
             losses["loss_kd"] = options.LAMBDA * kd_oracle(logits_s, constant(logits_t), options.TEMPERATURE)
@@ -307,8 +307,8 @@ def test_scale_is_learned_without_weight_decay():
 
 
 def test_scale_can_be_left_at_its_start():
-    distiller, _ = steps({"DCD.LEARN_TEMPERATURE": False, "DCD.INIT_B": 0.5})
-    assert distiller.theta.item() == 1.0 and distiller.b.item() == 0.5
+    distiller, _ = steps({"DCD.LEARN_TEMPERATURE": False})
+    assert distiller.theta.item() == 1.0 and distiller.b.item() == 0.0
     assert {"theta", "b"} <= set(distiller.state_dict())
     assert distiller.get_extra_parameters() == 2 * (64 * 128 + 128)
 

@@ -491,11 +491,10 @@ def test_unknown_relations():
 @pytest.mark.parametrize(
     ("method", "values", "message"),
     [
-        ("DIST", {"DIST.RELATION": "spearman"}, r"DIST\.RELATION: no 'spearman'"),
+        ("DIST", {"DIST.RELATION": "spearman"}, r"DIST\.RELATION: no choice named 'spearman'"),
         ("DIST", {"DIST.TAU": 0.0}, r"DIST\.TAU must be above 0"),
         ("DIST", {"DIST.EPS": -1.0}, r"DIST\.EPS"),
-        ("DIST", {"DIST.LABEL_SMOOTHING": 1.0}, r"DIST\.LABEL_SMOOTHING"),
-        ("DIST", {"DIST.LABEL_SMOOTHING": 0.1, "DATASET.LABEL_SMOOTHING": 0.1}, "smooth the labels twice"),
+        ("DIST", {"DIST.INTER_WEIGHT": -1.0}, r"DIST\.INTER_WEIGHT must be 0 or more, got -1"),
         ("DIST_PLUS", {"DIST_PLUS.TAU": -1.0}, r"DIST_PLUS\.TAU must be above 0"),
         ("DIST_PLUS", {"DIST_PLUS.FEATURE_RELATION": "kl"}, r"DIST_PLUS\.FEATURE_RELATION"),
         (
@@ -503,7 +502,7 @@ def test_unknown_relations():
             {"DIST_PLUS.FEATURE_RELATION": "mse", "DIST_PLUS.CHANNEL_WEIGHT": 0.0, "DIST_PLUS.SPATIAL_WEIGHT": 0.0},
             "nothing to act on",
         ),
-        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE": "off"}, r"DIST_PLUS\.ACCLIMATE: no 'off'"),
+        ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE": "off"}, r"DIST_PLUS\.ACCLIMATE: no choice named 'off'"),
         ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_LR": -0.1}, r"DIST_PLUS\.ACCLIMATE_LR"),
         ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_MODULES": ["fcc"]}, r"ACCLIMATE_MODULES: no 'fcc'; closest: fc"),
         ("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_MODULES": ["bn1"]}, "no parameters but BatchNorm's"),
@@ -569,7 +568,7 @@ def assert_losses_are_the_oracles(method, values, batch=3, maps=((2, 2, 1), (3, 
         relation, factor = RELATIONS[options.RELATION], options.TAU**2 if options.TAU_SQUARED else 1
         inter, intra = oracle.dist_loss(logits_s, constant(logits_t), options.TAU, options.EPS, relation)
         losses = {
-            "loss_ce": options.CE_WEIGHT * cross_entropy(logits_s, target, options.LABEL_SMOOTHING),
+            "loss_ce": options.CE_WEIGHT * cross_entropy(logits_s, target),
             "loss_inter": options.INTER_WEIGHT * factor * inter,
             "loss_intra": options.INTRA_WEIGHT * factor * intra,
         }
@@ -601,7 +600,7 @@ OF_LOGITS = [
     {},
     {"TAU": 1.0, "CE_WEIGHT": 0.3, "INTER_WEIGHT": 1.5, "INTRA_WEIGHT": 0.7},
     {"TAU": 3.0, "TAU_SQUARED": False, "EPS": 1e-3},
-    {"RELATION": "cosine", "LABEL_SMOOTHING": 0.1},
+    {"RELATION": "cosine"},
     {"RELATION": "kl"},
 ]
 OF_ALL = [

@@ -579,9 +579,9 @@ def test_a_student_without_a_linear_layer():
     ("values", "message"),
     [
         ({"VRM.ADAPTOR": "linear"}, "VRM.ADAPTOR"),
-        ({"VRM.METRIC": "kl"}, "VRM.METRIC: no 'kl'"),
-        ({"VRM.GRAPH": "full"}, "VRM.GRAPH: no 'full'"),
-        ({"VRM.LOCATION": "features"}, "VRM.LOCATION: no 'features'"),
+        ({"VRM.METRIC": "kl"}, "VRM.METRIC: no choice named 'kl'"),
+        ({"VRM.GRAPH": "full"}, "VRM.GRAPH: no choice named 'full'"),
+        ({"VRM.LOCATION": "features"}, "VRM.LOCATION: no choice named 'features'"),
         ({"VRM.TEMPERATURE": 0.0}, "VRM.TEMPERATURE"),
         ({"VRM.WARMUP": -1}, "VRM.WARMUP"),
         ({"VRM.METRIC": "cosine", "VRM.RELATION": "gram"}, "VRM.METRIC cosine"),

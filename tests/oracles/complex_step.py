@@ -119,10 +119,6 @@ def flat(nested: Any) -> list[Any]:
     return [x for entry in nested for x in flat(entry)] if isinstance(nested, list) else [nested]
 
 
-def cross_entropy(logits: Sequence[Sequence[Any]], target: Sequence[int], smoothing: float = 0.0) -> Any:
-    """Mean over the rows of -log p of the label; ``smoothing`` of the label's weight is spread over all classes."""
-    losses = []
-    for row, label in zip(logits, target, strict=True):
-        log_p = log_softmax(row)
-        losses.append(-(1 - smoothing) * log_p[int(label)] - smoothing * mean(log_p))
-    return mean(losses)
+def cross_entropy(logits: Sequence[Sequence[Any]], target: Sequence[int]) -> Any:
+    """Mean over the rows of -log p of the label."""
+    return mean([-log_softmax(row)[int(label)] for row, label in zip(logits, target, strict=True)])

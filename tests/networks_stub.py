@@ -13,29 +13,16 @@ class GivenNet(nn.Module):
     Args:
         logits: ``(B, K)``.
         features: what the network returns beside them.
-        widths: what ``get_stage_channels()`` says.
-        pooled: width of the pooled features.
         norms: what ``get_bn_before_relu()`` says.
     """
 
-    def __init__(
-        self,
-        logits: Tensor,
-        features: dict[str, Any],
-        widths: list[int],
-        pooled: int,
-        norms: list[nn.Module] | None = None,
-    ) -> None:
+    def __init__(self, logits: Tensor, features: dict[str, Any], norms: list[nn.Module] | None = None) -> None:
         super().__init__()
         self.given = logits, features
-        self.widths, self.norms = widths, norms
-        self.classifier = nn.Linear(pooled, logits.shape[1])
-
-    def get_stage_channels(self) -> list[int]:
-        return self.widths
+        self.norms = nn.ModuleList(norms or [])
 
     def get_bn_before_relu(self) -> list[nn.Module]:
-        return self.norms
+        return list(self.norms)
 
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         return self.given

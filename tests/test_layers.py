@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "functional": {"registry"},
     "messages": {"functional"},
     "files": {"registry"},
-    "distillers": NETWORKS_AND_DATA,
+    "distillers": NETWORKS_AND_DATA | {"models"},
     "dataset": NETWORKS_AND_DATA,
     "models": NETWORKS_AND_DATA,
     "plugins": {"registry", "contract", "messages", "distillers"},

@@ -12,13 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torchvision
 
 from mdistiller.dataset import dataset_dict
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cli import check_output, command
-from mdistiller.models import cifar_model_dict, imagenet_model_dict, tiny_imagenet_model_dict
-from mdistiller.registry import Registry
+from mdistiller.models import ModelEntry
+from mdistiller.registry import MODEL_FAMILIES, Registry
 from mdistiller.reports.methods import write_methods_page
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,18 +33,13 @@ def methods() -> list[tuple[str, ...]]:
 
 def models() -> list[tuple[str, ...]]:
     rows = [("MODEL", "FOR", "PARAMETERS", "PUBLIC TEACHER")]
-    tables = {
-        "cifar": cifar_model_dict,
-        "tiny_imagenet": tiny_imagenet_model_dict,
-        "imagenet": imagenet_model_dict,
-    }
-    for family, table in tables.items():
-        for name, entry in table.items():
-            constructor, checkpoint = entry if isinstance(entry, tuple) else (entry, None)
-            teacher = "torchvision" if hasattr(torchvision.models, name.lower()) and family == "imagenet" else "-"
+    for family, table in MODEL_FAMILIES.items():
+        for name in table:
+            entry = ModelEntry.of(table[name])
+            teacher = "torchvision" if entry.pretrained else "-"
             with torch.device("meta"):  # shapes without memory
-                count = sum(p.numel() for p in constructor().parameters())
-            rows.append((name, family, f"{count:,}", "download_ckpts" if checkpoint else teacher))
+                count = sum(p.numel() for p in entry().parameters())
+            rows.append((name, family, f"{count:,}", "download_ckpts" if entry.weights else teacher))
     return rows
 
 

@@ -28,7 +28,7 @@ from mdistiller.functional import at_least_float32, pool_to_common, unit
 from mdistiller.options import Option
 
 from ._base import register_distiller
-from ._common import STAGES, FeatureDistiller, configured_stage_pairs, feature_losses, pick_pairs
+from ._common import STAGES, FeatureDistiller, feature_losses, pick_pairs, stage_pairs
 
 DEFAULTS = {
     "P": Option(2, "power of the activations in an attention map", at_least=1),
@@ -93,7 +93,7 @@ class AT(FeatureDistiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher, cfg)
         self.p = cfg.AT.P
-        self.pairs = configured_stage_pairs(student, teacher, cfg, cfg.AT.STAGES)
+        self.pairs = stage_pairs(*self.network_facts(cfg), cfg.AT.STAGES)
 
     def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:
         maps_s, maps_t = pick_pairs(features_student, features_teacher, self.pairs)

@@ -12,8 +12,8 @@ The density ratio is ``exp(similarity / TEMPERATURE) / Z``. As in the authors' c
 batch, and kept; both projections are trained.
 
 Departs from mdistiller: the loss is computed from log-densities; with several processes Z and the entries of all of
-them are exchanged, so that every process has the same banks; ``FEAT.STUDENT_DIM`` and ``FEAT.TEACHER_DIM`` need not be
-given, as the networks tell. ``MODE`` and the negatives: ``mdistiller/dataset/negatives.py``.
+them are exchanged, so that every process has the same banks; the widths of the features are the networks' own.
+``MODE`` and the negatives: ``mdistiller/dataset/negatives.py``.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ from mdistiller.functional.gather import gather_rows
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
-from ._common import pooled_width
 
 DEFAULTS = {
     "MODE": "exact",  # the positive: exact: the image itself; relax: any of its class
-    "FEAT": {"DIM": 128, "STUDENT_DIM": 256, "TEACHER_DIM": 256},  # the last two: see pooled_dim
+    "FEAT": {"DIM": 128, "STUDENT_DIM": 256, "TEACHER_DIM": 256},  # the last two: mdistiller's, not read
     "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.8},
     "NCE": {"K": 16384, "MOMENTUM": 0.5, "TEMPERATURE": 0.07},
 }
@@ -160,8 +159,8 @@ class CRD(Distiller):
         if not 0 <= nce.MOMENTUM < 1:
             raise InputError(f"CRD.NCE.MOMENTUM must be 0 or more and below 1, got {nce.MOMENTUM}")
         self.num_data = num_data
-        self.embed_s = Embed(pooled_dim(student, "student", feat.STUDENT_DIM), feat.DIM)
-        self.embed_t = Embed(pooled_dim(teacher, "teacher", feat.TEACHER_DIM), feat.DIM)
+        width_s, width_t = (facts.need("pooled_width") for facts in self.network_facts(cfg))
+        self.embed_s, self.embed_t = Embed(width_s, feat.DIM), Embed(width_t, feat.DIM)
         self.contrast = ContrastMemory(feat.DIM, num_data, nce.K, nce.TEMPERATURE, nce.MOMENTUM)
 
     def get_extra_parameters(self) -> int:
@@ -183,22 +182,3 @@ class CRD(Distiller):
             "loss_ce": self.ce_weight * F.cross_entropy(logits_student, target),
             "loss_kd": self.feat_weight * loss,
         }
-
-
-def pooled_dim(network: nn.Module, role: str, given: int) -> int:
-    """The width of a network's pooled features, which its classifier tells.
-
-    Args:
-        network: whose.
-        role: ``"student"`` or ``"teacher"``.
-        given: ``CRD.FEAT.STUDENT_DIM`` or ``TEACHER_DIM``; it counts for networks without a linear layer, and must be
-            right unless it is left at its default.
-
-    Raises:
-        InputError: another width is given.
-    """
-    key = f"{role.upper()}_DIM"
-    width = pooled_width(network, role, otherwise=given)
-    if given not in (width, DEFAULTS["FEAT"][key]):
-        raise InputError(f"CRD.FEAT.{key} is {given}, and the {role}'s pooled features have {width}; leave it out")
-    return width

@@ -97,7 +97,7 @@ class CTKD(Distiller):
                 "CTKD.T_START plus CTKD.T_END must be above 0, as every temperature in between, got "
                 f"{self.t_start + self.t_end}"
             )
-        self.logit_stand = wants_standardised_logits(cfg, student)
+        self.logit_stand = wants_standardised_logits(self, cfg)
         self.global_T = nn.Parameter(torch.ones(1))
 
     def forward_train(

@@ -40,7 +40,7 @@ from mdistiller.options import Option, weight
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
-from ._common import pooled_width
+from ._common import generator_kept
 from .KD import kd_loss
 
 DEFAULTS = {
@@ -118,9 +118,10 @@ class DCD(Distiller):
         self.gather = own.GATHER
         if self.detach_target and not self.alpha:
             raise InputError("DCD.DETACH_TARGET concerns the consistency term, which DCD.ALPHA 0 takes away")
-        with torch.random.fork_rng(devices=[]):
-            self.embed_s = nn.Linear(pooled_width(student, "student"), own.FEAT_DIM)
-            self.embed_t = nn.Linear(pooled_width(teacher, "teacher"), own.FEAT_DIM)
+        width_s, width_t = (facts.need("pooled_width") for facts in self.network_facts(cfg))
+        with generator_kept():
+            self.embed_s = nn.Linear(width_s, own.FEAT_DIM)
+            self.embed_t = nn.Linear(width_t, own.FEAT_DIM)
         self.theta = nn.Parameter(torch.tensor(float(own.INIT_THETA)), requires_grad=self.learn_temperature)
         self.b = nn.Parameter(torch.zeros(()), requires_grad=self.learn_temperature)
 

@@ -22,8 +22,8 @@ What the paper leaves open; these are our readings:
   target is the likeliest class. Its rows are divided by their sums, which changes nothing but what ``EPS`` weighs: as
   they stand in the softmax over all classes, they are tiny where both networks are sure of the target, and beside
   ``EPS`` the loss would fade (at a probability of 0.9999, 100 classes and ``TAU`` 1, to a few per cent);
-- ``ACCLIMATE_MODULES``: by default the teacher's last ``nn.Conv2d`` and last ``nn.Linear``; of modules that are named,
-  BatchNorm's scale and shift stay as they are;
+- ``ACCLIMATE_MODULES``: by default the ``nn.Conv2d`` that the teacher calls last, and its classifier. In modules that
+  are named, BatchNorm's scale and shift stay as they are;
 - ``ACCLIMATE_LR``: a hundredth of the student's, on the same schedule (a tenth costs the teacher points where the paper
   reports tenths of one), and no weight decay, which would erode the teacher where the loss gives no gradient;
 - ``ACCLIMATE`` kl (Tab. 15): over all classes, the student's being the target; ``all``: Pearson over all classes;
@@ -47,6 +47,7 @@ from mdistiller.options import Option, weight
 from mdistiller.registry import InputError, check_choice
 
 from ._base import Distiller, register_distiller
+from ._common import generator_kept
 
 RELATIONS = ("pearson", "cosine", "kl")
 FEATURE_RELATIONS = ("pearson", "cosine", "mse")
@@ -335,16 +336,18 @@ class DISTPlus(DIST):
                 f"DIST_PLUS.FEATURE_RELATION {self.feature_relation} has nothing to act on: CHANNEL_WEIGHT and "
                 "SPATIAL_WEIGHT are both 0"
             )
-        self.acclimated = self._find_acclimated(own)
+        self.acclimated = self._find_acclimated(cfg)
         for parameter in self.acclimated:
             parameter.requires_grad_(True)
         self.align = None
         if uses_maps:
-            with torch.random.fork_rng(devices=[]):
-                self.align = nn.Conv2d(student.get_stage_channels()[-1], teacher.get_stage_channels()[-1], 1)
+            width_s, width_t = (facts.channels[-1] for facts in self.network_facts(cfg))
+            with generator_kept():
+                self.align = nn.Conv2d(width_s, width_t, 1)
 
-    def _find_acclimated(self, own: Any) -> list[nn.Parameter]:
+    def _find_acclimated(self, cfg: Any) -> list[nn.Parameter]:
         """The teacher's parameters that move."""
+        own = cfg.DIST_PLUS
         names = list(own.ACCLIMATE_MODULES)
         if self.acclimate == "none":
             if names or own.ACCLIMATE_LR:
@@ -353,15 +356,19 @@ class DISTPlus(DIST):
                     f"ACCLIMATE_LR 0; got {names} and {own.ACCLIMATE_LR}"
                 )
             return []
-        modules = _modules_named(self.teacher, names) if names else _last_layers(self.teacher)
-        linear = [module for module in self.teacher.modules() if isinstance(module, nn.Linear)]
-        if self.acclimate == "nontarget" and linear and linear[-1].out_features <= 2:
+        _, of_teacher = self.network_facts(cfg)
+        if not names:
+            try:
+                names = [of_teacher.need("last_convolution"), of_teacher.need("classifier")]
+            except InputError as error:
+                raise InputError(f"{error}; name what is to be acclimated: DIST_PLUS.ACCLIMATE_MODULES") from None
+        if self.acclimate == "nontarget" and of_teacher.classes <= 2:
             raise InputError(
                 "DIST_PLUS.ACCLIMATE nontarget: of two classes one is no target, which leaves nothing to correlate; "
                 "set DIST_PLUS.ACCLIMATE none"
             )
         found = {}  # modules may contain each other
-        for module in modules:
+        for module in _modules_named(self.teacher, names):
             for part in module.modules():
                 if not isinstance(part, nn.modules.batchnorm._BatchNorm):
                     found.update({id(p): p for p in part.parameters(recurse=False)})
@@ -394,24 +401,6 @@ class DISTPlus(DIST):
             acclimation = acclimation_loss(logits_student, logits_teacher, target, self.tau, self.acclimate, self.eps)
             losses["loss_acclimation"] = self.acclimate_weight * acclimation
         return logits_student, losses
-
-
-def _last_layers(network: nn.Module) -> list[nn.Module]:
-    """The last convolution and the last linear layer in the order in which the network registers them.
-
-    What is wanted are the last ones that are called. In all registered networks these are the same (tested), and to
-    find out for others would take a pass through the network on images whose size is not known here; such a network
-    takes ``ACCLIMATE_MODULES``.
-    """
-    found = []
-    for kind in (nn.Conv2d, nn.Linear):
-        layers = [module for module in network.modules() if isinstance(module, kind)]
-        if not layers:
-            raise InputError(
-                f"DIST_PLUS.ACCLIMATE_MODULES: the teacher has no nn.{kind.__name__}; name the modules to acclimate"
-            )
-        found.append(layers[-1])
-    return found
 
 
 def _modules_named(network: nn.Module, names: list[str]) -> list[nn.Module]:

@@ -125,7 +125,7 @@ class DKD(Distiller):
         own = cfg.DKD
         self.ce_weight, self.alpha, self.beta = own.CE_WEIGHT, own.ALPHA, own.BETA
         self.temperature, self.warmup = own.T, own.WARMUP
-        self.logit_stand = wants_standardised_logits(cfg, student)
+        self.logit_stand = wants_standardised_logits(self, cfg)
 
     def forward_train(
         self, image: Tensor, target: Tensor, epoch: int = 1, **kwargs: Any

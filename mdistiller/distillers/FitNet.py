@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,13 +24,13 @@ from mdistiller.functional import at_least_float32, require_same_images
 from mdistiller.registry import InputError
 
 from ._base import register_distiller
-from ._common import ConvReg, FeatureDistiller, get_feat_shapes, pick_pairs, stage_offset, stage_pairs
+from ._common import ConvReg, FeatureDistiller, generator_kept, pick_pairs, stage_offset, stage_pairs
 
 DEFAULTS = {
     "HINT_LAYER": 2,  # of "feats", 0 is the first; without MULTI_STAGE
     "MULTI_STAGE": False,  # a hint in every stage
     "STAGES": "matched",  # matched, skip_first (mdistiller's): see stage_offset in _common.py
-    "INPUT_SIZE": (32, 32),  # of the images, which the regressors' shapes follow from
+    "INPUT_SIZE": (32, 32),  # mdistiller's key; not read
     "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 100.0},
 }
 PAPER = "Romero et al., ICLR 2015, arXiv:1412.6550"
@@ -54,7 +53,7 @@ def hint_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     if f_s.shape != f_t.shape:
         raise InputError(
             f"the regressed map is {'x'.join(map(str, f_s.shape[1:]))}, the teacher's "
-            f"{'x'.join(map(str, f_t.shape[1:]))}; FITNET.INPUT_SIZE must be the height and width of the images"
+            f"{'x'.join(map(str, f_t.shape[1:]))}; DATASET.IMAGE_SIZE must be the side of the images"
         )
     return F.mse_loss(at_least_float32(f_s), at_least_float32(f_t))
 
@@ -66,13 +65,14 @@ class FitNet(FeatureDistiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher, cfg)
         own = cfg.FITNET
-        shapes_s, shapes_t = get_feat_shapes(student, teacher, own.INPUT_SIZE)
-        counts = len(shapes_s), len(shapes_t)
+        facts = self.network_facts(cfg)
+        shapes_s, shapes_t = (of_network.need("shapes") for of_network in facts)
         if own.MULTI_STAGE:
-            self.pairs = stage_pairs(student, teacher, *counts, own.STAGES)
+            self.pairs = stage_pairs(*facts, own.STAGES)
         else:
-            self.pairs = [single_pair(own.HINT_LAYER, *counts, stage_offset(student, teacher, *counts, own.STAGES))]
-        with torch.random.fork_rng(devices=[]):
+            offset = stage_offset(*facts, own.STAGES)
+            self.pairs = [single_pair(own.HINT_LAYER, len(shapes_s), len(shapes_t), offset)]
+        with generator_kept():
             regressors = [ConvReg(shapes_s[i], shapes_t[j]) for i, j in self.pairs]
         self.conv_reg = nn.ModuleList(regressors) if own.MULTI_STAGE else regressors[0]  # mdistiller's key for one
 

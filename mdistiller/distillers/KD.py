@@ -74,7 +74,7 @@ class KD(Distiller):
         self.temperature = cfg.KD.TEMPERATURE
         self.ce_weight = cfg.KD.LOSS.CE_WEIGHT
         self.kd_weight = cfg.KD.LOSS.KD_WEIGHT
-        self.logit_stand = wants_standardised_logits(cfg, student)
+        self.logit_stand = wants_standardised_logits(self, cfg)
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         logits_student, _ = self.student(image)

@@ -32,7 +32,7 @@ from mdistiller.options import Option
 from mdistiller.registry import InputError
 
 from ._base import register_distiller
-from ._common import STAGES, FeatureDistiller, configured_stage_pairs, feature_losses, pick_pairs
+from ._common import STAGES, FeatureDistiller, feature_losses, pick_pairs, stage_pairs
 
 DEFAULTS = {
     "K": Option(1, "directions of each stage", at_least=1),
@@ -148,10 +148,10 @@ class KDSVD(FeatureDistiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher, cfg)
         self.k = cfg.KDSVD.K
-        self.pairs = configured_stage_pairs(student, teacher, cfg, cfg.KDSVD.STAGES)
+        self.pairs = stage_pairs(*self.network_facts(cfg), cfg.KDSVD.STAGES)
         if len(self.pairs) < 2:
             raise InputError(
-                f"KDSVD relates consecutive stages, but {type(student).__name__} and {type(teacher).__name__} have "
+                f"KDSVD relates consecutive stages, but the {self.student_facts} and the {self.teacher_facts} have "
                 f"{len(self.pairs)} in common; choose other networks"
             )
 

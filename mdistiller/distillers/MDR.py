@@ -49,8 +49,8 @@ no anchor ranks before their own, is monitored for each stage, and so is the sha
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -59,11 +59,12 @@ from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, draws, require_one_shape, spatial_mean, unit
 from mdistiller.functional.mixing import share_quantiles, smaller_shares
+from mdistiller.models.facts import NetworkFacts
 from mdistiller.options import Option, weight
-from mdistiller.registry import InputError, check_choice, image_side
+from mdistiller.registry import InputError, check_choice
 
 from ._base import Distiller, register_distiller
-from ._common import answer_to_black
+from ._common import generator_kept
 from .KD import kd_loss
 
 REDUCTIONS = ("mean", "sum")
@@ -320,9 +321,15 @@ class MDR(Distiller):
         super().__init__(student, teacher)
         self.own = own = cfg.MDR
         self.seed = cfg.EXPERIMENT.SEED
-        size = image_side(cfg)
-        self.student_shape, self.teacher_shape = (probe(net, size, own.STAGES) for net in (student, teacher))
-        self.stages = _same_count(self.student_shape, self.teacher_shape, cfg.DISTILLER)
+        of_student, of_teacher = self.network_facts(cfg)
+        self.student_stages, self.teacher_stages = stages_of(of_student, own.STAGES), stages_of(of_teacher, own.STAGES)
+        self.stages = len(self.student_stages)
+        if self.stages != len(self.teacher_stages) or not self.stages:
+            raise InputError(
+                f"MDR relates stages one to one, but the {of_student} has {self.stages} of them and the {of_teacher} "
+                f"{len(self.teacher_stages)} (by MDR.STAGES); choose networks with equally many stages, or, where they "
+                "declare as many, MDR.STAGES declared"
+            )
         for key in ("ANGLE_STAGES", "LENGTH_STAGES", "DISTANCE_STAGES"):
             if own[key] > self.stages:
                 raise InputError(
@@ -336,7 +343,7 @@ class MDR(Distiller):
             raise InputError(f"MDR.DISTANCE_STAGES {own.DISTANCE_STAGES} belongs to a DISTANCE_WEIGHT, which is 0")
         self.teacher_modules, _ = self._fresh_teacher_modules()
         self.teacher_modules.requires_grad_(False).eval()
-        self.student_modules = self._build_modules(self.student_shape.widths, self._seed_of(STUDENT_KEY))
+        self.student_modules = self._build_modules(of_student, self.student_stages, STUDENT_KEY)
         self.register_buffer("quantiles", share_quantiles(own.MIXUP_ALPHA), persistent=False)
 
     @property
@@ -373,9 +380,9 @@ class MDR(Distiller):
             losses["loss_kd"] = own.KD_WEIGHT * kd
         if self.uses_relations:
             with torch.autocast(image.device.type, enabled=False):
-                z_s = embed(self.student_modules, pooled_stages(features_s, self.student_shape.stages))
+                z_s = embed(self.student_modules, pooled_stages(features_s, self.student_stages))
                 with torch.no_grad():
-                    z_t = embed(self.teacher_modules, pooled_stages(features_t, self.teacher_shape.stages))
+                    z_t = embed(self.teacher_modules, pooled_stages(features_t, self.teacher_stages))
                 losses |= self.relation_losses(z_s, z_t, positives.anchor)
         return logits_s[:count], losses
 
@@ -497,7 +504,7 @@ class MDR(Distiller):
         positives, count = self.positives(image, batch.get("index"), epoch), len(image)
         with torch.no_grad(), autocast():
             _, features = self.teacher(torch.cat([image, positives.images]))
-        z = embed(modules, pooled_stages(features, self.teacher_shape.stages))
+        z = embed(modules, pooled_stages(features, self.teacher_stages))
         angles = _relations(angle_matrix, z)
         smp = _smp(angles, positives.anchor)
         if self.own.SM_TRAINING == "contrastive":  # Eq. 5
@@ -514,20 +521,20 @@ class MDR(Distiller):
 
     def _fresh_teacher_modules(self) -> tuple[nn.ModuleList, nn.ModuleList]:
         """The teacher's SMs and their classifiers, as the seed initialises them."""
-        shape = self.teacher_shape
-        modules = self._build_modules(shape.widths, self._seed_of(TEACHER_KEY))
-        with _generator_at(self._seed_of(CLASSIFIER_KEY)):
-            return modules, nn.ModuleList(nn.Linear(self.own.SM_WIDTH, shape.classes) for _ in modules)
+        modules = self._build_modules(self.teacher_facts, self.teacher_stages, TEACHER_KEY)
+        with generator_kept(self._seed_of(CLASSIFIER_KEY)):
+            return modules, nn.ModuleList(nn.Linear(self.own.SM_WIDTH, self.teacher_facts.classes) for _ in modules)
 
     def _seed_of(self, key: int) -> int:
         return int(draws.hash_keys(self.seed, key))
 
-    def _build_modules(self, widths: list[int], seed: int) -> nn.ModuleList:
+    def _build_modules(self, facts: NetworkFacts, stages: tuple[int, ...], key: int) -> nn.ModuleList:
         own = self.own
+        widths = [facts.channels[stage] for stage in stages]
         if own.SM_TRAINING == "none":
             return nn.ModuleList(nn.Identity() for _ in widths)
         hidden = own.SM_HIDDEN or own.SM_WIDTH
-        with _generator_at(seed):
+        with generator_kept(self._seed_of(key)):
             return nn.ModuleList(
                 nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, own.SM_WIDTH)) for width in widths
             )
@@ -544,29 +551,9 @@ def pooled_stages(features: dict[str, Any], stages: tuple[int, ...]) -> list[Ten
     return [spatial_mean(features["feats"][stage]) for stage in stages]
 
 
-class Shape(NamedTuple):
-    """What MDR needs to know of a network: which maps are its stages, their widths, and the number of classes."""
-
-    stages: tuple[int, ...]
-    widths: list[int]
-    classes: int
-
-
-def probe(network: nn.Module, size: int, stages: str) -> Shape:
-    """Ask a network, which stays as it is; see :func:`~mdistiller.distillers._common.answer_to_black`.
-
-    Args:
-        network: returns ``(logits, features)``.
-        size: pixels a side of the image.
-        stages: ``"skip_first"``: all maps but the first; ``"declared"``: what ``get_stage_indices()`` says, for a
-            network that has none as ``skip_first``.
-    """
-    logits, features = answer_to_black(network, (size, size))
-    maps = features["feats"]
-    numbers = tuple(range(1, len(maps)))
-    if stages == "declared" and hasattr(network, "get_stage_indices"):
-        numbers = network.get_stage_indices()
-    return Shape(numbers, [maps[number].shape[1] for number in numbers], logits.shape[1])
+def stages_of(facts: NetworkFacts, rule: str) -> tuple[int, ...]:
+    """Numbers of the maps that are stages, as ``MDR.STAGES`` says: what the network declares, or all but the first."""
+    return facts.stages if rule == "declared" else tuple(range(1, len(facts.need("shapes"))))
 
 
 def mixed_cross_entropy(logits: Tensor, target: Tensor, positives: Positives) -> Tensor:
@@ -586,25 +573,6 @@ def mixed_cross_entropy(logits: Tensor, target: Tensor, positives: Positives) ->
     mixture = share * F.cross_entropy(augmented, own, reduction="none")
     mixture = mixture + (1 - share) * F.cross_entropy(augmented, other, reduction="none")
     return (F.cross_entropy(anchors, target, reduction="sum") + mixture.sum()) / len(logits)
-
-
-def _same_count(student: Shape, teacher: Shape, names: Any) -> int:
-    counts = len(student.stages), len(teacher.stages)
-    if counts[0] != counts[1] or not counts[0]:
-        raise InputError(
-            f"MDR relates stages one to one, but student {names.STUDENT} has {counts[0]} of them and teacher "
-            f"{names.TEACHER} {counts[1]} (by MDR.STAGES); choose networks with equally many stages, or, "
-            "where they declare as many, MDR.STAGES declared"
-        )
-    return counts[0]
-
-
-@contextmanager
-def _generator_at(seed: int) -> Iterator[None]:
-    """Torch's generator of the CPU at a seed, and as it was afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def _anchors(image: Tensor) -> Tensor:

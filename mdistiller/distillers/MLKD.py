@@ -141,7 +141,7 @@ class MLKD(Distiller):
         own = cfg.KD
         self.temperature, self.as_published = own.TEMPERATURE, own.MLKD.AS_PUBLISHED
         self.ce_weight, self.kd_weight = own.LOSS.CE_WEIGHT, own.LOSS.KD_WEIGHT
-        self.logit_stand = wants_standardised_logits(cfg, student)
+        self.logit_stand = wants_standardised_logits(self, cfg)
 
     def forward_train(
         self, image_weak: Tensor, image_strong: Tensor, target: Tensor, **kwargs: Any

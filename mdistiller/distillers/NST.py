@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mdistiller.functional import pool_to_common, unit
 
 from ._base import register_distiller
-from ._common import STAGES, FeatureDistiller, configured_stage_pairs, feature_losses, pick_pairs
+from ._common import STAGES, FeatureDistiller, feature_losses, pick_pairs, stage_pairs
 
 DEFAULTS = {
     "STAGES": STAGES,
@@ -88,7 +88,7 @@ class NST(FeatureDistiller):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher, cfg)
-        self.pairs = configured_stage_pairs(student, teacher, cfg, cfg.NST.STAGES)
+        self.pairs = stage_pairs(*self.network_facts(cfg), cfg.NST.STAGES)
 
     def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:
         maps_s, maps_t = pick_pairs(features_student, features_teacher, self.pairs)

@@ -123,17 +123,16 @@ class OFD(Distiller):
         self.ce_weight, self.feat_weight = cfg.OFD.LOSS.CE_WEIGHT, cfg.OFD.LOSS.FEAT_WEIGHT
         self.teacher_batch_statistics = cfg.OFD.TEACHER_BATCH_STATISTICS
         kernel_size = cfg.OFD.CONNECTOR.KERNEL_SIZE
-        pair = f"{cfg.DISTILLER.TEACHER} -> {cfg.DISTILLER.STUDENT}"
-        try:
-            norms = teacher.get_bn_before_relu()
-        except (NotImplementedError, AttributeError) as error:
-            raise InputError(f"OFD cannot be used with {pair}: {error}") from None
-        widths_s, widths_t = student.get_stage_channels()[1:], teacher.get_stage_channels()[1:]
+        of_student, of_teacher = self.network_facts(cfg)
+        norms = of_teacher.need("norms_before_relu")
+        widths_s, widths_t = of_student.preact_channels[1:], of_teacher.preact_channels[1:]
         self.stages = min(len(norms), len(widths_s), len(widths_t))
-        norms = norms[-self.stages :]
+        if not self.stages:
+            raise InputError(f"OFD: the {of_student} and the {of_teacher} need a map behind the first; choose others")
         self.connectors = Connectors(widths_s[-self.stages :], widths_t[-self.stages :], kernel_size)
         # Follow from the teacher: they move to the device with the rest, and are not saved.
-        for i, norm in enumerate(norms):
+        for i, name in enumerate(norms[-self.stages :]):
+            norm = teacher.get_submodule(name)
             margin = margins(norm.weight.detach(), norm.bias.detach())[None, :, None, None]
             self.register_buffer(f"margin_{i}", margin, persistent=False)
 

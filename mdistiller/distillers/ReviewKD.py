@@ -8,9 +8,7 @@ pass on, and turns it into the shape of the teacher's level. The results are com
 their activation by the hierarchical context loss (:func:`hcl_loss`), at full size and pooled to 4x4, 2x2 and 1x1.
 
 Levels are matched from the deep end; the teacher's are all its maps but the first, and the student's as many. Widths
-and sizes follow from the networks. ``SHAPES``, ``OUT_SHAPES``, ``IN_CHANNELS`` and ``OUT_CHANNELS`` (mdistiller's keys,
-sizes deepest first, widths shallowest first) may be given, and must fit then; left at their defaults, which are those
-of resnet32x4 and resnet8x4, they say nothing.
+and sizes follow from the networks.
 
 Departs from the paper: what the authors' code does where the text is silent (the first map is left out, the teacher's
 maps are taken before their activation, the weight rises over ``WARMUP_EPOCHS``).
@@ -29,16 +27,16 @@ from mdistiller.functional import at_least_float32, channel_mean_square, require
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
-from ._common import pooled_width, preact_maps, warmup
+from ._common import preact_maps, warmup
 
 DEFAULTS = {
     "CE_WEIGHT": 1.0,
     "REVIEWKD_WEIGHT": 1.0,
     "WARMUP_EPOCHS": 20,  # in which REVIEWKD_WEIGHT rises linearly
-    "SHAPES": [1, 8, 16, 32],  # sides of the student's levels, deepest first
-    "OUT_SHAPES": [1, 8, 16, 32],  # and of the teacher's
-    "IN_CHANNELS": [64, 128, 256, 256],  # widths of the student's levels, shallowest first
-    "OUT_CHANNELS": [64, 128, 256, 256],  # and of the teacher's
+    "SHAPES": [1, 8, 16, 32],  # this and the next three: mdistiller's, not read
+    "OUT_SHAPES": [1, 8, 16, 32],
+    "IN_CHANNELS": [64, 128, 256, 256],
+    "OUT_CHANNELS": [64, 128, 256, 256],
     "MAX_MID_CHANNEL": 512,  # bound of the fusions' width
     "STU_PREACT": False,  # take the student's maps before their activation too
 }
@@ -144,27 +142,15 @@ class ReviewKD(Distiller):
         own = cfg.REVIEWKD
         self.ce_weight, self.reviewkd_weight, self.warmup_epochs = own.CE_WEIGHT, own.REVIEWKD_WEIGHT, own.WARMUP_EPOCHS
         self.stu_preact = own.STU_PREACT
-        self.pair = f"{cfg.DISTILLER.TEACHER} -> {cfg.DISTILLER.STUDENT}"
         if self.warmup_epochs < 0:
             raise InputError(f"REVIEWKD.WARMUP_EPOCHS must be 0 or more epochs, got {self.warmup_epochs}")
         if own.MAX_MID_CHANNEL < 1:
             raise InputError(f"REVIEWKD.MAX_MID_CHANNEL must be at least 1, got {own.MAX_MID_CHANNEL}")
-        widths_t = [*teacher.get_stage_channels()[1:], pooled_width(teacher, "teacher")]
-        widths_s = [*student.get_stage_channels(), pooled_width(student, "student")]
-        count = min(len(widths_t), len(widths_s))
-        given = {key: list(own[key]) for key in ("IN_CHANNELS", "OUT_CHANNELS", "SHAPES", "OUT_SHAPES")}
-        given = {key: value for key, value in given.items() if value != DEFAULTS[key]}
-        lengths = {len(value) for value in given.values()}
-        if len(lengths) > 1 or any(not 1 <= length <= count for length in lengths):
-            found = ", ".join(f"{key} {value}" for key, value in given.items())
-            raise InputError(
-                f"REVIEWKD: {self.pair} has {count} levels; what is given must have one entry for each of them or of "
-                f"the deepest ones, got {found}; leave these keys out and they follow from the networks"
-            )
-        self.levels = lengths.pop() if lengths else count
-        self.shapes = {key: given[key] for key in ("SHAPES", "OUT_SHAPES") if key in given}
-        for key, widths in (("IN_CHANNELS", widths_s), ("OUT_CHANNELS", widths_t)):
-            self._check(key, given.get(key), widths[-self.levels :])
+        of_student, of_teacher = self.network_facts(cfg)
+        widths_s = of_student.preact_channels if self.stu_preact else of_student.channels
+        widths_s = [*widths_s, of_student.need("pooled_width")]
+        widths_t = [*of_teacher.preact_channels[1:], of_teacher.need("pooled_width")]
+        self.levels = min(len(widths_s), len(widths_t))
         widths_s, widths_t = widths_s[-self.levels :], widths_t[-self.levels :]
         mid = min(own.MAX_MID_CHANNEL, widths_s[-1])
         deepest = self.levels - 1
@@ -180,8 +166,6 @@ class ReviewKD(Distiller):
         maps_student = preact_maps(features_student) if self.stu_preact else features_student["feats"]
         levels_student = self._levels(maps_student, features_student)
         levels_teacher = self._levels(preact_maps(features_teacher), features_teacher)
-        self._check("SHAPES", self.shapes.get("SHAPES"), [f.shape[2] for f in levels_student])
-        self._check("OUT_SHAPES", self.shapes.get("OUT_SHAPES"), [f.shape[2] for f in levels_teacher])
         results, deeper = [], None
         for abf, level, like in zip(self.abfs, levels_student, levels_teacher, strict=True):
             result, deeper = abf(level, deeper, like.shape[2:])
@@ -195,9 +179,3 @@ class ReviewKD(Distiller):
     def _levels(self, maps: list[Tensor], features: dict[str, Any]) -> list[Tensor]:
         """Deepest first."""
         return [*maps, features["pooled_feat"][:, :, None, None]][: -self.levels - 1 : -1]
-
-    def _check(self, key: str, given: list[int] | None, needed: list[int]) -> None:
-        if given is not None and given != needed:
-            raise InputError(
-                f"REVIEWKD.{key} is {given}, and {self.pair} has {needed}; leave it out, it follows from the networks"
-            )

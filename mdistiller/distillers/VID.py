@@ -26,14 +26,14 @@ from mdistiller.functional import at_least_float32, channel_mean_square, pool_to
 from mdistiller.registry import InputError
 
 from ._base import register_distiller
-from ._common import FeatureDistiller, get_feat_shapes, pick_pairs, stage_pairs
+from ._common import FeatureDistiller, generator_kept, pick_pairs, stage_pairs
 
 DEFAULTS = {
     "EPS": 1e-5,  # least variance
     "INIT_PRED_VAR": 5.0,
     "LEARN_VARIANCE": True,  # False: mdistiller's
     "STAGES": "matched",  # matched, skip_first (mdistiller's): see stage_offset in _common.py
-    "INPUT_SIZE": (32, 32),  # of the image that asks the networks for their maps
+    "INPUT_SIZE": (32, 32),  # mdistiller's key; not read
     "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
 }
 PAPER = "Ahn et al., CVPR 2019, arXiv:1904.05835"
@@ -79,10 +79,10 @@ class VID(FeatureDistiller):
             raise InputError(f"VID.EPS must be above 0, got {own.EPS}")
         if not own.INIT_PRED_VAR > own.EPS:
             raise InputError(f"VID.INIT_PRED_VAR must be above VID.EPS {own.EPS}, got {own.INIT_PRED_VAR}")
-        shapes_s, shapes_t = get_feat_shapes(student, teacher, own.INPUT_SIZE)
-        self.pairs = stage_pairs(student, teacher, len(shapes_s), len(shapes_t), own.STAGES)
-        widths = [(shapes_s[i][1], shapes_t[j][1]) for i, j in self.pairs]
-        with torch.random.fork_rng(devices=[]):
+        of_student, of_teacher = self.network_facts(cfg)
+        self.pairs = stage_pairs(of_student, of_teacher, own.STAGES)
+        widths = [(of_student.channels[i], of_teacher.channels[j]) for i, j in self.pairs]
+        with generator_kept():
             self.regressors = nn.ModuleList(mean_regressor(s, t) for s, t in widths)
         start = inverse_softplus(own.INIT_PRED_VAR - own.EPS)
         self.log_scales = nn.ParameterList(

@@ -78,7 +78,7 @@ from mdistiller.options import Option, weight
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
-from ._common import last_linear, warmup
+from ._common import generator_kept, warmup
 from .KD import kd_loss
 
 __all__ = ["VRM", "VRMOneView", "edge_uncertainty", "vrm_loss"]
@@ -230,21 +230,15 @@ class VRM(Distiller):
         self.raw_graph = own.GRAPH == "raw"
         self.icv_normalize = own.ICV_NORMALIZE
         self.joint_forward = own.JOINT_FORWARD
-        widths = [self._width(network) for network in (student, teacher)]
-        if self.zsnorm and widths[0] is not None and widths[0] <= 2:
+        facts = self.network_facts(cfg)
+        widths = [of_network.classes if self.on_logits else of_network.need("pooled_width") for of_network in facts]
+        if self.zsnorm and widths[0] <= 2:
             raise InputError(
                 f"VRM.ZSNORM: with {widths[0]} classes ZSNorm leaves nothing of a prediction but which class is "
                 "ahead; set VRM.ZSNORM False"
             )
         compares = bool(self.alpha or self.beta or self.vertex_weight)  # else nothing would train an adaptor
         self.adaptor = make_adaptor(own.ADAPTOR, *widths) if compares else nn.Identity()
-
-    def _width(self, network: nn.Module) -> int | None:
-        """Entries of a vertex: the output or the input of the network's last linear layer, ``None`` without one."""
-        linear = last_linear(network)
-        if linear is None:
-            return None
-        return linear.out_features if self.on_logits else linear.in_features
 
     def forward_train(
         self, image_weak: Tensor, image_strong: Tensor, target: Tensor, epoch: int = 1, **kwargs: Any
@@ -343,16 +337,16 @@ class VRMOneView(VRM):
         }
 
 
-def make_adaptor(kind: str, width: int | None, out_width: int | None) -> nn.Module:
+def make_adaptor(kind: str, width: int, out_width: int) -> nn.Module:
     """The module that ``VRM.ADAPTOR`` names, with seeded weights; the random generator is left as it was.
 
     Args:
         kind: ``"residual"``, ``"mlp"`` or ``"none"``.
         width: entries of the student's vertices.
-        out_width: of the teacher's; both ``None`` where they are unknown.
+        out_width: of the teacher's.
 
     Raises:
-        InputError: a width is unknown, or they differ and there is no adaptor.
+        InputError: the widths differ, and there is no adaptor.
     """
     if kind == "none":
         if width != out_width:
@@ -361,10 +355,5 @@ def make_adaptor(kind: str, width: int | None, out_width: int | None) -> nn.Modu
                 "VRM.ADAPTOR residual or mlp"
             )
         return nn.Identity()
-    if width is None or out_width is None:
-        raise InputError(
-            "VRM.ADAPTOR: how many classes or features there are is read off the networks' last nn.Linear, and one of "
-            "them has none; set VRM.ADAPTOR none"
-        )
-    with torch.random.fork_rng(devices=[]):
+    with generator_kept():
         return Adaptor(width, out_width, residual=kind == "residual")

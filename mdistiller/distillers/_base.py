@@ -28,7 +28,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.registry import distiller_dict
+from mdistiller.models.facts import NetworkFacts, facts_of
+from mdistiller.registry import distiller_dict, image_side
 
 
 def register_distiller(
@@ -89,6 +90,9 @@ class Distiller(nn.Module):
     """How many images pass the student for each image of the batch, where the method makes copies of its own."""
     teacher_batch_statistics = False
     """Whether the method runs its teacher on the statistics of the batch."""
+    student_facts: NetworkFacts | None = None
+    """Set by :meth:`network_facts`, as is ``teacher_facts``."""
+    teacher_facts: NetworkFacts | None = None
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
         super().__init__()
@@ -128,6 +132,21 @@ class Distiller(nn.Module):
         A method that predicts by a head of its own returns a network that holds both.
         """
         return self.student
+
+    def network_facts(self, cfg: Any) -> tuple[NetworkFacts, NetworkFacts]:
+        """Facts of student and teacher: shapes of their maps, stages, widths, classes, and more.
+
+        The networks are asked at the first call, by one black image of the run's size (:func:`facts_of`). The answers
+        are kept as ``student_facts`` and ``teacher_facts``.
+
+        Raises:
+            InputError: a network fails on such an image, or returns something else than ``(logits, features)``.
+        """
+        if self.student_facts is None:
+            size = (image_side(cfg),) * 2
+            self.student_facts = facts_of(self.student, size, "student")
+            self.teacher_facts = facts_of(self.teacher, size, "teacher")
+        return self.student_facts, self.teacher_facts
 
     def frozen_networks(self) -> dict[str, nn.Module]:
         """The networks that stay in eval mode and are not saved, by attribute; the teachers by default."""

@@ -1,8 +1,8 @@
-"""What several methods share: modules that fit a student's features to its teacher's, facts about networks."""
+"""Shared by several methods: modules that fit a student's features to its teacher's, and which stages are compared."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from mdistiller.functional import gradient_in_layout
 from mdistiller.messages import warn
+from mdistiller.models.facts import NetworkFacts, facts_of
 from mdistiller.options import Option, weight
-from mdistiller.registry import InputError, check_choice, image_side
+from mdistiller.registry import InputError, check_choice
 
 from ._base import Distiller
 
@@ -96,66 +97,60 @@ def get_feat_shapes(
 ) -> tuple[list[torch.Size], list[torch.Size]]:
     """Shapes of the maps in ``"feats"`` of both networks, ``(1, C, H, W)`` each.
 
-    The networks stay as they are, see :func:`answer_to_black`.
+    The networks stay as they are, see :func:`~mdistiller.models.facts.facts_of`.
 
     Args:
         student: returns ``(logits, features)``.
         teacher: the same.
         input_size: of the images, ``(H, W)``.
     """
-    return _shapes(student, input_size), _shapes(teacher, input_size)
+    networks = ((student, "student"), (teacher, "teacher"))
+    return tuple(list(facts_of(network, input_size, role).need("shapes")) for network, role in networks)
 
 
-def stage_offset(student: nn.Module, teacher: nn.Module, num_s: int, num_t: int, rule: str) -> int:
-    """By how much the number of a student's map in ``"feats"`` exceeds that of the teacher's map it belongs to.
+def stage_offset(student: NetworkFacts, teacher: NetworkFacts, rule: str) -> int:
+    """Student map ``j + offset`` is compared with teacher map ``j``; this is the offset.
 
     Args:
-        student: may say by ``get_stage_indices()`` which maps are stages; else all but the first are.
-        teacher: the same.
-        num_s: how many maps the student has.
-        num_t: how many the teacher has.
+        student: facts of the student, which has maps.
+        teacher: facts of the teacher, which has maps.
         rule: ``"matched"``: the i-th map belongs to the i-th where both networks have equally many; else their first
             stages belong together, also where only one of them has a map of its stem before. ``"skip_first"``: the
             i-th belongs to the i-th, mdistiller's rule.
 
     Raises:
-        InputError: an unknown rule.
+        InputError: an unknown rule; a network without maps.
     """
     check_choice("STAGES", rule, STAGE_RULES)
-    if rule == "skip_first" or num_s == num_t:
+    if rule == "skip_first" or len(student.need("shapes")) == len(teacher.need("shapes")):
         return 0
-    return _first_stage(student) - _first_stage(teacher)
+    first_s, first_t = (facts.stages[0] if facts.stages else 1 for facts in (student, teacher))
+    return first_s - first_t
 
 
-def stage_pairs(student: nn.Module, teacher: nn.Module, num_s: int, num_t: int, rule: str) -> list[tuple[int, int]]:
+def stage_pairs(student: NetworkFacts, teacher: NetworkFacts, rule: str) -> list[tuple[int, int]]:
     """Numbers in ``"feats"`` of student and teacher of the maps that are compared, shallow to deep.
 
     The first map of networks that have equally many is left out, as in mdistiller: the stem, or a first block in both.
     Where one network has more stages, its deepest are left over, which is said in a warning.
 
     Args:
-        student, teacher, num_s, num_t, rule: see :func:`stage_offset`.
+        student, teacher, rule: see :func:`stage_offset`.
 
     Raises:
-        InputError: an unknown rule.
+        InputError: an unknown rule; a network without maps; networks without stages in common.
     """
-    offset = stage_offset(student, teacher, num_s, num_t, rule)
+    offset = stage_offset(student, teacher, rule)
+    num_s, num_t = len(student.need("shapes")), len(teacher.need("shapes"))
     first = 1 - max(offset, 0)
     pairs = list(zip(range(first + offset, num_s), range(first, num_t), strict=False))
-    for role, last, number in (("student", pairs[-1][0], num_s), ("teacher", pairs[-1][1], num_t)):
+    found = f"the {student} has {num_s} feature maps, the {teacher} {num_t}"
+    if not pairs:
+        raise InputError(f"{found}: no stages are left to compare; let the networks return more maps, or choose others")
+    for facts, last, number in ((student, pairs[-1][0], num_s), (teacher, pairs[-1][1], num_t)):
         if last != number - 1:
-            warn(
-                f"student {type(student).__name__} has {num_s} feature maps, teacher {type(teacher).__name__} {num_t}: "
-                f"the {role}'s from {last + 1} to {number - 1} are compared with none"
-            )
+            warn(f"{found}: the {facts.role}'s from {last + 1} to {number - 1} are compared with none")
     return pairs
-
-
-def configured_stage_pairs(student: nn.Module, teacher: nn.Module, cfg: Any, rule: str) -> list[tuple[int, int]]:
-    """:func:`stage_pairs` of two networks, which are asked by one black image of the data set's size."""
-    side = image_side(cfg)
-    maps_s, maps_t = get_feat_shapes(student, teacher, (side, side))
-    return stage_pairs(student, teacher, len(maps_s), len(maps_t), rule)
 
 
 def pick_pairs(
@@ -165,93 +160,37 @@ def pick_pairs(
     return [gradient_in_layout(features_s["feats"][i]) for i, _ in pairs], [features_t["feats"][j] for _, j in pairs]
 
 
-def _first_stage(net: nn.Module) -> int:
-    return net.get_stage_indices()[0] if hasattr(net, "get_stage_indices") else 1
-
-
-def _shapes(net: nn.Module, input_size: Sequence[int]) -> list[torch.Size]:
-    return [feat.shape for feat in answer_to_black(net, input_size)[1]["feats"]]
-
-
-def answer_to_black(net: nn.Module, input_size: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
-    """Logits ``(1, K)`` and features that a network gives for one black image of ``(H, W)`` pixels.
-
-    It is asked in eval mode without gradient: no statistics move, no random number is drawn, and every module is in the
-    mode in which it was.
-
-    Raises:
-        InputError: it returns something else, or no maps ``feats``.
-    """
-    like = next(net.parameters())
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
-        with torch.no_grad():
-            output = net(torch.zeros(1, 3, *input_size, device=like.device, dtype=like.dtype))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    is_pair = isinstance(output, (tuple, list)) and len(output) == 2
-    if not (is_pair and isinstance(output[1], Mapping) and "feats" in output[1]):
-        raise InputError(
-            f"{type(net).__name__} must return (logits, features) with the maps of its stages in features['feats'], "
-            "which this method reads: see mdistiller/models/_features.py"
-        )
-    return output
-
-
 def warmup(epoch: int, epochs: int) -> float:
     """The share of a term's weight that counts in ``epoch`` (from 1): it rises linearly over ``epochs``, then is 1."""
     return min(epoch / epochs, 1.0) if epochs else 1.0
 
 
-def count_classes(network: nn.Module) -> int | None:
-    """The classes of a network: the width of its last linear layer, ``None`` where it has none.
-
-    A forward pass would tell too, but takes an input of the right size and disturbs BatchNorm and random states.
-    """
-    classifier = last_linear(network)
-    return None if classifier is None else classifier.out_features
-
-
-def pooled_width(network: nn.Module, role: str, otherwise: int | None = None) -> int:
-    """The width of ``pooled_feat``: what the network's last linear layer, its classifier, reads.
-
-    Args:
-        network: whose.
-        role: what it is, for the message.
-        otherwise: the answer for a network without a linear layer.
-
-    Raises:
-        InputError: it has none, and ``otherwise`` is not given.
-    """
-    classifier = last_linear(network)
-    if classifier is not None:
-        return classifier.in_features
-    if otherwise is None:
-        raise InputError(f"the width of the {role}'s pooled_feat is read off its last nn.Linear, and it has none")
-    return otherwise
-
-
-def last_linear(network: nn.Module) -> nn.Linear | None:
-    """The classifier, as far as its place tells; ``None`` for a network without a linear layer."""
-    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    return linear[-1] if linear else None
-
-
-def wants_standardised_logits(cfg: Any, student: nn.Module) -> bool:
+def wants_standardised_logits(distiller: Distiller, cfg: Any) -> bool:
     """``EXPERIMENT.LOGIT_STAND``, LSKD's switch.
 
     Raises:
         InputError: it is on, and there are so few classes that nothing would be left of the logits.
     """
-    wanted, classes = cfg.EXPERIMENT.LOGIT_STAND, count_classes(student)
-    if wanted and classes is not None and classes <= 2:
+    wanted = cfg.EXPERIMENT.LOGIT_STAND
+    if wanted and (classes := distiller.network_facts(cfg)[0].classes) <= 2:
         raise InputError(
             f"EXPERIMENT.LOGIT_STAND: with {classes} classes, standardised logits only say which class is ahead; "
             "set EXPERIMENT.LOGIT_STAND False"
         )
     return wanted
+
+
+@contextmanager
+def generator_kept(seed: int | None = None) -> Iterator[None]:
+    """Around the making of a method's own modules: torch's generator of the CPU is afterwards as it was before.
+
+    Args:
+        seed: where the generator stands meanwhile; ``None``: where it stood.
+    """
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        yield
 
 
 def preact_maps(features: dict[str, Any]) -> list[Tensor]:

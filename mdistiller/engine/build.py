@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-import mdistiller.models  # noqa: F401  fills the model tables
 from mdistiller.contract import contract_of
 from mdistiller.distillers import distiller_dict
+from mdistiller.models import ModelEntry
 from mdistiller.models._registration import COLLECTIONS, TEACHER_RELEASE, public_file
 from mdistiller.registry import MODEL_FAMILIES, InputError, Registry, UnknownName, open_dataset
 
@@ -35,9 +35,7 @@ def build_model(table: Registry, name: str, num_classes: int) -> nn.Module:
     Raises:
         InputError: no such model; the closest names are given.
     """
-    entry = table[name]
-    constructor = entry[0] if isinstance(entry, tuple) else entry
-    return constructor(num_classes=num_classes)
+    return ModelEntry.of(table[name])(num_classes=num_classes)
 
 
 def build_student(cfg: Any, num_classes: int) -> nn.Module:
@@ -52,10 +50,10 @@ def build_student(cfg: Any, num_classes: int) -> nn.Module:
     return build_model(model_table(cfg), cfg.DISTILLER.STUDENT, num_classes)
 
 
-def _model_entry(cfg: Any, key: str) -> Any:
+def _model_entry(cfg: Any, key: str) -> ModelEntry:
     """The table's entry of the model that ``DISTILLER.<key>`` names."""
     try:
-        return model_table(cfg)[cfg.DISTILLER[key]]
+        return ModelEntry.of(model_table(cfg)[cfg.DISTILLER[key]])
     except UnknownName as error:
         raise UnknownName(f"DISTILLER.{key}: {error}") from None
 
@@ -72,11 +70,11 @@ def build_teacher(cfg: Any, num_classes: int, option: str = TEACHER_OPTION) -> n
     Raises:
         InputError: no such model; no weights, with how to get or train them; weights that don't fit.
     """
-    name, table = cfg.DISTILLER.TEACHER, model_table(cfg)
+    name, entry = cfg.DISTILLER.TEACHER, _model_entry(cfg, "TEACHER")
     path = teacher_checkpoint(cfg, option)
     if path is None:
-        return table[name](pretrained=True, num_classes=num_classes)
-    teacher = build_model(table, name, num_classes)
+        return entry(pretrained=True, num_classes=num_classes)
+    teacher = entry(num_classes=num_classes)
     load_network(teacher, path, f"teacher {name}", cfg, "a teacher must be trained on the same classes")
     return teacher
 
@@ -101,7 +99,7 @@ def load_network(model: nn.Module, path: str | Path, what: str, cfg: Any, advice
 
 
 def teacher_checkpoint(cfg: Any, option: str = TEACHER_OPTION) -> Path | None:
-    """Where the teacher's weights lie; ``None``: torchvision fetches them.
+    """Where the teacher's weights lie; ``None``: its constructor fetches them.
 
     Args:
         cfg: the configuration.
@@ -113,9 +111,9 @@ def teacher_checkpoint(cfg: Any, option: str = TEACHER_OPTION) -> Path | None:
     name = cfg.DISTILLER.TEACHER
     given = cfg.DISTILLER.TEACHER_CKPT
     entry = _model_entry(cfg, "TEACHER")
-    if not given and not isinstance(entry, tuple):
+    if not given and entry.pretrained:
         return None
-    public = entry[1] if open_dataset(cfg).public_teachers else None
+    public = entry.weights if open_dataset(cfg).public_teachers else None
     path = Path(given or public or "")
     if (given or public) and path.is_file():
         return path

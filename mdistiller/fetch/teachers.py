@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-import mdistiller.models  # noqa: F401  fills the model tables
 from mdistiller.engine.build import build_model
 from mdistiller.engine.folder.checkpoint import CheckpointError, check_weights, load_weights
 from mdistiller.files import StrPath, file_sha256
+from mdistiller.models import ModelEntry
 from mdistiller.models._registration import COLLECTIONS, TEACHER_RELEASE, checkpoint_root, public_file
 from mdistiller.registry import MODEL_FAMILIES, InputError
 
@@ -47,7 +47,7 @@ KNOWN_SHA256 = {
 def teacher_files(collection: str) -> dict[str, str]:
     """The model's name by the path of its file under ``download_ckpts/``."""
     table = MODEL_FAMILIES[COLLECTIONS[collection].family]
-    files = {public_file(entry[1]): name for name, entry in table.items() if isinstance(entry, tuple)}
+    files = {public_file(ModelEntry.of(entry).weights): name for name, entry in table.items()}
     return {file: name for file, name in files.items() if file.startswith(f"{collection}/")}
 
 

@@ -1,18 +1,22 @@
 """How a network enters the tables, and where the file of a public teacher lies and comes from.
 
-``cifar_model_dict`` and ``tiny_imagenet_model_dict`` hold ``(constructor, checkpoint path or None)``,
-``imagenet_model_dict`` the constructor alone: mdistiller's kinds, which its users' files unpack.
+An entry of a table is a :class:`ModelEntry`, which serves as mdistiller's kinds too: it unpacks as ``(constructor,
+checkpoint path or None)``, and calling it builds the network. Scripts may assign either kind themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import update_wrapper
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
 
 from mdistiller.registry import MODEL_FAMILIES, Registry
 
 Constructor = TypeVar("Constructor", bound=Callable)
+PerChannel = tuple[float, float, float]
 
 TEACHER_RELEASE = "https://github.com/megvii-research/mdistiller/releases/tag/checkpoints"
 
@@ -49,29 +53,69 @@ def public_file(checkpoint: str | None) -> str:
     return "/".join(parts[start:])
 
 
+class ModelEntry(tuple):
+    """A network of a table: ``(constructor, weights)``, with more facts as attributes.
+
+    Args:
+        constructor: ``constructor(num_classes=K)`` builds the network.
+        weights: path of a trained teacher's file.
+        pretrained: ``constructor(pretrained=True)`` fetches public weights.
+        mean: of the images that the network takes, for each channel; ``None``: the data set's.
+        std: likewise.
+    """
+
+    constructor = property(lambda self: self[0])
+    weights = property(lambda self: self[1])
+
+    def __new__(
+        cls,
+        constructor: Callable[..., nn.Module],
+        weights: str | None = None,
+        pretrained: bool = False,
+        mean: PerChannel | None = None,
+        std: PerChannel | None = None,
+    ) -> ModelEntry:
+        entry = update_wrapper(super().__new__(cls, (constructor, weights)), constructor, updated=())
+        entry.pretrained, entry.mean, entry.std = pretrained, mean, std
+        return entry
+
+    @classmethod
+    def of(cls, entry: Any) -> ModelEntry:
+        """What a table holds, as an entry: also a script's own tuple, or its constructor, which fetches weights."""
+        if isinstance(entry, cls):
+            return entry
+        return cls(*entry) if isinstance(entry, tuple) else cls(entry, pretrained=True)
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (*self, self.pretrained, self.mean, self.std)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.constructor(*args, **kwargs)
+
+
 def checkpoint_root() -> Path:
     """The checkout that holds the package, or the current directory where the package is installed."""
     checkout = Path(__file__).resolve().parents[2]
     return checkout if (checkout / "setup.py").is_file() else Path.cwd()
 
 
-def register_model(family: str, name: str, checkpoint: str | None = None) -> Callable[[Constructor], Constructor]:
+def register_model(
+    family: str, name: str, checkpoint: str | None = None, **facts: Any
+) -> Callable[[Constructor], Constructor]:
     """Decorator that enters a constructor into the table of ``family``.
 
     Args:
         family: a key of ``MODEL_FAMILIES``.
         name: the key in the table, which configurations say.
         checkpoint: where a trained teacher lies, relative to the family's folder under ``download_ckpts/``.
+        facts: further arguments of :class:`ModelEntry`.
     """
-    table = MODEL_FAMILIES[family]
 
     def register(constructor: Constructor) -> Constructor:
-        if family == "imagenet":
-            assert checkpoint is None, "ImageNet teachers come from torchvision, by pretrained=True"
-            table.add(name, constructor)
-        else:
-            folder = checkpoint_root() / "download_ckpts" / _TEACHER_FOLDERS[family]
-            table.add(name, (constructor, str(folder / checkpoint) if checkpoint else None))
+        weights = None
+        if checkpoint is not None:
+            weights = str(checkpoint_root() / "download_ckpts" / _TEACHER_FOLDERS[family] / checkpoint)
+        MODEL_FAMILIES[family].add(name, ModelEntry(constructor, weights, **facts))
         return constructor
 
     return register

@@ -136,7 +136,7 @@ def _losses(cfg: Any, disturbed: str) -> Tensor:
 
 def _build(cfg: Any, teacher: str, student: str, classes: int) -> nn.Module:
     torch.manual_seed(0)
-    networks = [cifar_model_dict[name][0](num_classes=classes) for name in (student, teacher)]
+    networks = [cifar_model_dict[name](num_classes=classes) for name in (student, teacher)]
     return build_distiller(cfg, *networks, num_data=50).train()
 
 

@@ -8,7 +8,6 @@ from method_cases import config
 
 from mdistiller.distillers._common import (
     ConvReg,
-    configured_stage_pairs,
     get_feat_shapes,
     pick_pairs,
     stage_offset,
@@ -16,6 +15,7 @@ from mdistiller.distillers._common import (
 )
 from mdistiller.engine.build import build_distiller
 from mdistiller.models import cifar_model_dict, imagenet_model_dict
+from mdistiller.models.facts import facts_of
 from mdistiller.registry import InputError
 
 
@@ -61,12 +61,26 @@ def test_asking_for_shapes_moves_no_statistics_no_generator_and_no_mode():
 def network(name, family=cifar_model_dict):
     """A network without weights, which costs nothing to build."""
     with torch.device("meta"):
-        entry = family[name]
-        return (entry[0] if isinstance(entry, tuple) else entry)()
+        return family[name]()
+
+
+def facts(student, teacher):
+    return [facts_of(net, (64, 64), role) for net, role in ((student, "student"), (teacher, "teacher"))]
 
 
 def pairs_of(student, teacher, rule="matched"):
-    return stage_pairs(student, teacher, *(len(net.get_stage_channels()) for net in (student, teacher)), rule)
+    return stage_pairs(*facts(student, teacher), rule)
+
+
+class Maps(torch.nn.Module):
+    """A network that does not say which of its maps are stages."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def forward(self, image):
+        return image.mean((2, 3)), {"feats": self.count * [image]}
 
 
 @pytest.mark.parametrize("rule", ["matched", "skip_first"])
@@ -117,9 +131,8 @@ def test_equal_networks_warn_of_nothing(capsys):
 
 
 def test_a_network_that_does_not_declare_its_stages_has_a_stem():
-    plain = torch.nn.Identity()
-    assert stage_offset(plain, network("resnet8"), 5, 4, "matched") == 0
-    assert stage_offset(plain, network("vgg8"), 4, 5, "matched") == 1
+    assert stage_offset(*facts(Maps(5), network("resnet8")), "matched") == 0
+    assert stage_offset(*facts(Maps(4), network("vgg8")), "matched") == 1
 
 
 def test_an_unknown_rule_is_refused():
@@ -127,9 +140,13 @@ def test_an_unknown_rule_is_refused():
         pairs_of(network("resnet8"), network("resnet8"), "match")
 
 
-def test_pairs_for_a_data_set_pick_maps():
-    student, teacher = (cifar_model_dict[name][0](num_classes=7) for name in ("vgg8", "resnet20"))
-    pairs = configured_stage_pairs(student, teacher, config("AT"), "matched")
+def test_networks_without_stages_in_common_are_refused():
+    with pytest.raises(InputError, match=r"the student Maps has 1 feature maps, the teacher Maps 1: no stages"):
+        build_distiller(config("AT"), Maps(1), Maps(1))
+
+
+def test_pairs_pick_maps():
+    pairs = pairs_of(network("vgg8"), network("resnet20"))
     features = [{"feats": [torch.full((1, 1, 2, 2), 10.0 * net + i) for i in range(4 + net)]} for net in (1, 0)]
     picked = pick_pairs(*features, pairs)
     assert [[x[0, 0, 0, 0].item() for x in maps] for maps in picked] == [[10, 11, 12], [1, 2, 3]]
@@ -144,5 +161,7 @@ def test_a_network_without_maps_is_named(output):
 
     student, teacher = Plain(3, 10), cifar_model_dict["resnet8"][0](num_classes=10)
     for method in ("AT", "FITNET", "MDR"):
-        with pytest.raises(InputError, match=r"Plain must return \(logits, features\)"):
-            build_distiller(config(method), student, teacher)
+        for networks in ((student, teacher), (teacher, student)):
+            role = "student" if networks[0] is student else "teacher"
+            with pytest.raises(InputError, match=rf"the {role} Plain must return \(logits, features\)"):
+                build_distiller(config(method), *networks)

@@ -58,11 +58,10 @@ def test_images_of_another_size_than_the_regressor_was_built_for_are_refused():
             maps = [F.adaptive_avg_pool2d(x, self.side or x.shape[2] - 1)] * 3
             return x.mean((2, 3)), {"feats": maps}
 
-    values = {"FITNET.INPUT_SIZE": (8, 8)}
-    distiller = build_distiller(config("FITNET", values), Net(side=0), Net(side=5)).train()
+    distiller = build_distiller(config("FITNET", {"DATASET.IMAGE_SIZE": 8}), Net(side=0), Net(side=5)).train()
     target = torch.tensor([0, 1])
     distiller(image=torch.randn(2, 3, 8, 8), target=target)
-    with pytest.raises(InputError, match=r"the regressed map is 3x7x7, the teacher's 3x5x5; FITNET\.INPUT_SIZE"):
+    with pytest.raises(InputError, match=r"the regressed map is 3x7x7, the teacher's 3x5x5; DATASET\.IMAGE_SIZE"):
         distiller(image=torch.randn(2, 3, 10, 10), target=target)
 
 

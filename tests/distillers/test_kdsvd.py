@@ -174,7 +174,7 @@ class OneStage(nn.Module):
 
 
 def test_networks_of_one_stage_are_refused():
-    with pytest.raises(InputError, match="OneStage and OneStage have 1 in common"):
+    with pytest.raises(InputError, match="the student OneStage and the teacher OneStage have 1 in common"):
         build_distiller(config("KDSVD"), OneStage(), OneStage())
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from method_cases import CLASSES, SIZE, build, config, make_batch, total
+from method_cases import CLASSES, build, config, make_batch, total
 from oracles import mdr as oracle
 from oracles.cases import each_and_some, named
 from oracles.compare import assert_agree
@@ -31,7 +31,6 @@ from mdistiller.distillers.MDR import (
     mixed_cross_entropy,
     pair_ranks,
     pooled_stages,
-    probe,
     relation_kl,
     rotated,
     select_stages,
@@ -464,9 +463,8 @@ def test_unknown_reductions_are_refused(loss, options, message):
 
 def test_different_stage_counts_are_refused_by_name():
     student, teacher = (cifar_model_dict[name][0](num_classes=CLASSES) for name in ("resnet8", "vgg8"))
-    cfg = config("MDR", {"DISTILLER.STUDENT": "resnet8", "DISTILLER.TEACHER": "vgg13"})
-    with pytest.raises(InputError, match=r"student resnet8 has 3 .* teacher vgg13 4"):
-        build_distiller(cfg, student, teacher)
+    with pytest.raises(InputError, match=r"the student ResNet has 3 .* the teacher VGG 4"):
+        build_distiller(config("MDR"), student, teacher)
 
 
 @pytest.mark.parametrize(
@@ -623,20 +621,10 @@ def test_it_is_the_sum_of_its_parts():
 def test_stages_as_declared():
     """vgg has no map of a stem: all five maps are stages, or the first is skipped."""
     net = cifar_model_dict["vgg8"][0](num_classes=CLASSES)
-    assert probe(net, 32, "skip_first").widths == [128, 256, 512, 512]
-    assert probe(net, 32, "declared").widths == [64, 128, 256, 512, 512]
-    for way, stages in (("skip_first", 4), ("declared", 5)):
-        assert build_distiller(config("MDR", {"MDR.STAGES": way}), net, net).stages == stages
-
-
-def test_probing_leaves_the_network_as_it_was():
-    net = cifar_model_dict["resnet8"][0](num_classes=CLASSES).train()
-    net.bn1.eval()
-    before, generator = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
-    assert probe(net, SIZE, "skip_first").classes == CLASSES
-    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
-    assert net.training and not net.bn1.training
-    assert torch.equal(generator, torch.get_rng_state())
+    for way, widths in (("skip_first", [128, 256, 512, 512]), ("declared", [64, 128, 256, 512, 512])):
+        mdr = build_distiller(config("MDR", {"MDR.STAGES": way}), net, net)
+        assert mdr.stages == len(widths)
+        assert [module[0].in_features for module in mdr.teacher_modules] == widths
 
 
 def test_monitors_are_shares():

@@ -569,10 +569,11 @@ def test_a_student_without_a_linear_layer():
         def forward(self, x):
             return self.conv(x).mean((2, 3)), {}
 
-    with pytest.raises(InputError, match=r"VRM\.ADAPTOR none"):
-        build_distiller(config("VRM"), Net(), Net())
-    distiller = build_distiller(config("VRM", {"VRM.ADAPTOR": "none"}), Net(), Net())
+    distiller = build_distiller(config("VRM"), Net(), Net())
+    assert distiller.adaptor(torch.zeros(2, 10)).shape == (2, 10)
     assert torch.isfinite(total(distiller, make_batch("VRM")))
+    with pytest.raises(InputError, match=r"the student Net must return .*features\['pooled_feat'\]"):
+        build_distiller(config("VRM", {"VRM.LOCATION": "pooled"}), Net(), Net())
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,6 @@ class Net(nn.Module):
         pooled = maps.mean((2, 3))
         return self.head(pooled), {"feats": [maps], "preact_feats": [maps], "pooled_feat": pooled}
 
-    def get_stage_channels(self):
-        return [self.conv.out_channels]
-
 
 def images():
     generator = torch.Generator().manual_seed(3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from urllib.error import URLError
 
@@ -9,10 +11,16 @@ import pytest
 import torch
 import torchvision
 
-from mdistiller.models import _registration, cifar_model_dict, imagenet_model_dict, tiny_imagenet_model_dict
+from mdistiller.models import (
+    ModelEntry,
+    _registration,
+    cifar_model_dict,
+    imagenet_model_dict,
+    tiny_imagenet_model_dict,
+)
 from mdistiller.models.cifar.resnet import ResNet, resnet32x4
 from mdistiller.models.cifar.wrn import WideResNet
-from mdistiller.registry import InputError
+from mdistiller.registry import InputError, Registry
 
 TEACHERS = {"resnet56", "resnet110", "resnet32x4", "ResNet50", "wrn_40_2", "vgg13"}
 
@@ -138,3 +146,38 @@ def test_wrn_dropout_acts_in_training_only() -> None:
     assert not torch.equal(net(x)[0], net(x)[0])
     net.eval()
     assert torch.equal(net(x)[0], net(x)[0])
+
+
+@pytest.mark.parametrize("table", [cifar_model_dict, tiny_imagenet_model_dict, imagenet_model_dict])
+def test_an_entry_is_of_one_type_and_serves_as_both_of_mdistillers(table) -> None:
+    for name in table:
+        entry = table[name]
+        constructor, weights = entry
+        assert entry == (constructor, weights) == (entry.constructor, entry.weights) and ModelEntry.of(entry) is entry
+        assert entry.mean is None and entry.std is None
+        with torch.device("meta"):
+            assert type(entry(num_classes=3)) is type(constructor(num_classes=3))
+
+
+def test_which_constructors_fetch_weights() -> None:
+    assert not any(entry.pretrained for entry in cifar_model_dict.values())
+    assert {name for name, entry in imagenet_model_dict.items() if not entry.pretrained} == {"MobileNetV1"}
+
+
+def test_what_a_script_assigns_is_read_as_an_entry() -> None:
+    assert ModelEntry.of((resnet32x4, "file")) == ModelEntry(resnet32x4, "file")
+    assert ModelEntry.of((resnet32x4, None)).weights is None
+    assert not ModelEntry.of((resnet32x4, None)).pretrained
+    assert ModelEntry.of(resnet32x4).constructor is resnet32x4 and ModelEntry.of(resnet32x4).pretrained
+
+
+def test_an_entry_is_copied_whole_and_may_be_entered_again() -> None:
+    entry = ModelEntry(resnet32x4, "file", mean=(0.5, 0.5, 0.5), std=(0.1, 0.1, 0.1))
+    for twin in (copy.deepcopy(entry), pickle.loads(pickle.dumps(entry))):
+        assert twin == entry and (twin.pretrained, twin.mean, twin.std) == (False, entry.mean, entry.std)
+    table = Registry("model")
+    table.add("mine", entry)
+    table.add("mine", ModelEntry(resnet32x4, "another file"))  # the same cell of a notebook, run again
+    assert table["mine"].weights == "another file"
+    with pytest.raises(ValueError, match="registered already"):
+        table.add("mine", ModelEntry(WideResNet))

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 class Outputs(nn.Module):
     """Returns ``logits`` and the feature maps ``feats`` whatever it is shown; ``pooled_feat`` is the last map's mean.
 
-    It holds a convolution and a classifier that nothing passes through: methods look for them, and read widths off
-    them. ``give`` replaces what it returns by other tensors of the same widths.
+    It holds a convolution and a classifier that nothing passes through, for methods that are told to train them.
+    ``give`` replaces what it returns by other tensors of the same widths.
     """
 
     def __init__(self, classes: int, widths: Sequence[int]) -> None:
@@ -26,9 +26,6 @@ class Outputs(nn.Module):
 
     def give(self, logits: Tensor, feats: Sequence[Tensor]) -> None:
         self.logits, self.feats = logits, list(feats)
-
-    def get_stage_channels(self) -> list[int]:
-        return self.widths
 
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         logits, *feats = (output.clone() for output in (self.logits, *self.feats))  # no gradient under no_grad

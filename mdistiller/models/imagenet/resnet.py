@@ -90,26 +90,26 @@ def _resnet(
     return net
 
 
-@register_model("imagenet", "ResNet18")
+@register_model("imagenet", "ResNet18", pretrained=True)
 def resnet18(pretrained: bool = False, **kwargs: Any) -> ResNet:
     return _resnet("resnet18", BasicBlock, [2, 2, 2, 2], pretrained, kwargs)
 
 
-@register_model("imagenet", "ResNet34")
+@register_model("imagenet", "ResNet34", pretrained=True)
 def resnet34(pretrained: bool = False, **kwargs: Any) -> ResNet:
     return _resnet("resnet34", BasicBlock, [3, 4, 6, 3], pretrained, kwargs)
 
 
-@register_model("imagenet", "ResNet50")
+@register_model("imagenet", "ResNet50", pretrained=True)
 def resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
     return _resnet("resnet50", Bottleneck, [3, 4, 6, 3], pretrained, kwargs)
 
 
-@register_model("imagenet", "ResNet101")
+@register_model("imagenet", "ResNet101", pretrained=True)
 def resnet101(pretrained: bool = False, **kwargs: Any) -> ResNet:
     return _resnet("resnet101", Bottleneck, [3, 4, 23, 3], pretrained, kwargs)
 
 
-@register_model("imagenet", "ResNet152")
+@register_model("imagenet", "ResNet152", pretrained=True)
 def resnet152(pretrained: bool = False, **kwargs: Any) -> ResNet:
     return _resnet("resnet152", Bottleneck, [3, 8, 36, 3], pretrained, kwargs)

@@ -1,0 +1,190 @@
+"""A network's facts: what methods need to know of it, found out by one black image.
+
+The network answers itself, so that any module works that returns ``(logits, features)`` (``_features.py``). Two facts
+cannot be seen in an answer: which maps are stages, and which batch norms stand before the ReLUs. A network may say them
+by ``get_stage_indices()`` and ``get_bn_before_relu()``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from mdistiller.registry import InputError
+
+Shapes = tuple[torch.Size, ...]
+
+_READ = "must return (logits, features) with {}, which this method reads: see mdistiller/models/_features.py"
+LACKING = {
+    "shapes": _READ.format("the maps of its stages in features['feats']"),
+    "pooled_width": _READ.format("the classifier's input in features['pooled_feat']"),
+    "classifier": "has no layer whose output is the logits",
+    "last_convolution": "has no nn.Conv2d",
+    "norms_before_relu": "does not say by get_bn_before_relu() from which batch norms its maps before the ReLU come",
+}
+"""What :meth:`NetworkFacts.need` says of a network without the fact."""
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """What methods need to know of a network. ``None``: the network does not have it.
+
+    Modules stand here by their names, so that the facts hold for copies of the network too.
+
+    Args:
+        role: ``"student"`` or ``"teacher"``, for messages.
+        network: name of its class, for messages.
+        side: of the image that was shown, in pixels; the geometric mean of height and width.
+        classes: K.
+        shapes: of the maps ``feats``, shallow to deep: ``(1, C, H, W)``, or ``(1, N, C)`` of tokens.
+        preact_shapes: of ``preact_feats``.
+        stages: which maps are stages; all but the first where the network does not say it.
+        pooled_width: D of ``pooled_feat``.
+        classifier: the layer whose output is the logits.
+        last_convolution: the ``nn.Conv2d`` that is called last, before a classifier that is one.
+        norms_before_relu: the batch norms that the deepest of ``preact_feats`` come from, deepest last.
+    """
+
+    role: str
+    network: str
+    side: float
+    classes: int
+    shapes: Shapes | None
+    preact_shapes: Shapes | None
+    stages: tuple[int, ...]
+    pooled_width: int | None
+    classifier: str | None
+    last_convolution: str | None
+    norms_before_relu: tuple[str, ...] | None
+
+    def __str__(self) -> str:
+        return f"{self.role} {self.network}"
+
+    def need(self, name: str) -> Any:
+        """The fact of that name.
+
+        Raises:
+            InputError: the network does not have it; says which network, and what it lacks.
+        """
+        fact = getattr(self, name)
+        if fact is None:
+            raise InputError(f"the {self} {LACKING[name]}")
+        return fact
+
+    @property
+    def channels(self) -> list[int]:
+        """The width of each map."""
+        return _widths(self.need("shapes"))
+
+    @property
+    def preact_channels(self) -> list[int]:
+        """The width of each map before its activation; :attr:`channels` where the network gives no such maps."""
+        return _widths(self.preact_shapes or self.need("shapes"))
+
+    @property
+    def strides(self) -> list[int]:
+        """Pixels from one position of a map to the next, of each map."""
+        positions = (shape[2:].numel() if len(shape) == 4 else shape[1] for shape in self.need("shapes"))
+        return [round(self.side / math.sqrt(count)) for count in positions]
+
+
+def facts_of(network: nn.Module, size: Sequence[int], role: str = "network") -> NetworkFacts:
+    """Ask a network by one black image.
+
+    The network is asked in eval mode without gradient: no statistics move, no random number is drawn, and afterwards
+    every module is in its mode of before.
+
+    Args:
+        network: returns ``(logits, features)``.
+        size: of the image, ``(H, W)`` pixels.
+        role: what the network is, for messages.
+
+    Raises:
+        InputError: it fails on such an image, or returns something else.
+    """
+    name, (height, width) = type(network).__name__, size
+    convolutions: list[str] = []
+    flat: list[tuple[str, Tensor]] = []  # outputs that may be the logits
+    modes = {module: module.training for module in network.modules()}
+    handles = [
+        module.register_forward_hook(partial(_listen, path, convolutions, flat))
+        for path, module in network.named_modules()
+        if is_parametrized(module) or any(True for _ in module.parameters(recurse=False))
+    ]
+    like = next(network.parameters(), torch.empty(0))
+    network.eval()
+    try:
+        with torch.no_grad():
+            output = network(torch.zeros(1, 3, height, width, device=like.device, dtype=like.dtype))
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"the {role} {name} fails on an image of {height}x{width} pixels: {error}; DATASET.IMAGE_SIZE must be the "
+            "side of the images"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not (isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[1], Mapping)):
+        raise InputError(
+            f"the {role} {name} must return (logits, features), features being a dictionary: see "
+            "mdistiller/models/_features.py"
+        )
+    logits, features = output
+    shapes, pooled = _shapes(features, "feats"), features.get("pooled_feat")
+    classifier = next((path for path, given in flat if _same(given, logits)), None)
+    declared = getattr(network, "get_stage_indices", None)
+    return NetworkFacts(
+        role=role,
+        network=name,
+        side=math.sqrt(height * width),
+        classes=logits.shape[1],
+        shapes=shapes,
+        preact_shapes=_shapes(features, "preact_feats"),
+        stages=tuple(declared()) if declared is not None else tuple(range(1, len(shapes or ()))),
+        pooled_width=None if pooled is None else pooled.flatten(1).shape[1],
+        classifier=classifier,
+        last_convolution=next((path for path in reversed(convolutions) if path != classifier), None),
+        norms_before_relu=_norms_before_relu(network),
+    )
+
+
+def _listen(
+    path: str, convolutions: list[str], flat: list[tuple[str, Tensor]], module: nn.Module, _: Any, output: Any
+) -> None:
+    """Note a convolution, and an output of one number for each of its channels."""
+    if isinstance(module, nn.Conv2d):
+        convolutions.append(path)
+    if isinstance(output, Tensor) and output.numel() == output.shape[:2].numel():
+        flat.append((path, output))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether one is the other, or the other in another shape."""
+    base_a, base_b = (x if x._base is None else x._base for x in (a, b))
+    return base_a is base_b and a.numel() == b.numel()
+
+
+def _shapes(features: Mapping[str, Any], key: str) -> Shapes | None:
+    return tuple(feat.shape for feat in features[key]) if key in features else None
+
+
+def _widths(shapes: Shapes) -> list[int]:
+    return [shape[1] if len(shape) == 4 else shape[-1] for shape in shapes]
+
+
+def _norms_before_relu(network: nn.Module) -> tuple[str, ...] | None:
+    try:
+        norms = network.get_bn_before_relu()
+    except (NotImplementedError, AttributeError):
+        return None
+    paths = {module: path for path, module in network.named_modules()}
+    return tuple(paths[norm] for norm in norms) if norms else None

@@ -1,4 +1,7 @@
-"""The commands of ``tools/``: what they refuse and how, and what a run leaves."""
+"""The commands of ``tools/``: what they refuse and how, and what a run leaves.
+
+Belongs here: arguments, messages, exit codes and files of a command; not the numbers that a run computes.
+"""
 
 from __future__ import annotations
 

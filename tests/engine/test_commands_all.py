@@ -1,4 +1,7 @@
-"""Every method from the command line on real images: it trains, is stopped, goes on, and ends as if never stopped."""
+"""Every method from the command line on real images: it trains, is stopped, goes on, and ends as if never stopped.
+
+Belongs here: a property that every registered method must have when ``tools/train.py`` runs it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Runs that are killed, stopped or damaged end as if nothing had happened, or say why they can't."""
+"""Runs that are killed, stopped or damaged end as if nothing had happened, or say why they can't.
+
+Belongs here: a run that is killed, stopped by a signal, resumed under other settings, or whose files are damaged.
+"""
 
 import json
 import os

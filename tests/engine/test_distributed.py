@@ -1,4 +1,7 @@
-"""Two processes against one: what they compute, leave and say."""
+"""Two processes against one: what they compute, leave and say.
+
+Belongs here: a run, or a part of one, that needs more than one process.
+"""
 
 import csv
 import json

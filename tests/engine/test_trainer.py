@@ -1,4 +1,7 @@
-"""The loop and its hooks: what is measured, saved and resumed, on tiny runs."""
+"""The loop and its hooks: what is measured, saved and resumed, on tiny runs.
+
+Belongs here: a property of the loop and its hooks that a whole run in this process shows, of any method.
+"""
 
 import copy
 import csv

@@ -31,7 +31,7 @@ from mdistiller.engine.run import run
 from mdistiller.engine.task import Classification
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.functional.gather import batch_of_processes, gather_with_gradient
-from mdistiller.registry import InputError
+from mdistiller.registry import InputError, distiller_dict
 
 WORLD = 2
 SIZES = (8, 7, 8)  # images in the steps of a method; 7 do not divide, as at the end of an epoch
@@ -242,6 +242,18 @@ class Fickle(Distiller):
         return logits, losses
 
 
+class Headed(Fickle):
+    """Predicts by an adapter; processes differ in what ``seen`` holds, which belongs to what is deployed then."""
+
+    def forward_test(self, image):
+        return self.late(self.student(image)[0])
+
+    def forward_train(self, image, target):
+        self.seen += image.sum()
+        logits = self.forward_test(image)
+        return logits, {"ce": nn.functional.cross_entropy(logits, target)}
+
+
 def fickle():
     torch.manual_seed(0)
     return Fickle(build("NONE").student).train()
@@ -359,12 +371,15 @@ def runs(rank, folder):
     results = run(tiny_config(folder / "run", **{**values, "SOLVER__EPOCHS": 1}))
     prepared = run(tiny_config(folder / "prepared", **PREPARED, DISTILLER__TEACHER_CKPT=teacher))
     again = run(tiny_config(folder / "prepared", **PREPARED, DISTILLER__TEACHER_CKPT=teacher, EXPERIMENT__NAME="b"))
+    distiller_dict["HEADED"] = Headed
+    headed = run(tiny_config(folder / "headed", **{**RUN, "DISTILLER__TYPE": "HEADED", "SOLVER__EPOCHS": 1}))
     tried = []
     loader = make_trainer(folder / "loader").val_loader
     Classification().evaluate(build("NONE").student, loader, on_batch=lambda: tried.append(1))
     return {
         "results": results,
         "prepared": {"results": prepared, "again": again["preparation"]["from_file"]},
+        "headed": headed,
         "batches of test": len(tried),
         "odd batch": raised(lambda: make_trainer(folder / "odd", SOLVER__BATCH_SIZE=9)),
         "tiny batch": raised(lambda: make_trainer(folder / "tiny", SOLVER__BATCH_SIZE=28)),

@@ -227,6 +227,15 @@ def test_a_stage_before_the_training_is_that_of_one_process(place, found, tmp_pa
     assert_same_metrics(*(folder / "distill" / "default" / "metrics.csv" for folder in (place / "prepared", tmp_path)))
 
 
+def test_the_whole_method_is_scored_where_processes_differ_in_a_buffer(found):
+    """The first process alone compares the file with what was best; else one process would wait for the other."""
+    first, second = (result["headed"] for result in of_task(found, "runs"))
+    scores = [{name: result[key][name] for name in ("top1", "top5", "loss")} for result in (first, second)
+              for key in ("best", "last")]  # fmt: skip
+    assert scores[1:] == scores[:-1]
+    assert "problem" not in first["best"]
+
+
 def test_test_batches_in_turn(found):
     for result in of_task(found, "runs"):
         assert result["batches of test"] == 1  # of two: 300 and 239 images

@@ -129,7 +129,8 @@ class Distiller(nn.Module):
     def deployed(self) -> nn.Module:
         """The network that is scored, averaged, saved as the student and exported; the student by default.
 
-        A method that predicts by a head of its own returns a network that holds both.
+        A method that predicts by a head of its own returns a network that holds both. Where a class defines
+        ``forward_test`` and not this, the whole method counts as deployed (``mdistiller/engine/deployed.py``).
         """
         return self.student
 

@@ -1,7 +1,8 @@
 """A task: which parts of a batch it reads, how a network is scored, and the names of the numbers.
 
-A data set names its task; ``registry.task_dict`` holds the tasks. The rest of the engine and the reports read a score's
-headline and values, under the names and in the units that the task states.
+The rest of the engine and the reports read a score's headline and values, under the names and in the units that the
+task states. A new task is a class derived from :class:`Task`, entered into ``registry.task_dict``; a data set names it
+by its attribute ``task``.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class Score:
 
     @property
     def without_loss(self) -> dict[str, float]:
-        return {name: value for name, value in self.values.items() if name != LOSS.name}
+        """The values without the loss, where there are others."""
+        others = {name: value for name, value in self.values.items() if name != LOSS.name}
+        return others or self.values
 
 
 class Task:
@@ -96,7 +99,7 @@ class Task:
     image = "image"
     """The field of a batch that the network is shown."""
     target = "target"
-    """The field of a batch that tells the truth; its length is the number of images."""
+    """The field of a batch that holds the targets; its length is the number of images."""
     measures: ClassVar[tuple[Measure, ...]]
     """The numbers of a score. The first is the headline."""
     meters: ClassVar[tuple[Measure, ...]] = ()

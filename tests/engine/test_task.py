@@ -18,7 +18,7 @@ from torch import nn
 
 from mdistiller.dataset.subsets import hold_out, reduce_train
 from mdistiller.engine.folder.checkpoint import load_checkpoint, load_weights
-from mdistiller.engine.task import Classification, Measure, Score, Task, task_of
+from mdistiller.engine.task import LOSS, Classification, Measure, Score, Task, task_of
 from mdistiller.plugins import load_method_file
 from mdistiller.registry import InputError, task_dict
 from mdistiller.reports import load_plan, runner
@@ -262,6 +262,26 @@ class MeanOfSquares(Task):
 
     def values(self, sums, count):
         return {"rms": (sums[0] / count) ** 0.5}
+
+
+class OnlyLoss(Task):
+    measures = (LOSS,)
+
+    def sums(self, output, target):
+        return (output - target).square().sum()[None]
+
+
+def test_a_loss_may_be_all_that_there_is(tmp_path):
+    load_method_file(write(tmp_path, "squares", SQUARES))
+    task_dict["regression"] = OnlyLoss
+    trainer = trainer_of(tmp_path, SOLVER__EPOCHS=1)
+    results = trainer.train()
+    last = results["last"]["loss"]
+    assert list(results["last"]) == ["loss", "epoch", "images", "split"]
+    assert results["teacher"]["loss"] > 0
+    log = (trainer.folder / "worklog.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in log[3:5]] == ["train_loss", "test_loss"]
+    assert log[-1] == f"best_loss\t{last:.4f}"
 
 
 def test_a_task_may_compute_its_values_from_the_sums():

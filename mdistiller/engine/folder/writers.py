@@ -73,7 +73,7 @@ class WorklogWriter(Writer):
     def __init__(self, path: Path, measures: Sequence[Measure]) -> None:
         self.path, self.headline = path, measures[0]
         scores = [f"{split}_{measure.column}" for split in ("test", "val") for measure in measures]
-        self.keys = [f"train_{self.headline.column}", "train_loss", *scores]
+        self.keys = dict.fromkeys([f"train_{self.headline.column}", "train_loss", *scores])
 
     def start(self, rows: list[Row], step: int) -> None:
         write_atomically(self.path, "".join(map(self.render, rows)))

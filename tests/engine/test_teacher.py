@@ -16,7 +16,7 @@ from mdistiller.distillers import Distiller
 from mdistiller.engine.forwards.fold import FoldedForward, fold_batch_norms, speed_up_teacher
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from test_models_all import ALL, DEEP, all_maps, build, parametrise, small_input
+from test_models_all import DEEP, all_maps, build, every_model, small_input
 
 
 def settled(family: str, name: str, **kwargs) -> nn.Module:
@@ -51,7 +51,7 @@ def count_norms(net: nn.Module) -> int:
     return sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
 
 
-@parametrise(ALL, slow=DEEP)
+@every_model(slow=DEEP)
 def test_every_output_of_every_network_is_the_same(family: str, name: str) -> None:
     net = settled(family, name)
     x = small_input(family, batch=2)

@@ -63,6 +63,8 @@ class Option:
     @property
     def allowed(self) -> str:
         """The condition on a value, in words; empty where any value of the default's type is allowed."""
+        if isinstance(self.one_of, Registry):
+            return f"the name of a {self.one_of.kind}"
         if self.one_of is not None:
             return ", ".join(self.one_of)
         if self.at_least is not None and self.at_most is not None:

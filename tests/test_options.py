@@ -112,3 +112,22 @@ def test_a_key_that_only_one_side_has_does_not_count():
     assert changed_keys(older, now) == ([], [])
     assert same_result(older, now)
     assert not same_result(older, merged(SOLVER__EMA_DECAY=0.9))
+
+
+def test_keys_without_effect_are_taken_and_named_in_one_line(capsys):
+    given = ["DISTILLER.TYPE", "REVIEWKD", "REVIEWKD.SHAPES", "[1, 8]", "REVIEWKD.IN_CHANNELS", "[3]"]
+    cfg = load_config(options=given)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "REVIEWKD.SHAPES (the student's maps say it), REVIEWKD.IN_CHANNELS (" in line
+    assert cfg.REVIEWKD.SHAPES == [1, 8]  # for a fork's file that reads it
+    before = load_config(options=["DISTILLER.TYPE", "REVIEWKD", "FITNET.INPUT_SIZE", "[8, 8]"])
+    assert capsys.readouterr().out == ""
+    fatal, harmless = changed_keys(dict(before), cfg)
+    assert not fatal and len(harmless) == 2 and same_result(dict(before), cfg)
+
+
+def test_removed_keys_are_refused_as_unknown_ones_are():
+    with pytest.raises(InputError, match=r"unknown config key 'DIST\.LABEL_SMOOTHING'; closest: DATASET\.LABEL_SMOOTH"):
+        load_config(options=["DIST.LABEL_SMOOTHING", "0.1"])
+    with pytest.raises(InputError, match=r"unknown config key 'LOG\.SAVE_EVERY_MINUTES'; closest: LOG\.SAVE_EVERY"):
+        load_config(options=["LOG.SAVE_EVERY_MINUTES", "5"])

@@ -1,7 +1,9 @@
-"""What there is: methods, models, data sets, configs.
+"""What there is: methods, models, data sets, options, configs.
 
 python tools/list.py [methods|models|datasets|configs|plans ...]
+python tools/list.py options [SOLVER KD ...]
 python tools/list.py --page docs/methods.md
+python tools/list.py --page docs/options.md
 """
 
 import argparse
@@ -19,6 +21,7 @@ from mdistiller.engine.cli import check_output, command
 from mdistiller.models import ModelEntry
 from mdistiller.registry import MODEL_FAMILIES, Registry
 from mdistiller.reports.methods import write_methods_page
+from mdistiller.reports.options import COLUMNS, option_rows, write_options_page
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,27 +69,33 @@ def _yaml_files(wanted: Callable[[Path], bool]) -> list[tuple[str]]:
     return [(str(path),) for path in found if not any(part.startswith("_") for part in path.parts)]
 
 
-SECTIONS = Registry(
-    "section", {"methods": methods, "models": models, "datasets": datasets, "configs": configs, "plans": plans}
-)
+def options(*sections: str) -> list[tuple[str, ...]]:
+    return [tuple(name.upper() for name in COLUMNS), *option_rows(sections)]
+
+
+def methods_page(path: Path) -> None:
+    measured, command = ROOT / "docs" / "measurements", shlex.join(["python", *sys.argv])
+    write_methods_page(path, measured / "step.json", measured / "memory.json", ROOT / "tests" / "golden", command)
+
+
+PAGES = Registry("page", {"methods": methods_page, "options": write_options_page})
+LISTS = (methods, models, datasets, options, configs, plans)
+SECTIONS = Registry("section", {rows.__name__: rows for rows in LISTS})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help="default: all", metavar="SECTION")
     parser.add_argument(
-        "--page", type=Path, metavar="FILE", help="instead: write what each method needs, adds and costs, in Markdown"
+        "--page", type=Path, metavar="FILE", help="instead: write the page of this name in Markdown, methods or options"
     )
     args = parser.parse_args()
     if args.page:
         check_output(args.page, "--page")
-        measured, command = ROOT / "docs" / "measurements", shlex.join(["python", *sys.argv])
-        write_methods_page(
-            args.page, measured / "step.json", measured / "memory.json", ROOT / "tests" / "golden", command
-        )
+        PAGES[args.page.stem](args.page)
         return
-    for section in [SECTIONS[name] for name in args.what or SECTIONS]:
-        rows = section()
+    some = args.what[:1] == ["options"]  # what follows are sections of the configuration
+    for rows in [options(*args.what[1:])] if some else [SECTIONS[name]() for name in args.what or SECTIONS]:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -27,15 +27,24 @@ from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32
 from mdistiller.functional.gather import gather_rows
-from mdistiller.registry import InputError
+from mdistiller.options import Option, dead
 
 from ._base import Distiller, register_distiller
+from ._common import feature_losses
 
 DEFAULTS = {
-    "MODE": "exact",  # the positive: exact: the image itself; relax: any of its class
-    "FEAT": {"DIM": 128, "STUDENT_DIM": 256, "TEACHER_DIM": 256},  # the last two: mdistiller's, not read
-    "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.8},
-    "NCE": {"K": 16384, "MOMENTUM": 0.5, "TEMPERATURE": 0.07},
+    "MODE": Option("exact", "the positive. exact: the image; relax: any of its class", one_of=("exact", "relax")),
+    "FEAT": {
+        "DIM": Option(128, "entries of an embedding", at_least=1),
+        "STUDENT_DIM": dead(256, "the student says it"),
+        "TEACHER_DIM": dead(256, "the teacher says it"),
+    },
+    "LOSS": feature_losses(0.8),
+    "NCE": {
+        "K": Option(16384, "negatives of each image", at_least=1),
+        "MOMENTUM": Option(0.5, "what an entry of a bank keeps of itself", at_least=0, below=1),
+        "TEMPERATURE": Option(0.07, "divides the similarities", above=0),
+    },
 }
 PAPER = "Tian et al., ICLR 2020, arXiv:1910.10699"
 
@@ -153,11 +162,6 @@ class CRD(Distiller):
         super().__init__(student, teacher)
         feat, nce = cfg.CRD.FEAT, cfg.CRD.NCE
         self.ce_weight, self.feat_weight = cfg.CRD.LOSS.CE_WEIGHT, cfg.CRD.LOSS.FEAT_WEIGHT
-        for key, value in (("FEAT.DIM", feat.DIM), ("NCE.K", nce.K), ("NCE.TEMPERATURE", nce.TEMPERATURE)):
-            if not value > 0:
-                raise InputError(f"CRD.{key} must be above 0, got {value}")
-        if not 0 <= nce.MOMENTUM < 1:
-            raise InputError(f"CRD.NCE.MOMENTUM must be 0 or more and below 1, got {nce.MOMENTUM}")
         self.num_data = num_data
         width_s, width_t = (facts.need("pooled_width") for facts in self.network_facts(cfg))
         self.embed_s, self.embed_t = Embed(width_s, feat.DIM), Embed(width_t, feat.DIM)

@@ -21,17 +21,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, require_same_images
+from mdistiller.options import Option, dead
 from mdistiller.registry import InputError
 
 from ._base import register_distiller
-from ._common import ConvReg, FeatureDistiller, generator_kept, pick_pairs, stage_offset, stage_pairs
+from ._common import (
+    STAGES,
+    ConvReg,
+    FeatureDistiller,
+    feature_losses,
+    generator_kept,
+    pick_pairs,
+    stage_offset,
+    stage_pairs,
+)
 
 DEFAULTS = {
-    "HINT_LAYER": 2,  # of "feats", 0 is the first; without MULTI_STAGE
-    "MULTI_STAGE": False,  # a hint in every stage
-    "STAGES": "matched",  # matched, skip_first (mdistiller's): see stage_offset in _common.py
-    "INPUT_SIZE": (32, 32),  # mdistiller's key; not read
-    "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 100.0},
+    "HINT_LAYER": Option(2, "number of the map, 0 is the first; without MULTI_STAGE", at_least=0),
+    "MULTI_STAGE": Option(False, "a hint in every stage"),
+    "STAGES": STAGES,
+    "INPUT_SIZE": dead((32, 32), "DATASET.IMAGE_SIZE says it"),
+    "LOSS": feature_losses(100.0),
 }
 PAPER = "Romero et al., ICLR 2015, arXiv:1412.6550"
 

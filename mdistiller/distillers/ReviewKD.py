@@ -24,21 +24,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, channel_mean_square, require_one_shape
-from mdistiller.registry import InputError
+from mdistiller.options import Option, dead, weight
 
 from ._base import Distiller, register_distiller
 from ._common import preact_maps, warmup
 
 DEFAULTS = {
-    "CE_WEIGHT": 1.0,
-    "REVIEWKD_WEIGHT": 1.0,
-    "WARMUP_EPOCHS": 20,  # in which REVIEWKD_WEIGHT rises linearly
-    "SHAPES": [1, 8, 16, 32],  # this and the next three: mdistiller's, not read
-    "OUT_SHAPES": [1, 8, 16, 32],
-    "IN_CHANNELS": [64, 128, 256, 256],
-    "OUT_CHANNELS": [64, 128, 256, 256],
-    "MAX_MID_CHANNEL": 512,  # bound of the fusions' width
-    "STU_PREACT": False,  # take the student's maps before their activation too
+    "CE_WEIGHT": weight(1.0, "of the cross-entropy"),
+    "REVIEWKD_WEIGHT": weight(1.0, "of hcl_loss"),
+    "WARMUP_EPOCHS": Option(20, "epochs in which REVIEWKD_WEIGHT rises linearly", at_least=0),
+    "SHAPES": dead([1, 8, 16, 32], "the student's maps say it"),
+    "OUT_SHAPES": dead([1, 8, 16, 32], "the teacher's maps say it"),
+    "IN_CHANNELS": dead([64, 128, 256, 256], "the student's maps say it"),
+    "OUT_CHANNELS": dead([64, 128, 256, 256], "the teacher's maps say it"),
+    "MAX_MID_CHANNEL": Option(512, "bound of the fusions' width", at_least=1),
+    "STU_PREACT": Option(False, "take the student's maps before their activation too"),
 }
 PAPER = "Chen et al., CVPR 2021, arXiv:2104.09044"
 
@@ -142,10 +142,6 @@ class ReviewKD(Distiller):
         own = cfg.REVIEWKD
         self.ce_weight, self.reviewkd_weight, self.warmup_epochs = own.CE_WEIGHT, own.REVIEWKD_WEIGHT, own.WARMUP_EPOCHS
         self.stu_preact = own.STU_PREACT
-        if self.warmup_epochs < 0:
-            raise InputError(f"REVIEWKD.WARMUP_EPOCHS must be 0 or more epochs, got {self.warmup_epochs}")
-        if own.MAX_MID_CHANNEL < 1:
-            raise InputError(f"REVIEWKD.MAX_MID_CHANNEL must be at least 1, got {own.MAX_MID_CHANNEL}")
         of_student, of_teacher = self.network_facts(cfg)
         widths_s = of_student.preact_channels if self.stu_preact else of_student.channels
         widths_s = [*widths_s, of_student.need("pooled_width")]

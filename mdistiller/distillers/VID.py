@@ -23,18 +23,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, channel_mean_square, pool_to_common, require_one_shape
+from mdistiller.options import Option, dead
 from mdistiller.registry import InputError
 
 from ._base import register_distiller
-from ._common import FeatureDistiller, generator_kept, pick_pairs, stage_pairs
+from ._common import STAGES, FeatureDistiller, feature_losses, generator_kept, pick_pairs, stage_pairs
 
 DEFAULTS = {
-    "EPS": 1e-5,  # least variance
-    "INIT_PRED_VAR": 5.0,
-    "LEARN_VARIANCE": True,  # False: mdistiller's
-    "STAGES": "matched",  # matched, skip_first (mdistiller's): see stage_offset in _common.py
-    "INPUT_SIZE": (32, 32),  # mdistiller's key; not read
-    "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
+    "EPS": Option(1e-5, "least variance", above=0),
+    "INIT_PRED_VAR": Option(5.0, "variance at the start, above EPS", above=0),
+    "LEARN_VARIANCE": Option(True, "False: mdistiller's"),
+    "STAGES": STAGES,
+    "INPUT_SIZE": dead((32, 32), "DATASET.IMAGE_SIZE says it"),
+    "LOSS": feature_losses(1.0),
 }
 PAPER = "Ahn et al., CVPR 2019, arXiv:1904.05835"
 
@@ -75,8 +76,6 @@ class VID(FeatureDistiller):
         super().__init__(student, teacher, cfg)
         own = cfg.VID
         self.eps = own.EPS
-        if not own.EPS > 0:
-            raise InputError(f"VID.EPS must be above 0, got {own.EPS}")
         if not own.INIT_PRED_VAR > own.EPS:
             raise InputError(f"VID.INIT_PRED_VAR must be above VID.EPS {own.EPS}, got {own.INIT_PRED_VAR}")
         of_student, of_teacher = self.network_facts(cfg)

@@ -22,7 +22,7 @@ from mdistiller.options import OPTIONS, Option, options_of, options_of_dataset, 
 from mdistiller.plugins import load_methods, method_file
 from mdistiller.registry import InputError, suggestion
 
-from .config.experiment import flatten, relevant_part
+from .config.experiment import UNDECLARED, flatten, relevant_part
 from .config.node import ConfigNode as CN
 from .forwards.cache import check_cacheable
 from .forwards.compile import COMPILE_MODES, COMPILED
@@ -260,10 +260,7 @@ def check_config(cfg: CN) -> None:
     load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)
     OPTIONS["DISTILLER.TYPE"].check("DISTILLER.TYPE", cfg.DISTILLER.TYPE)
     _check_method_settings(cfg)
-    options = options_of(cfg)
-    for key, value in flatten(relevant_part(cfg)).items():
-        if key in options:
-            options[key].check(key, value)
+    _check_options(cfg)
     if cfg.DISTILLER.ADD_KD and not contract_of(distiller_dict[cfg.DISTILLER.TYPE]).teacher:
         raise InputError(
             f"DISTILLER.ADD_KD {cfg.DISTILLER.ADD_KD} needs a teacher, which {cfg.DISTILLER.TYPE} has not; use KD or "
@@ -283,6 +280,18 @@ def check_config(cfg: CN) -> None:
             f"SOLVER.WARMUP_EPOCHS is {cfg.SOLVER.WARMUP_EPOCHS}, which leaves nothing of "
             f"SOLVER.EPOCHS {cfg.SOLVER.EPOCHS}"
         )
+
+
+def _check_options(cfg: CN) -> None:
+    """Check every value that is declared; name those that have no effect."""
+    options, ignored = options_of(cfg), []
+    for key, value in flatten(relevant_part(cfg)).items():
+        option = options.get(key, UNDECLARED)
+        option.check(key, value)
+        if option.role == "ignored" and {key: value} != flatten({key: option.default}):
+            ignored.append(f"{key} ({option.help})")
+    if ignored:
+        say(f"without effect here: {', '.join(ignored)}")
 
 
 def _check_method_settings(cfg: CN) -> None:

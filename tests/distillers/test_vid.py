@@ -98,7 +98,7 @@ def test_half_precision_is_computed_in_float32():
     [
         ({"VID.EPS": 0.0}, r"VID\.EPS must be above 0, got 0"),
         ({"VID.INIT_PRED_VAR": 1e-6}, r"VID\.INIT_PRED_VAR must be above VID\.EPS 1e-05, got 1e-06"),
-        ({"VID.STAGES": "x"}, "STAGES: no 'x'"),
+        ({"VID.STAGES": "x"}, r"VID\.STAGES: no choice named 'x'"),
     ],
     ids=str,
 )

@@ -1,0 +1,92 @@
+"""All options of the configuration as a listing and as a page, read off their declarations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mdistiller.options import OPTIONS, Option, options_of_dataset, options_of_method
+from mdistiller.registry import InputError, dataset_dict, distiller_dict, suggestion
+
+COLUMNS = ("option", "default", "allowed", "role", "meaning")
+INTRODUCTION = """# The options
+
+Made by `python tools/list.py --page docs/options.md` from the code; do not edit by hand. `python tools/list.py options
+SECTION` prints one section.
+
+A value is given in a YAML file or as `KEY VALUE` on the command line. The role says what a value decides:
+
+- result: what is learned, and data: the images and batches that are seen. Both decide whether two runs of a plan are
+  the same, and a run cannot be resumed with another value, unless "may change" stands there. A method's stage before
+  training is computed anew where a value of the role data differs.
+- speed: how the same is computed, up to rounding. place: where things lie and what is written down.
+- ignored: a key of mdistiller that its configs may give, and that nothing here reads.
+"""
+
+
+def all_options() -> dict[str, Option]:
+    """The library's options, those of all data sets and those of all methods, by dotted key."""
+    found = dict(OPTIONS)
+    for dataset in dataset_dict.values():
+        found |= options_of_dataset(dataset)
+    for method in distiller_dict.values():
+        for key, option in options_of_method(method).items():
+            found.setdefault(key, option)
+    sections = list(dict.fromkeys(key.split(".")[0] for key in OPTIONS))
+
+    def place(key: str) -> tuple[int, str]:
+        """The library's sections as declared, then the methods' by name."""
+        section = key.split(".")[0]
+        return (sections.index(section), "") if section in sections else (len(sections), section)
+
+    return {key: found[key] for key in sorted(found, key=place)}
+
+
+def option_rows(sections: Sequence[str] = ()) -> list[tuple[str, ...]]:
+    """A row of :data:`COLUMNS` for each option.
+
+    Args:
+        sections: beginnings of keys, ``SOLVER``; all where empty.
+
+    Raises:
+        InputError: no option begins so.
+    """
+    options = all_options()
+    known = dict.fromkeys(key.rpartition(".")[0] for key in options)
+    for section in sections:
+        if not any(f"{name}.".startswith(f"{section}.") for name in known):
+            raise InputError(f"no section named {section!r}; {suggestion(section, known)}")
+    return [
+        (key, _shown(option.default), option.allowed or "-", _role(option), option.help or "-")
+        for key, option in options.items()
+        if not sections or any(key.startswith(f"{section}.") for section in sections)
+    ]
+
+
+def write_options_page(path: Path) -> None:
+    """Write the page, with a table for each section."""
+    methods: dict[str, list[str]] = {}
+    for name, method in sorted(distiller_dict.items()):
+        methods.setdefault(method.section, []).append(f"`{name}`")
+    lines, section = [INTRODUCTION], ""
+    for key, *cells in option_rows():
+        if key.split(".")[0] != section:
+            section = key.split(".")[0]
+            users = f"Read by {', '.join(methods[section])}.\n\n" if section in methods else ""
+            heads = "| " + " | ".join(COLUMNS) + " |\n" + "| --- " * len(COLUMNS) + "|"
+            lines.append(f"\n## {section}\n\n{users}{heads}")
+        default, *rest = (cell.replace("|", "\\|") for cell in cells)
+        lines.append("| " + " | ".join([f"`{key}`", f"`{default}`", *rest]) + " |")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _shown(value: Any) -> str:
+    """A default as it would be typed."""
+    if isinstance(value, str):
+        return value or '""'
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def _role(option: Option) -> str:
+    return f"{option.role}; may change" if option.resumable else option.role

@@ -19,7 +19,7 @@ from mdistiller.contract import contract_of
 from mdistiller.dataset import open_dataset
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.forwards.compile import check_compiler
-from mdistiller.engine.forwards.fold import speed_up_teacher
+from mdistiller.engine.forwards.fold import Folding
 from mdistiller.engine.forwards.precision import Precision
 from mdistiller.registry import InputError, distiller_dict, suggestion
 
@@ -96,12 +96,10 @@ def teacher(settings: Settings, folder: Path) -> list[Row]:
         batch = {key: precision.place_tensor(value) for key, value in subject.batches[0].items()}
         if not cfg.DISTILLER.TEACHER_CKPT:
             settle(network, [batch])
-        if folded:
-            speed_up_teacher(network)
+        graph = (Folding(network).graph if folded else None) or network
         cases[name] = _forward(network, precision, batch["image"], settings)
         if folded and settings.compiled and precision.autocast_dtype is not None:
             check_compiler(precision.device)
-            graph = getattr(network.forward, "graph", network)
             cases[f"{name}, compiled"] = _forward(torch.compile(graph), precision, batch["image"], settings)
     return _rows(_timed(cases, settings), "float32", settings, per=settings.steps)
 

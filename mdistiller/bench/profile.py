@@ -1,7 +1,6 @@
 """Where the time of a training step goes: its parts in a loop as they are usually written and in ours, and a picture.
 
-The loops run as they are. What belongs to a part is replaced, while they run, by itself with a clock around it; hooks
-of torch would not do, since a folded teacher stands aside for them.
+The loops run as they are. What belongs to a part is replaced, while they run, by itself with a clock around it.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from mdistiller.engine import trainer as own_loop
+from mdistiller.engine.forwards.chain import linked, networks_of
 from mdistiller.engine.utils import pyplot
 
 from . import old_loop
@@ -76,12 +77,12 @@ class Parts:
             self._count()
             self.running.pop()
 
-    def timed(self, function: Callable, name: str) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
-                return function(*args, **kwargs)
+    def call(self, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        with self.part(name):
+            return function(*args, **kwargs)
 
-        return call
+    def timed(self, function: Callable, name: str) -> Callable:
+        return partial(self.call, name, function)
 
 
 class TimedLoader:
@@ -108,16 +109,21 @@ class Profiled:
 
     Args:
         run: whose ``epoch`` is called.
-        places: what of it belongs to which part.
+        distiller: whose networks are parts.
+        places: what else of it belongs to which part.
         parts: the clock.
     """
 
-    def __init__(self, run: OldRun | OwnRun, places: list[Place], parts: Parts) -> None:
+    def __init__(self, run: OldRun | OwnRun, distiller: nn.Module, places: list[Place], parts: Parts) -> None:
         self.run, self.places, self.parts = run, places, parts
+        frozen = distiller.frozen_networks().values()
+        self.networks = [(net, "teacher" if net in frozen else "student") for net in networks_of(distiller)]
         self.epochs: list[dict[str, float]] = []
 
     def epoch(self) -> None:
         with ExitStack() as stack:
+            for network, name in self.networks:
+                stack.enter_context(linked(network, "listen", partial(self.parts.call, name)))
             for owner, attribute, name in self.places:
                 stack.enter_context(_replaced(owner, attribute, self.parts.timed(getattr(owner, attribute), name)))
             self.parts.begin()
@@ -140,26 +146,20 @@ def _replaced(owner: Any, attribute: str, value: Any) -> Iterator[None]:
 
 
 def _places(distiller: nn.Module, optimizer: torch.optim.Optimizer) -> list[Place]:
-    """What both loops have in common."""
-    networks = {"student": distiller.student, "teacher": getattr(distiller, "teacher", None)}
+    """What both loops have in common, beside the networks."""
     return [
         (distiller, "forward", "losses"),
-        *[(network, _entry(network), part) for part, network in networks.items() if network is not None],
         (torch.autograd, "backward", "backward"),
         (optimizer, "step", "update"),
         (optimizer, "zero_grad", "update"),
     ]
 
 
-def _entry(network: nn.Module) -> str:
-    """What a call of the network calls; a clock within compiled code would break it in two."""
-    return "forward" if network._compiled_call_impl is None else "_compiled_call_impl"
-
-
 def _profile_old(run: OldRun, parts: Parts) -> Profiled:
     run.train = TimedLoader(run.train, parts)
     outside = [(old_loop, "validate", OUTSIDE), (torch, "save", OUTSIDE)]
-    return Profiled(run, [(old_loop, "to_device", "batch"), *_places(run.distiller, run.optimizer), *outside], parts)
+    places = [(old_loop, "to_device", "batch"), *_places(run.distiller, run.optimizer), *outside]
+    return Profiled(run, run.distiller, places, parts)
 
 
 def _profile_own(run: OwnRun, parts: Parts) -> Profiled:
@@ -168,7 +168,7 @@ def _profile_own(run: OwnRun, parts: Parts) -> Profiled:
     scaler = [(trainer.scaler, "step", "update"), (trainer.scaler, "update", "update")]
     outside = [(hook, moment, OUTSIDE) for hook in trainer.hooks for moment in ("after_epoch", "epoch_done")]
     places = [(own_loop, "to_batch", "batch"), *_places(trainer.distiller, trainer.optimizer), *scaler, *outside]
-    return Profiled(run, places, parts)
+    return Profiled(run, trainer.distiller, places, parts)
 
 
 def parts_of_steps(cfg: Any, folder: Path, rounds: int, clock: str) -> list[dict[str, Any]]:

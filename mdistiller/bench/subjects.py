@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from mdistiller.engine.build import (
     build_teacher,
     model_table,
 )
+from mdistiller.engine.forwards.chain import linked, networks_of, put
+from mdistiller.engine.forwards.listen import listen
 from mdistiller.engine.forwards.precision import Precision
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.registry import distiller_dict, open_dataset
@@ -102,40 +106,15 @@ def settle(network: nn.Module, batches: list[dict[str, Tensor]]) -> None:
     network.eval()
 
 
-class Recording:
-    """Stands in for a network's ``forward``: what it gave is given again, without computing it."""
-
-    def __init__(self, network: nn.Module, with_gradient: bool) -> None:
-        self.network, self.original, self.with_gradient = network, network.forward, with_gradient
-        self.outputs: list[Any] = []
-        self.turn: Any = None
-        network.forward = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.turn is None:
-            self.outputs.append(self.original(*args, **kwargs))
-            return self.outputs[-1]
-        return tree_map(self._leaf, next(self.turn))
-
-    def _leaf(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        return value.detach().requires_grad_(self.with_gradient)
-
-    def replay(self) -> None:
-        """From now on, the outputs so far in turn."""
-        self.turn = itertools.cycle(self.outputs)
-
-
 def loss_alone(subject: Subject) -> Callable[[], None]:
-    """The method's own part of a step: everything but its student's and teacher's passes, forward and backward.
+    """The method's own part of a step: everything but its networks' passes, forward and backward.
 
     The networks' outputs on one batch are recorded, and given again each time.
     """
     trainer, batch = subject.trainer, subject.batches[0]
     distiller = trainer.distiller.train()
-    networks = [(distiller.student, True), (getattr(distiller, "teacher", None), False)]
-    recordings = [Recording(network, own) for network, own in networks if network is not None]
+    frozen = distiller.frozen_networks().values()
+    outputs: dict[nn.Module, list[Any]] = {network: [] for network in networks_of(distiller)}
     given = trainer.contract.given(batch, epoch=1)
 
     def step() -> None:
@@ -143,10 +122,25 @@ def loss_alone(subject: Subject) -> Callable[[], None]:
             _, losses = distiller(**given)
         sum(loss.mean() for loss in losses.values()).backward()
 
-    step()
-    for recording in recordings:
-        recording.replay()
+    with ExitStack() as stack:
+        for network, found in outputs.items():
+            link = listen(lambda args, kwargs, output, found=found: found.append(output))
+            stack.enter_context(linked(network, "listen", link))
+        step()
+    for network, found in outputs.items():
+        put(network, "listen", partial(_recorded, itertools.cycle(found), network not in frozen))
     return step
+
+
+def _recorded(outputs: Iterator[Any], with_gradient: bool, *args: Any, **kwargs: Any) -> Any:
+    """A link that gives the next recorded output and computes nothing."""
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value.detach().requires_grad_(with_gradient)
+
+    return tree_map(leaf, next(outputs))
 
 
 def teacher_variants(cfg: Any, device: torch.device) -> dict[str, tuple[nn.Module, Precision, bool]]:

@@ -16,6 +16,7 @@ networks alike in all steps with equal batches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,8 @@ from mdistiller.distillers.KD import kd_loss
 from mdistiller.registry import InputError
 
 from .batch import images_of
+from .forwards.chain import put
+from .forwards.listen import listen
 
 TERM = "loss_added_kd"
 
@@ -52,7 +55,7 @@ class AddedKD:
     def __init__(self, weight: float, temperature: float) -> None:
         self.weight, self.temperature = weight, temperature
         self.calls: dict[str, list[Call]] = {}
-        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.listening: list[Callable[[], None]] = []
         self.places: dict[Any, tuple[list[Place | None], list[Place | None]]] = {}
 
     def listen(self, distiller: nn.Module, args: Any) -> None:
@@ -60,8 +63,9 @@ class AddedKD:
         self._stop()  # after a step that failed
         if distiller.training:
             for role in ("student", "teacher"):
-                keep = partial(_keep, self.calls.setdefault(role, []), role == "teacher")
-                self.handles.append(getattr(distiller, role).register_forward_hook(keep, with_kwargs=True))
+                network = getattr(distiller, role)
+                link = listen(partial(_keep, self.calls.setdefault(role, []), network if role == "teacher" else None))
+                self.listening.append(put(network, "listen", link))
 
     def add(self, distiller: nn.Module, args: Any, kwargs: dict[str, Tensor], output: Any) -> Any:
         """After it ran: its logits, and its losses with one more."""
@@ -91,8 +95,8 @@ class AddedKD:
 
     def _stop(self) -> tuple[list[Call], list[Call]]:
         """Listen no more; what was heard."""
-        while self.handles:
-            self.handles.pop().remove()
+        while self.listening:
+            self.listening.pop()()
         calls, self.calls = self.calls, {}
         return calls.get("student", []), calls.get("teacher", [])
 
@@ -104,11 +108,9 @@ class AddedKD:
             return _logits_of(distiller.teacher(view))
 
 
-def _keep(
-    calls: list[Call], in_eval_mode: bool, network: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
-) -> None:
-    """Note a call; of a network that should be in eval mode only if it is."""
-    if in_eval_mode and any(module.training for module in network.modules()):
+def _keep(calls: list[Call], frozen: nn.Module | None, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    """Note a call; of a frozen network only if all of the network is in eval mode."""
+    if frozen is not None and any(module.training for module in frozen.modules()):
         return
     given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     calls.append((given, _logits_of(output)))

@@ -114,6 +114,34 @@ class LearningRate(Hook):
         trainer.row["lr"] = rate
 
 
+class FoldAnew(Hook):
+    """Folds frozen networks again when their weights have come to rest.
+
+    A network that has moved in an epoch runs by its own code in the next one, too. The state says which networks do, so
+    that a resumed run computes by the graph in the same steps.
+    """
+
+    def before_epoch(self) -> None:
+        trainer = self.trainer
+        for folding in trainer.foldings.values():
+            if trainer.step_in_epoch == 0:  # else the epoch goes on after a resume
+                # Before the first step only a stage before training has moved anything, and that has ended.
+                folding.rests, folding.moved = trainer.step == 0 or not folding.moved, False
+            folding.begin()
+
+    def after_epoch(self) -> None:
+        for folding in self.trainer.foldings.values():
+            folding.look()
+
+    def state_dict(self) -> dict[str, Any]:
+        self.after_epoch()
+        return {name: folding.moved for name, folding in self.trainer.foldings.items() if not folding.rests}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, folding in self.trainer.foldings.items():
+            folding.rests, folding.moved = name not in state, state.get(name, False)
+
+
 class NonFiniteGuard(Hook):
     """Stops at a loss that is infinite or NaN. On a GPU it looks every 50 steps, to avoid waiting for each."""
 
@@ -662,7 +690,7 @@ def default_hooks(trainer: BaseTrainer) -> list[Hook]:
     checkpoints = Checkpoints(trainer, evaluation, guard)
     stop = StopSignals(trainer, checkpoints)
     evaluation.on_batch = stop.check
-    hooks: list[Hook] = [clock, LearningRate(trainer), guard, meters]
+    hooks: list[Hook] = [clock, FoldAnew(trainer), LearningRate(trainer), guard, meters]
     hooks += [average] if average is not None else []
     hooks += [evaluation, TrainedTeacher(trainer)]
     hooks += [Writers(trainer)] if distributed.is_first_process() else []

@@ -84,8 +84,10 @@ class BaseTrainer:
     ) -> None:
         self.cfg, self.task = cfg, task_of(cfg)
         self.precision = Precision.from_cfg(cfg)
+        # First, where the weights lie; then foldings, before Parallel makes synchronised BatchNorms, which cannot be
+        # folded, of the others; hooks last, since they look at all else. The rest may stand in any order.
         self.distiller = self.precision.place(getattr(distiller, "module", distiller))
-        accelerate(self.distiller, cfg)
+        self.foldings = accelerate(self.distiller, cfg)
         self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
         self.teacher_cache = (
             cache_teacher(self.distiller, train_loader, cfg, self.precision) if cfg.SOLVER.CACHE_TEACHER else None

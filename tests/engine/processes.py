@@ -21,10 +21,12 @@ from method_cases import METHODS, build, config, make_batch
 from runs import make_trainer, teacher_file, tiny_config
 from torch import nn
 
+from mdistiller import messages
 from mdistiller.distillers import Distiller
 from mdistiller.engine import hooks
 from mdistiller.engine.build import build_distiller
 from mdistiller.engine.dot import DOT
+from mdistiller.engine.forwards.fold import Folding
 from mdistiller.engine.processes import distributed
 from mdistiller.engine.processes.parallel import Parallel, SyncBatchNorm, average_gradients, shares
 from mdistiller.engine.run import run
@@ -284,7 +286,7 @@ def training(rank, folder):
     losses = attempt(train, distiller, "NONE", rank=rank)
     parallel = Parallel(distiller, False, "local")  # gives all the first one's buffers
     distiller.seen += rank
-    with mock_print(output):
+    with printed(output):
         parallel.warn_of_differing_buffers()
     state = distiller.state_dict()
     state.pop("seen")
@@ -308,25 +310,24 @@ def searches(name):
 
 
 @contextmanager
-def mock_print(lines):
-    from mdistiller.engine.processes import parallel
-
-    parallel.print = lambda text, **_: lines.append(text)
+def printed(lines):
+    messages.print = lambda text, **_: lines.append(text)
     yield
-    del parallel.print
+    del messages.print
 
 
 def gathering(rank, folder):
     """Every method on the images of both processes."""
     found = train_each(rank, METHODS, torch.float64, gather=True, batch_norm="sync")
     distiller = build_distiller(config("KD", {"DISTILLER.ADD_KD": 0.5}), *networks("KD")).double().train()
+    folding = Folding(distiller.teacher)
     losses = attempt(train, distiller, "KD", True, "sync", torch.float64, rank)
     compiled = build("KD").double()
     compiled.student._compiled_call_impl = compiled.student._call_impl  # as student.compile() does
     of_compiled = attempt(train, compiled, "KD", True, "sync", torch.float64, rank)
     return {
         "methods": found,
-        "added": {"losses": losses, "state": distiller.state_dict()},
+        "added": {"losses": losses, "state": distiller.state_dict(), "folded": (folding.calls, folding.agrees)},
         "compiled": {"losses": of_compiled, "state": compiled.state_dict()},
     }
 

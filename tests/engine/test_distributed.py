@@ -138,10 +138,11 @@ def test_gathered_every_method_computes_what_it_does_in_one_process(found, metho
         assert_as_one_process(results, method, lambda size, each=each: each)
 
 
-def test_gathered_kd_beside_a_method(found):
+def test_gathered_kd_beside_a_method_with_a_folded_teacher(found):
     distiller = build_distiller(config("KD", {"DISTILLER.ADD_KD": 0.5}), *processes.networks("KD")).double().train()
     history = processes.train(distiller, "KD", dtype=torch.float64)
     for result in of_task(found, "gathering"):
+        assert result["added"]["folded"] == (len(SIZES), True)
         for losses, expected in zip(losses_of(result["added"]), history, strict=True):
             torch.testing.assert_close(losses, expected, **CLOSE)
 
@@ -161,8 +162,8 @@ def test_terms_may_come_and_go(found):
 
 
 def test_what_a_method_keeps_differently_is_named(found):
-    for result in of_task(found, "training"):
-        assert "do not agree on seen" in result["fickle"]["warned"]
+    first, second = (result["fickle"]["warned"] for result in of_task(found, "training"))
+    assert "do not agree on seen" in first and not second
 
 
 def test_dot_with_its_two_backward_passes(place, found):

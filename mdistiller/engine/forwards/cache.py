@@ -11,7 +11,7 @@ A method whose code moves its teacher's weights, without naming them by ``teache
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from mdistiller.registry import InputError, distiller_dict, open_dataset
 from ..batch import images_of, to_batch
 from ..config.experiment import flatten
 from ..processes import distributed
+from .chain import linked
 from .on_access import read_on_access
 from .precision import Precision
 
@@ -91,6 +92,7 @@ def cache_teacher(distiller: nn.Module, loader: Any, cfg: Any, precision: Precis
     if not isinstance(loader, Loader):
         raise InputError(f"{KEY} needs the training loader of build_loaders or get_dataset, to ask for single images")
     reasons = {
+        "has frozen networks beside its teacher": set(distiller.frozen_networks()) - {"teacher"},
         "trains a part of its teacher": distiller.teacher_parameters(),
         "makes copies of the images of its own": distiller.student_images_per_sample > 1,
         "runs its teacher on the statistics of the batch": distiller.teacher_batch_statistics,
@@ -102,7 +104,7 @@ def cache_teacher(distiller: nn.Module, loader: Any, cfg: Any, precision: Precis
 
 
 class TeacherCache:
-    """Stands in for ``teacher.forward`` within :meth:`of`; outside, the teacher computes as ever.
+    """The link of the teacher within :meth:`of`; outside, the teacher computes as ever.
 
     Args:
         method: for messages.
@@ -114,28 +116,21 @@ class TeacherCache:
     def __init__(self, method: str, teacher: nn.Module, loader: Loader, precision: Precision) -> None:
         self.method, self.precision = method, precision
         self.dataset, self.batch_size, self.num_workers = loader.dataset, loader.batch_size, loader.num_workers
-        self.original, self.parts = teacher.forward, [module for module in teacher.modules() if module is not teacher]
-        self.teacher = teacher
+        self.teacher, self.parts = teacher, [module for module in teacher.modules() if module is not teacher]
         self.kept: dict[int, Tensor] = {}  # (N, ...) by the leaf's number in the output
         self.channels_last: set[int] = set()  # of these, (N, H, W, C)
         self.tree: Any = None  # the output, with numbers for its leaves
-        self.shown: tuple[Tensor, Tensor] | None = None  # the batch's images and their indices
-        teacher.forward = self
 
     @contextmanager
     def of(self, batch: dict[str, Tensor]) -> Iterator[None]:
         """Within it, the teacher's outputs on the batch's images come from memory."""
         (images,) = images_of(batch)
-        self.shown = images, batch["index"]
-        try:
+        with linked(self.teacher, "cache", partial(self._kept_output, images, batch["index"])):
             yield
-        finally:
-            self.shown = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.shown is None:
-            return self.original(*args, **kwargs)
-        images, index = self.shown
+    def _kept_output(
+        self, images: Tensor, index: Tensor, following: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         given = (*args, *kwargs.values())
         if len(given) != 1 or given[0] is not images:
             raise InputError(
@@ -148,25 +143,25 @@ class TeacherCache:
                 "cannot be kept; set it to False"
             )
         if self.tree is None:
-            self._compute(None)
-        return read_on_access(self.tree, partial(self._rows, index=index))
+            self._compute(following, None)
+        return read_on_access(self.tree, partial(self._rows, following, index))
 
-    def _rows(self, leaf: int, index: Tensor) -> Tensor:
+    def _rows(self, following: Callable[..., Any], index: Tensor, leaf: int) -> Tensor:
         if leaf not in self.kept:
-            self._compute(leaf)
+            self._compute(following, leaf)
         rows = self.kept[leaf].index_select(0, index)
         return rows.movedim(-1, 1) if leaf in self.channels_last else rows
 
     @torch.no_grad()
-    def _compute(self, wanted: int | None) -> None:
+    def _compute(self, following: Callable[..., Any], wanted: int | None) -> None:
         """One pass over the training images, for the output ``wanted``; ``None``: for all that are vectors."""
-        start, shown, self.shown = time.perf_counter(), self.shown, None
+        start = time.perf_counter()
         new: dict[int, Tensor] = {}
         loader = Loader(self.dataset, self.batch_size, num_workers=self.num_workers)  # its workers end with it
         for item in loader:
             batch = to_batch(item, self.precision)
             with self.precision.autocast():
-                leaves, structure = tree_flatten(self.original(*images_of(batch)))
+                leaves, structure = tree_flatten(following(*images_of(batch)))
             if not new:
                 self.tree = tree_unflatten(range(len(leaves)), structure)
                 numbers = [wanted] if wanted is not None else [n for n, leaf in enumerate(leaves) if leaf.ndim == 2]
@@ -175,7 +170,6 @@ class TeacherCache:
                 values = leaves[number].movedim(1, -1) if number in self.channels_last else leaves[number]
                 room.index_copy_(0, batch["index"], values)
         self.kept |= new
-        self.shown = shown
         self.precision.synchronize()
         size, taken = sum(map(_megabytes, new.values())), time.perf_counter() - start
         say(f"{KEY}: {size:.1f} MB of the teacher's outputs computed in {taken:.1f} s")

@@ -1,4 +1,4 @@
-"""What makes the same step faster: the teacher's folded graph, compiled networks, memory that is kept."""
+"""What makes the same step faster: folded graphs of frozen networks, compiled networks, memory that is kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +16,15 @@ from torch import nn
 
 from mdistiller.registry import InputError
 
-from .fold import FoldedForward, speed_up_teacher
+from .chain import networks_of
+from .fold import Folding
 
 COMPILED = ("off", "teacher", "all")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of these, torch records CUDA graphs
 
 
-def accelerate(distiller: nn.Module, cfg: Any) -> None:
+def accelerate(distiller: nn.Module, cfg: Any) -> dict[str, Folding]:
     """Apply ``SOLVER.FAST_TEACHER``, ``SOLVER.COMPILE`` and ``SOLVER.COMPILE_MODE`` to a distiller's networks.
 
     Modules keep their names, parameters and state dicts. What is compiled is compiled at the first step, anew for each
@@ -32,26 +34,29 @@ def accelerate(distiller: nn.Module, cfg: Any) -> None:
         distiller: on the device and in the layout where it stays.
         cfg: the configuration.
 
+    Returns:
+        The frozen networks' foldings by attribute, also of a network of which nothing can be folded at present.
+
     Raises:
         InputError: something is to be compiled and this machine has no compiler.
     """
-    solver, teacher = cfg.SOLVER, getattr(distiller, "teacher", None)
+    solver, frozen = cfg.SOLVER, distiller.frozen_networks()
     device = next(distiller.student.parameters()).device
     keep_freed_memory(device)
-    if isinstance(teacher, nn.Module) and solver.FAST_TEACHER:
-        speed_up_teacher(teacher)
-    if solver.COMPILE == "off":
-        return
-    check_compiler(device)
-    options = {"mode": solver.COMPILE_MODE, "dynamic": False}
-    if isinstance(teacher, nn.Module) and not solver.CACHE_TEACHER:  # else it runs for one epoch
-        forward = teacher.forward
-        if isinstance(forward, FoldedForward):
-            forward.run = torch.compile(forward.graph, **options)
-        else:
-            teacher.compile(**options)
-    if solver.COMPILE == "all":
-        distiller.student.compile(**options)
+    wanted = {"off": [], "teacher": [*frozen.values()], "all": networks_of(distiller)}[solver.COMPILE]
+    if solver.CACHE_TEACHER:  # a kept teacher runs for one epoch
+        wanted = [network for network in wanted if network not in frozen.values()]
+    if wanted:
+        check_compiler(device)
+    compiled = {"mode": solver.COMPILE_MODE, "dynamic": False}
+    folded = {}
+    if solver.FAST_TEACHER:
+        for name, network in frozen.items():
+            folded[name] = Folding(network, partial(torch.compile, **compiled) if network in wanted else None)
+    for network in wanted:
+        if not any(folding.active for folding in folded.values() if folding.network is network):
+            network.compile(**compiled)  # in place: links stand before compiled code, and copies are not compiled
+    return folded
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h

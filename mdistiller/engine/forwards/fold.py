@@ -1,27 +1,35 @@
-"""The frozen teacher as an inference engine: fewer operations, the same numbers.
+"""The frozen network as an inference engine: fewer operations, the same numbers.
 
 In eval mode a BatchNorm is a fixed scale and shift of each channel, so that a convolution right before it can take it
-over. :class:`FoldedForward` stands in for the network's ``forward``; the network itself stays what it is: modules,
-names, weights and state dict are those that a method finds, and whatever is called of it directly computes as ever.
+over. :class:`Folding` computes in the network's place; the network itself stays what it is: modules, names, weights and
+state dict are those that a method finds, and whatever is called of it directly computes as ever.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
+from .chain import put
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 PROBE_IMAGES = 4  # of the first batch, on which both ways of computing are compared
 PROBE_TOLERANCE = 1e-3  # of each output's largest magnitude
 
+ASKED_OF_MODULES = [attrgetter(name) for name in ("training", "_forward_hooks", "_forward_pre_hooks")]
 
-def fold_batch_norms(network: nn.Module) -> tuple[fx.GraphModule, list[Tensor]] | None:
+Compile = Callable[[nn.Module], Callable[..., Any]]
+Pair = tuple[nn.Module, nn.Module, nn.Module]  # the convolution of the graph, and what it was folded from
+
+
+def fold_batch_norms(network: nn.Module) -> tuple[fx.GraphModule, list[Pair]] | None:
     """A graph of the network in which convolutions have taken over the BatchNorms right behind them.
 
     A pair stays as it is where something else reads the map between its two parts (a feature that is returned, say),
@@ -32,32 +40,33 @@ def fold_batch_norms(network: nn.Module) -> tuple[fx.GraphModule, list[Tensor]] 
         network: in eval mode; stays as it is.
 
     Returns:
-        The graph, and what its folded weights were computed from. ``None`` where there is nothing to fold, or where
-        the network's code cannot be traced.
+        The graph and its folded pairs. ``None`` where there is nothing to fold, or where the network's code cannot be
+        traced.
     """
     try:
         traced = fx.symbolic_trace(network)
     except Exception:  # whatever the code of a network from elsewhere raises when it meets a tracer's stand-ins
         return None
-    sources: list[Tensor] = []
+    pairs: list[Pair] = []
     for node in list(traced.graph.nodes):
         pair = _foldable(node, traced)
         if pair is None:
             continue
         before, (conv, norm) = node.args[0], pair
-        name = f"folded_{len(sources)}"
-        traced.add_submodule(name, _fold(conv, norm))
+        name, folded = f"folded_{len(pairs)}", copy.deepcopy(conv).requires_grad_(False)
+        folded.bias = nn.Parameter(conv.weight.new_empty(conv.out_channels), requires_grad=False)
+        fold_into(folded, conv, norm)
+        traced.add_submodule(name, folded)
         with traced.graph.inserting_before(before):
-            folded = traced.graph.call_module(name, before.args, before.kwargs)
-        node.replace_all_uses_with(folded)
+            node.replace_all_uses_with(traced.graph.call_module(name, before.args, before.kwargs))
         traced.graph.erase_node(node)
         traced.graph.erase_node(before)
-        sources += [*conv.parameters(), *norm.parameters(), norm.running_mean, norm.running_var]
-    if not sources:
+        pairs.append((folded, conv, norm))
+    if not pairs:
         return None
     traced.delete_all_unused_submodules()
     traced.recompile()
-    return traced.eval(), sources
+    return traced.eval(), pairs
 
 
 def _foldable(node: fx.Node, traced: fx.GraphModule) -> tuple[nn.Module, nn.Module] | None:
@@ -75,8 +84,8 @@ def _foldable(node: fx.Node, traced: fx.GraphModule) -> tuple[nn.Module, nn.Modu
 
 
 @torch.no_grad()
-def _fold(conv: nn.Module, norm: nn.Module) -> nn.Module:
-    """``norm(conv(x))`` as one convolution; computed in float64 and rounded once."""
+def fold_into(folded: nn.Module, conv: nn.Module, norm: nn.Module) -> None:
+    """Let ``folded(x)`` be ``norm(conv(x))``; computed in float64 and rounded once."""
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()
@@ -84,48 +93,86 @@ def _fold(conv: nn.Module, norm: nn.Module) -> nn.Module:
     bias = bias * scale
     if norm.bias is not None:
         bias = bias + norm.bias.double()
-    weight = conv.weight.double() * scale.view(-1, *[1] * (conv.weight.ndim - 1))
-    folded = copy.deepcopy(conv)
-    folded.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)  # in the layout that it had
-    folded.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
-    return folded
+    folded.weight.copy_(conv.weight.double() * scale.view(-1, *[1] * (conv.weight.ndim - 1)))
+    folded.bias.copy_(bias)
 
 
-class FoldedForward:
-    """Stands in for ``network.forward`` and computes by the graph of :func:`fold_batch_norms`.
+class Folding:
+    """A link for the place ``fold`` of a network's chain: computes by the graph of :func:`fold_batch_norms`.
 
-    The network's own code runs where the graph would not do the same: in training mode, while a module of it has a
-    hook, and for good if the graph's outputs on the first images differ or if the weights that were folded have moved.
-    Whether they have is looked at before the 2nd, 4th, 8th, ... call, and whenever torch has counted a change in
-    place; a teacher that a method's code moves after each step is seen to move at once.
+    The network's own code runs where the graph would not do the same: in training mode, while a module within the
+    network has a hook, while autograd is to reach what was folded, and for good if the graph's outputs on the first
+    images differ. Hooks on the network itself see what they always do.
+
+    The network's own code also runs while the folded weights move. A movement that torch counts is seen at the next
+    call. One that torch does not count (``weight.data.mul_(0.9)``) is seen before the 1st, 2nd, 4th, 8th, ... call of
+    an epoch and at the epoch's end.
 
     Args:
-        network: its device, type and layout must not change any more.
-        graph, sources: what :func:`fold_batch_norms` gave.
+        network: in eval mode; its device, type and layout must not change any more.
+        compiled: makes of the graph what computes in its place.
     """
 
-    def __init__(self, network: nn.Module, graph: fx.GraphModule, sources: list[Tensor]) -> None:
-        self.original = network.forward
-        self.network, self.graph, self.sources = network, graph, sources
-        self.run: Callable[..., Any] = graph
-        self.modules = list(network.modules())
-        self.changes, self.norms = self._changes(), self._norms()
-        self.calls = 0
-        self.holds = True
+    def __init__(self, network: nn.Module, compiled: Compile | None = None) -> None:
+        self.network, self.compiled = network, compiled
+        self.within = [module for module in network.modules() if module is not network]
+        self.trained: list[bool] | None = None
+        self.take_off: Callable[[], None] | None = None  # from the chain, where this link is
+        self.rests = True  # the graph may compute in this epoch
+        self.moved = False  # the weights have moved in this epoch
+        self.begin()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.holds or any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self.modules):
-            return self.original(*args, **kwargs)
+    def begin(self) -> None:
+        """Fold the weights as they are, if they rest; for the beginning of an epoch."""
+        trained = [parameter.requires_grad for parameter in self.network.parameters()]
+        if trained != self.trained:
+            training = any(module.training for module in self.network.modules())
+            self.graph, self.pairs = (None if training else fold_batch_norms(self.network)) or (None, [])
+            self.run = self.graph if self.graph is None or self.compiled is None else self.compiled(self.graph)
+            modules = [module for _, *pair in self.pairs for module in pair]
+            self.parameters = [parameter for module in modules for parameter in module.parameters()]
+            self.sources = [*self.parameters, *(buffer for module in modules for buffer in module.buffers())]
+            self.trained, self.agrees = trained, None
+        elif self.rests:
+            for pair in self.pairs:
+                fold_into(*pair)
+        self.calls, self.changes, self.norms = 0, self._changes(), self._norms()
+        self._compute_by_graph(self.rests and self.graph is not None and self.agrees is not False)
+
+    def look(self) -> None:
+        """See whether the weights have moved since :meth:`begin`; if so, compute by the network's own code."""
+        self.changes = self._changes()
+        if not self.moved and not torch.equal(self._norms(), self.norms):
+            self.rests, self.moved = False, True
+            self._compute_by_graph(False)
+
+    @property
+    def active(self) -> bool:
+        """Whether calls of the network come here."""
+        return self.take_off is not None
+
+    def __call__(self, following: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.network.training or any(any(map(asked, self.within)) for asked in ASKED_OF_MODULES):
+            return following(*args, **kwargs)
+        if torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), self.parameters)):
+            return following(*args, **kwargs)
         if not torch.compiler.is_compiling():
             self.calls += 1
-            if self.calls == 1:
-                self.holds = self._agrees(*args, **kwargs)
-            elif self.calls & (self.calls - 1) == 0 or self._changes() != self.changes:
-                self.changes = self._changes()
-                self.holds = torch.equal(self._norms(), self.norms)
-        return self.run(*args, **kwargs) if self.holds else self.original(*args, **kwargs)
+            if self.calls & (self.calls - 1) == 0 or self._changes() != self.changes:
+                self.look()
+            if self.active and self.agrees is None:
+                self.agrees = self._agrees(following, args, kwargs)
+                self._compute_by_graph(self.agrees)
+        return self.run(*args, **kwargs) if self.active else following(*args, **kwargs)
 
-    def _agrees(self, *args: Any, **kwargs: Any) -> bool:
+    def _compute_by_graph(self, wanted: bool) -> None:
+        if wanted and not self.active:
+            self.take_off = put(self.network, "fold", self)
+        elif self.active and not wanted:
+            self.take_off()
+            self.take_off = None
+
+    def _agrees(self, following: Callable[..., Any], args: Any, kwargs: Any) -> bool:
         """Whether graph and code give the same for the first images of a batch, in full precision."""
         like = self.sources[0]
 
@@ -136,29 +183,19 @@ class FoldedForward:
         args, kwargs = [probe(a) for a in args], {k: probe(v) for k, v in kwargs.items()}
         with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
             ours, structure = tree_flatten(self.graph(*args, **kwargs))
-            theirs, expected = tree_flatten(self.original(*args, **kwargs))
+            theirs, expected = tree_flatten(following(*args, **kwargs))
         return structure == expected and all(map(_near, ours, theirs))
 
     def _changes(self) -> int:
-        return sum(source._version for source in self.sources)
+        return sum(map(attrgetter("_version"), self.sources))
 
     @torch.no_grad()
     def _norms(self) -> Tensor:
-        return torch.stack([source.float().norm() for source in self.sources])
+        norms = [source.float().norm() for source in self.sources if source.is_floating_point()]
+        return torch.stack(norms) if norms else torch.empty(0)
 
 
 def _near(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor) or not a.is_floating_point():
         return isinstance(a, Tensor) == isinstance(b, Tensor) and bool(torch.as_tensor(a == b).all())
     return a.shape == b.shape and bool((a - b).abs().max() <= PROBE_TOLERANCE * b.abs().max())
-
-
-def speed_up_teacher(teacher: nn.Module) -> None:
-    """Have the teacher compute by its folded graph from now on, where that is possible.
-
-    Args:
-        teacher: in eval mode and where it will stay; what a method trains of it says so by ``requires_grad``.
-    """
-    found = None if any(module.training for module in teacher.modules()) else fold_batch_norms(teacher)
-    if found is not None:
-        teacher.forward = FoldedForward(teacher, *found)

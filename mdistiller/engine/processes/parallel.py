@@ -18,10 +18,8 @@ those of all processes (``sync``).
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -35,7 +33,8 @@ from mdistiller.functional.gather import batch_of_processes, join_rows
 from mdistiller.messages import warn
 
 from ..explain import read_output
-from ..forwards.on_access import read_on_access
+from ..forwards.chain import linked, networks_of
+from ..forwards.share import Share, has_rows
 from . import distributed
 
 BATCH_NORMS = ("local", "sync")  # what SOLVER.BATCH_NORM takes
@@ -70,7 +69,7 @@ class Parallel:
             return
         if batch_norm == "sync":
             # With SOLVER.GATHER, what stands behind the networks sees the global batch in every process.
-            for part in _networks(distiller) if gather else [distiller]:
+            for part in networks_of(distiller) if gather else [distiller]:
                 synchronize_batch_norm(part)
         self.local_batch_norm = batch_norm == "local"
         self.replica = Replica(distiller, gather)
@@ -217,84 +216,15 @@ class Replica(nn.Module):
         return read_output(self.distiller, self.distiller(**given))
 
     def _whole_batch(self, counts: list[int], given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        rank = distributed.rank()
+        rank, share = distributed.rank(), Share(counts)
         whole = {
-            name: join_rows(value, counts) if _has_rows(value, counts[rank]) else value for name, value in given.items()
+            name: join_rows(value, counts) if has_rows(value, counts[rank]) else value for name, value in given.items()
         }
         with ExitStack() as stack:
-            for network in _networks(self.distiller):
-                stack.enter_context(_work_shared(network, counts))
+            for network in networks_of(self.distiller):
+                stack.enter_context(linked(network, "share", share))
             logits, losses = read_output(self.distiller, self.distiller(**whole))
         return logits.split(counts)[rank], losses
-
-
-@contextmanager
-def _work_shared(network: nn.Module, counts: Sequence[int]) -> Iterator[None]:
-    """Within it, a pass through the network is divided among the processes; hooks on the network see all of it.
-
-    What is no batch of views of the images is not divided: each process computes all of it.
-    """
-    # A network that was compiled in place is called by the compiled function, which must not see any of this.
-    name = "forward" if network._compiled_call_impl is None else "_compiled_call_impl"
-    own, forward = vars(network).get(name), getattr(network, name)
-
-    def shared(*args: Any, **kwargs: Any) -> Any:
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
-        count = len(given[0]) if given else 0
-        if not count or count % sum(counts):
-            return forward(*args, **kwargs)
-        rows = _Rows(count, counts)
-
-        def cut(value: Any) -> Any:
-            return rows.of_this_process(value) if _has_rows(value, count) else value
-
-        output = forward(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
-        return read_on_access(output, lambda part: rows.whole(part) if isinstance(part, Tensor) else part)
-
-    setattr(network, name, shared)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(network, name)
-        else:
-            setattr(network, name, own)
-
-
-def _has_rows(value: Any, count: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
-
-
-class _Rows:
-    """Which rows of ``(count, ...)`` belong to which process: those of views of its images.
-
-    A method may put several views into one pass, one after the other: ``count`` is a multiple of the batch then.
-    """
-
-    def __init__(self, count: int, counts: Sequence[int]) -> None:
-        self.count, self.images, self.rank = count, tuple(counts), distributed.rank()
-        self.views = count // sum(counts)
-        self.counts = [self.views * images for images in counts]
-
-    def of_this_process(self, tensor: Tensor) -> Tensor:
-        if self.views == 1:
-            return tensor.split(self.counts)[self.rank]
-        return tensor[_by_process(self.count, self.images, tensor.device)[0].split(self.counts)[self.rank]]
-
-    def whole(self, tensor: Tensor) -> Tensor:
-        if not _has_rows(tensor, self.counts[self.rank]):
-            return tensor
-        with torch.set_grad_enabled(tensor.requires_grad):  # features may be looked at later, within no_grad
-            gathered = join_rows(tensor, self.counts, same_losses=True)
-            return gathered if self.views == 1 else gathered[_by_process(self.count, self.images, tensor.device)[1]]
-
-
-@functools.lru_cache(maxsize=64)
-def _by_process(count: int, images: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rows in the order of the processes that have them, and how to undo that."""
-    parts = torch.arange(count).view(-1, sum(images)).split(images, dim=1)
-    order = torch.cat([part.flatten() for part in parts])
-    return order.to(device), order.argsort().to(device)
 
 
 def synchronize_batch_norm(part: nn.Module) -> None:
@@ -304,11 +234,6 @@ def synchronize_batch_norm(part: nn.Module) -> None:
         if isinstance(module, _BatchNorm):
             module.__class__ = nn.SyncBatchNorm if on_gpu else SyncBatchNorm  # in place: a method may hold it
             module.process_group = None
-
-
-def _networks(distiller: nn.Module) -> list[nn.Module]:
-    names = {"student", *type(distiller).networks, *distiller.frozen_networks()}
-    return [getattr(distiller, name) for name in sorted(names)]
 
 
 class SyncBatchNorm(_BatchNorm):

@@ -15,7 +15,6 @@ from mdistiller.distillers import Distiller
 from mdistiller.engine.batch import to_batch
 from mdistiller.engine.forwards import compile as acceleration
 from mdistiller.engine.forwards.compile import begin_step, check_compiler, keep_freed_memory, uncompiled
-from mdistiller.engine.forwards.fold import FoldedForward
 from mdistiller.engine.forwards.precision import Precision
 from mdistiller.engine.solver import build_optimizer
 from mdistiller.registry import InputError
@@ -43,18 +42,19 @@ def kd(tmp_path):
 
 def test_the_teacher_of_a_run_is_folded_unless_told_otherwise(kd):
     fast, plain = kd(), kd(SOLVER__FAST_TEACHER=False)
-    assert isinstance(fast.distiller.teacher.forward, FoldedForward)
-    assert "forward" not in vars(plain.distiller.teacher)
+    assert fast.foldings["teacher"].active
+    assert not any("forward" in vars(network) for network in plain.distiller.modules())
     assert losses_of(fast) == pytest.approx(losses_of(plain), rel=1e-4)
-    assert fast.distiller.teacher.forward.holds
+    assert fast.foldings["teacher"].active and fast.foldings["teacher"].agrees
     assert fast.distiller.state_dict().keys() == plain.distiller.state_dict().keys()
 
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.parametrize("weight", [0.0, 1.0])
 @pytest.mark.parametrize("which", acceleration.COMPILED[1:])
-def test_compiled_networks_give_the_same_losses(kd, which):
-    compiled, plain = kd(SOLVER__COMPILE=which), kd()
+def test_compiled_networks_give_the_same_losses(kd, which, weight):
+    compiled, plain = kd(SOLVER__COMPILE=which, DISTILLER__ADD_KD=weight), kd(DISTILLER__ADD_KD=weight)
     assert losses_of(compiled) == pytest.approx(losses_of(plain), rel=1e-3)
     assert compiled.distiller.state_dict().keys() == plain.distiller.state_dict().keys()
 
@@ -73,6 +73,19 @@ def test_what_is_compiled_and_what_is_not(kd, monkeypatch, which):
     assert copy.deepcopy(student)._compiled_call_impl is None
     with uncompiled():
         assert losses_of(trainer) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_added_kd_listens_outside_of_compiled_code(kd, monkeypatch, fast):
+    calls = []
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: lambda *args: calls.append(function) or function(*args)
+    )
+    trainer = kd(SOLVER__COMPILE="all", SOLVER__FAST_TEACHER=fast, DISTILLER__ADD_KD=1.0)
+    assert losses_of(trainer) == pytest.approx(losses_of(kd(DISTILLER__ADD_KD=1.0)), rel=1e-4)
+    student, teacher = trainer.distiller.student, trainer.distiller.teacher
+    of_teacher = trainer.foldings["teacher"].graph if fast else teacher._call_impl
+    assert [calls.count(function) for function in (student._call_impl, of_teacher)] == [4, 4]
 
 
 def test_no_compiler_is_said_before_the_run(monkeypatch, kd):

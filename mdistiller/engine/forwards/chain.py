@@ -1,0 +1,95 @@
+"""What stands in for a network's ``forward``: links in one order. This file alone replaces a network's ``forward``.
+
+A link is called as ``link(following, *args, **kwargs)``. ``following`` is the next link, and behind the last link the
+network itself, which may be compiled in place. No link knows of another. A network without links is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from operator import itemgetter
+from typing import Any
+
+from torch import nn
+
+Link = Callable[..., Any]
+
+ORDER = (
+    "listen",  # hears each call and its output as the method sees them: whole batches, kept outputs too
+    "cache",  # gives kept outputs; the links behind it compute those that are not kept yet
+    "share",  # divides a pass among processes, whichever way each process computes its rows
+    "fold",  # computes by the folded graph
+)
+
+
+class Chain:
+    """A network's links. Within one place of :data:`ORDER`, a later link stands before an earlier one.
+
+    Args:
+        network: has the chain while there are links.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.name = network, _called(network)
+        self.before, self.itself = vars(network).get(self.name), getattr(network, self.name)
+        self.links: list[tuple[int, Link]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.first(*args, **kwargs)
+
+    def put(self, place: str, link: Link) -> None:
+        self._join(sorted([(ORDER.index(place), link), *self.links], key=itemgetter(0)))
+        if len(self.links) == 1:
+            setattr(self.network, self.name, self)
+
+    def take_off(self, link: Link) -> None:
+        self._join([pair for pair in self.links if pair[1] is not link])
+        if not self.links and vars(self.network).get(self.name) is self:  # nobody else's function stands before it
+            delattr(self.network, self.name)
+            if self.before is not None:
+                setattr(self.network, self.name, self.before)
+
+    def _join(self, links: list[tuple[int, Link]]) -> None:
+        self.links, self.first = links, self.itself
+        for _, link in reversed(links):
+            self.first = partial(link, self.first)
+
+
+def _called(network: nn.Module) -> str:
+    """The attribute that a call of the network calls. Code that was compiled in place must not see the links."""
+    return "forward" if network._compiled_call_impl is None else "_compiled_call_impl"
+
+
+def put(network: nn.Module, place: str, link: Link) -> Callable[[], None]:
+    """Add a link to a network.
+
+    Args:
+        network: any.
+        place: of :data:`ORDER`.
+        link: see the top of the file.
+
+    Returns:
+        Takes the link off again.
+    """
+    chain = vars(network).get(_called(network))
+    chain = chain if isinstance(chain, Chain) else Chain(network)
+    chain.put(place, link)
+    return partial(chain.take_off, link)
+
+
+@contextmanager
+def linked(network: nn.Module, place: str, link: Link) -> Iterator[None]:
+    """Within it, a network has a link; see :func:`put`."""
+    take_off = put(network, place, link)
+    try:
+        yield
+    finally:
+        take_off()
+
+
+def networks_of(distiller: nn.Module) -> list[nn.Module]:
+    """Student, further networks and frozen ones, each once, in the order of their names."""
+    names = {"student", *type(distiller).networks, *distiller.frozen_networks()}
+    return list(dict.fromkeys(getattr(distiller, name) for name in sorted(names)))

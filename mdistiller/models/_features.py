@@ -13,7 +13,7 @@ Nothing is computed in place, so each map may be kept, changed into a loss, or h
 
 Which maps are stages? Most networks give the stem first, then one map per stage; some (vgg, MobileNetV1)
 have no stem map, and ``feats[0]`` is their first stage. ``get_stage_indices()`` says which, so that a method
-need not guess by ``[1:]``.
+need not guess by ``[1:]``. Methods read widths, stages and the number of classes off a network's facts (``facts.py``).
 """
 
 from __future__ import annotations

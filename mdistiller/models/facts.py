@@ -1,8 +1,8 @@
-"""A network's facts: what methods need to know of it, found out by one black image.
+"""A network's facts: what methods need to know of it. The network is asked by one black image.
 
-The network answers itself, so that any module works that returns ``(logits, features)`` (``_features.py``). Two facts
-cannot be seen in an answer: which maps are stages, and which batch norms stand before the ReLUs. A network may say them
-by ``get_stage_indices()`` and ``get_bn_before_relu()``.
+A network need not declare anything: every module works that returns ``(logits, features)`` as ``_features.py`` says.
+Two facts cannot be seen in its answer: which maps are stages, and which batch norms stand before the ReLUs. A network
+may say them by ``get_stage_indices()`` and ``get_bn_before_relu()``.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def facts_of(network: nn.Module, size: Sequence[int], role: str = "network") -> 
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    if not (isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[1], Mapping)):
+    is_pair = isinstance(output, (tuple, list)) and len(output) == 2
+    if not (is_pair and isinstance(output[0], Tensor) and isinstance(output[1], Mapping)):
         raise InputError(
             f"the {role} {name} must return (logits, features), features being a dictionary: see "
             "mdistiller/models/_features.py"

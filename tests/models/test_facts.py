@@ -145,6 +145,13 @@ def test_what_a_network_lacks_is_said_by_role_and_class(fact):
         facts.need(fact)
 
 
-def test_a_network_that_returns_logits_alone_is_refused():
-    with pytest.raises(InputError, match=r"the student Flatten must return \(logits, features\)"):
-        facts_of(nn.Flatten(), (8, 8), "student")
+@pytest.mark.parametrize(
+    "output", [lambda x: x, lambda x: (x, x), lambda x: ((x, x), {}), lambda x: {"logits": x}, lambda x: (x, {}, {})]
+)
+def test_a_network_that_returns_something_else_is_refused(output):
+    class Other(nn.Module):
+        def forward(self, image):
+            return output(image.flatten(1))
+
+    with pytest.raises(InputError, match=r"the student Other must return \(logits, features\)"):
+        facts_of(Other(), (8, 8), "student")

@@ -1,1 +1,1 @@
-"""What stands in for a network's forward: folded, compiled, kept, shared; and in which number format it runs."""
+"""What stands in for a network's forward: heard, kept, shared, folded, compiled; and in which number format it runs."""

@@ -223,9 +223,16 @@ def test_a_wrong_command_would_be_noticed(walk_through_folder):
     assert run_tool("train", ["--cfg", "configs/digits/kd/res20_res8.yaml", "KD.TEMPRATURE", "2"]).code == 2
 
 
-@pytest.mark.parametrize("key", sorted(set(re.findall(r"\b[A-Z][A-Z\d_]*(?:\.[A-Z][A-Z\d_]*)+\b", BOTH))))
-def test_config_keys_exist(key, walk_through_method, walk_through_dataset):
-    value_of(CFG, key)
+def test_config_keys_exist(walk_through_method, walk_through_dataset):
+    keys = set(re.findall(r"\b[A-Z][A-Z\d_]*(?:\.[A-Z][A-Z\d_]*)+\b", BOTH))
+    assert len(keys) > 50
+    unknown = []
+    for key in sorted(keys):
+        try:
+            value_of(CFG, key)
+        except KeyError:
+            unknown.append(key)
+    assert not unknown
 
 
 def test_make_targets_exist():
@@ -254,23 +261,18 @@ def paths_in(text: str) -> set[str]:
     return {path.rstrip(".") for path in found}
 
 
-@pytest.mark.parametrize("path", sorted(paths_in(BOTH + CHANGELOG)))
-def test_paths_exist(path):
+def test_paths_exist():
     """``<dataset>`` stands for any name."""
-    pattern = re.sub(r"<\w+>", "*", path)
-    assert path in WALK_THROUGH or any(ROOT.glob(pattern))
+    paths = paths_in(BOTH + CHANGELOG) - set(WALK_THROUGH)
+    assert len(paths) > 50
+    assert not [path for path in sorted(paths) if not any(ROOT.glob(re.sub(r"<\w+>", "*", path)))]
 
 
-LINKS = [
-    (path, target)
-    for path, text in {ROOT / "README.md": README + CONTRIBUTING + CHANGELOG, **DOCS}.items()
-    for target in sorted(set(re.findall(r"\]\((?!https?://)([^)#]+)", text)))
-]
-
-
-@pytest.mark.parametrize(("path", "target"), LINKS, ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
-def test_relative_links_resolve(path, target):
-    assert (path.parent / target).exists()
+def test_relative_links_resolve():
+    texts = {ROOT / "README.md": README + CONTRIBUTING + CHANGELOG, **DOCS}
+    links = {(path, to) for path, text in texts.items() for to in re.findall(r"\]\((?!https?://)([^)#]+)", text)}
+    assert len(links) > 20
+    assert not [(path.name, to) for path, to in sorted(links) if not (path.parent / to).exists()]
 
 
 # Tables

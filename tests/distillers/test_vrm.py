@@ -203,7 +203,7 @@ def length_jumps(real: Tensor, virtual: Tensor, edge_eps: float) -> bool:
 
 def sign_jumps(real_s: Tensor, virtual_s: Tensor, real_t: Tensor, virtual_t: Tensor) -> bool:
     """Whether two edges as good as agree in an entry: L1's kink."""
-    edges = [oracle.unit_edges(oracle.differences(r, v)) for r, v in ((real_s, virtual_s), (real_t, virtual_t))]
+    edges = [oracle.normalise(oracle.differences(r, v)) for r, v in ((real_s, virtual_s), (real_t, virtual_t))]
     return bool(((edges[0] - edges[1]).abs() < 32 * EPS).any())
 
 

@@ -15,6 +15,9 @@ What the paper leaves open is settled here as in the library:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,16 +46,16 @@ def differences(real: Tensor, virtual: Tensor) -> Tensor:
 
 
 def lengths(difference: Tensor) -> Tensor:
-    """``(N, N, D)`` -> ``(N, N)``, constants."""
+    """``(..., D)`` -> ``(...)``, constants."""
     return difference.detach().square().sum(dim=-1).sqrt()
 
 
-def unit_edges(difference: Tensor) -> Tensor:
-    """Eq. 1: ``(N, N, D)`` over its lengths; a zero vector stays one and passes no gradient."""
-    zero = lengths(difference)[:, :, None] == 0
-    difference = difference.masked_fill(zero, 0.0)
-    squared = difference.square().sum(dim=-1, keepdim=True)
-    return difference / squared.masked_fill(zero, 1.0).sqrt()
+def normalise(vectors: Tensor) -> Tensor:
+    """Eq. 1, for edges: ``(..., D)`` over its lengths; a zero vector stays one and passes no gradient."""
+    zero = lengths(vectors)[..., None] == 0
+    vectors = vectors.masked_fill(zero, 0.0)
+    squared = vectors.square().sum(dim=-1, keepdim=True)
+    return vectors / squared.masked_fill(zero, 1.0).sqrt()
 
 
 def percentile_mask(uncertainty: Tensor, percentile: float) -> Tensor:
@@ -68,7 +71,7 @@ def length_mask(difference: Tensor, edge_eps: float) -> Tensor:
 
 
 def entry_losses(edges_s: Tensor, edges_t: Tensor, metric: str, huber_delta: float) -> Tensor:
-    """phi of each entry, ``(N, N, D)``; summed over D it is phi of the edge."""
+    """phi of each entry, ``(..., D)``; summed over D it is phi of the edge."""
     if metric == "mse":
         return (edges_s - edges_t).square()
     if metric == "l1":
@@ -81,7 +84,7 @@ def entry_losses(edges_s: Tensor, edges_t: Tensor, metric: str, huber_delta: flo
 
 
 def reduce_kept(entries: Tensor, kept: Tensor, reduction: str) -> Tensor:
-    """``(N, N, D)`` entries of the edges ``kept``, ``(N, N)`` -> scalar; 0 where no edge is kept."""
+    """``(..., D)`` entries of the edges ``kept``, ``(...)`` -> scalar; 0 where no edge is kept."""
     total = entries[kept].sum()
     number = max(int(kept.sum()), 1)
     if reduction == "sum":
@@ -93,11 +96,10 @@ def reduce_kept(entries: Tensor, kept: Tensor, reduction: str) -> Tensor:
     raise ValueError(reduction)
 
 
-def vrm_loss(
-    p_real_s: Tensor,
-    p_virtual_s: Tensor,
-    p_real_t: Tensor,
-    p_virtual_t: Tensor,
+def graph_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    beliefs: Sequence[Tensor],
     *,
     prune_percentile: float = 95.0,
     metric: str = "mse",
@@ -105,24 +107,45 @@ def vrm_loss(
     uncertainty: str = "cross",
     edge_eps: float = 1e-3,
     huber_delta: float = 1.0,
+    relation: str = "difference",
+    edge_norm: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The unweighted inter-sample and inter-class losses, two float64 scalars.
+    """The loss of one graph, and the share of its edges that are kept.
+
+    Vertices are ``(N, D)`` of the real and of the virtual view; ``beliefs`` are what the uncertainty is of.
+    Relations of the ablations: ``gram``, inner products or cosines, ``(N, N)``; ``angle``, cosines between two edges
+    that leave one vertex, ``(N, N, N)``.
+    """
+    student, teacher = [x.double() for x in student], [x.detach().double() for x in teacher]
+    difference_s, difference_t = differences(*student), differences(*teacher)
+    kept = percentile_mask(edge_uncertainty(*beliefs, uncertainty), prune_percentile)
+    if relation != "gram" and edge_norm:
+        kept = kept & length_mask(difference_s, edge_eps) & length_mask(difference_t, edge_eps)
+    relations = [difference_s, difference_t]
+    if relation == "gram":
+        views = [[normalise(x) if edge_norm else x for x in side] for side in (student, teacher)]
+        relations = [(real @ virtual.T)[..., None] for real, virtual in views]
+    elif edge_norm:
+        relations = [normalise(difference) for difference in relations]
+    used = kept
+    if relation == "angle":
+        relations = [torch.einsum("ijd,ikd->ijk", edges, edges)[..., None] for edges in relations]
+        used = kept[:, :, None] & kept[:, None]
+    entries = entry_losses(*relations, metric, huber_delta)
+    return reduce_kept(entries, used, reduction), kept.double().mean()
+
+
+def vrm_loss(
+    p_real_s: Tensor, p_virtual_s: Tensor, p_real_t: Tensor, p_virtual_t: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The unweighted inter-sample and inter-class losses, two float64 scalars; options of :func:`graph_loss`.
 
     All four inputs are class probabilities ``(B, C)``; gradient flows to the student's two (``_s``).
     """
-
-    def graph_loss(real_s: Tensor, virtual_s: Tensor, real_t: Tensor, virtual_t: Tensor, unsure: Tensor) -> Tensor:
-        difference_s = differences(real_s, virtual_s)
-        difference_t = differences(real_t, virtual_t).detach()
-        kept = percentile_mask(unsure, prune_percentile)
-        kept = kept & length_mask(difference_s, edge_eps) & length_mask(difference_t, edge_eps)
-        entries = entry_losses(unit_edges(difference_s), unit_edges(difference_t), metric, huber_delta)
-        return reduce_kept(entries, kept, reduction)
-
-    predictions = [p.double() for p in (p_real_s, p_virtual_s, p_real_t, p_virtual_t)]
-    columns = [p.T for p in predictions]
-    isv = graph_loss(*predictions, edge_uncertainty(*predictions[:2], uncertainty))
-    icv = graph_loss(*columns, edge_uncertainty(*map(sum_to_one, columns[:2]), uncertainty))
+    student, teacher = (p_real_s, p_virtual_s), (p_real_t, p_virtual_t)
+    columns_s, columns_t = ([p.T for p in views] for views in (student, teacher))
+    isv, _ = graph_loss(student, teacher, student, **options)
+    icv, _ = graph_loss(columns_s, columns_t, [sum_to_one(p.double()) for p in columns_s], **options)
     return isv, icv
 
 

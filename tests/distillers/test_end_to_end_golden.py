@@ -13,7 +13,6 @@ from mdistiller.registry import distiller_dict
 
 RECORD = golden_json("end_to_end.json")
 
-NUM_DATA = 200
 SPARED = ("contrast.params",)  # CRD's settings and its normalisation, which are no weights
 # Its margins follow from the teacher's batch norms as they are when it is built, which was before they were filled; and
 # its teacher uses the batch's statistics, so that it cannot repeat what it said.
@@ -68,15 +67,17 @@ def step(pair, method, expected, moved=False):
     names = pair["student"], pair["teacher"]
     student, teacher = networks(*names, moved) if filled else map(fresh, names)
     student.zero_grad()
-    distiller = build_distiller(cfg, student, teacher, num_data=NUM_DATA)
-    fill(distiller, {key for key, _ in expected["extra_state"]} if filled else None)
+    shapes = dict(expected["extra_state"])
+    num_data, _ = shapes.get("contrast.memory_v1", (1, 0))  # CRD's bank has a row for each training image
+    distiller = build_distiller(cfg, student, teacher, num_data=num_data)
+    fill(distiller, shapes if filled else None)
     distiller = distiller.double().train()
     if moved and not filled:
         move_last_digit(distiller)
 
     count = RECORD["batch"]
     image, target, index = golden_images(count, 32).double(), (7 * torch.arange(count)) % 100, torch.arange(count)
-    negatives = torch.randint(0, NUM_DATA, (count, cfg.CRD.NCE.K), generator=torch.Generator().manual_seed(1))
+    negatives = torch.randint(num_data, (count, cfg.CRD.NCE.K), generator=torch.Generator().manual_seed(1))
     batch = {"image": image, "target": target, "index": index}
     batch["contrastive_index"] = torch.cat([index[:, None], negatives], dim=1)
     logits, losses = distiller(**batch, epoch=RECORD["epoch"])

@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo evidence test test-slow check format clean
+.PHONY: demo evidence test test-slow test-cpus test-oldest check format clean
 
 demo: .venv/installed-plots
 	$(BIN)/python tools/reproduce.py --plan configs/plans/demo.yaml
@@ -22,6 +22,14 @@ test: .venv/installed-dev
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
+# The tests of numbers under each vector instruction set of this CPU, on one thread and on two: about ten minutes.
+test-cpus: .venv/installed-dev
+	$(BIN)/python tests/each_cpu.py
+
+# The default tests with the oldest versions that requirements.txt allows, in an environment of their own.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n auto
+
 check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,9 +39,15 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv output .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest output .pytest_cache .ruff_cache
 
 .venv/installed-%: requirements.txt setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	touch $@
+
+.venv-oldest/installed: requirements.txt setup.py
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	sed -n 's/>=/==/p' requirements.txt > .venv-oldest/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c .venv-oldest/oldest.txt
 	touch $@

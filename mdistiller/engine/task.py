@@ -19,7 +19,6 @@ from mdistiller.functional.mixing import class_numbers
 from mdistiller.registry import InputError, dataset_dict, task_dict
 
 from .batch import to_batch
-from .forwards.compile import uncompiled
 from .forwards.precision import Precision
 from .processes import distributed
 
@@ -185,7 +184,8 @@ class Task:
         network.eval()
         for item in loader:
             batch = to_batch(item, precision)
-            with precision.autocast(), uncompiled():
+            # As they are written: other sizes of batch are not worth compiling for.
+            with precision.autocast(), torch.compiler.set_stance("force_eager"):
                 output = _prediction(network, batch[self.image]).float()
             yield output, batch[self.target]
         network.train(was_training)

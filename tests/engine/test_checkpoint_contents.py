@@ -136,7 +136,7 @@ def test_what_a_program_allows_stays_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_tar_is_no_checkpoint(tmp_path: Path) -> None:
-    """torch before 2.6 executes what a tar holds, in spite of weights_only=True."""
+    """A tar of teachers that was never unpacked is told from a damaged file."""
     tar = make_tar(tmp_path / "cifar_teachers.tar", {"storages": pickle.dumps(0), "pickle": pickle.dumps(Bomb())})
     with pytest.raises(CheckpointError, match="a tar archive, which must be unpacked first"):
         load_checkpoint(tar)

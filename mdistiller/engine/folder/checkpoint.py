@@ -171,19 +171,13 @@ class _NoBytes:
         return b""
 
 
-def _under(full_name: str, stand_in: type) -> type:
-    """``stand_in`` under the name that files use: torch looks allowed names up in ``__module__`` and ``__name__``."""
-    module, _, name = full_name.rpartition(".")
-    return type(name, (stand_in,), {"__module__": module})
-
-
 _HARMLESS_GLOBALS = {
     "argparse.Namespace": argparse.Namespace,
-    "builtins.bytes": _under("builtins.bytes", _NoBytes),
-    "numpy.dtype": _under("numpy.dtype", _Dtype),
-    "numpy.ndarray": _under("numpy.ndarray", _Array),
+    "builtins.bytes": _NoBytes,
+    "numpy.dtype": _Dtype,
+    "numpy.ndarray": _Array,
     **{
-        f"numpy.{core}.multiarray.{name}": _under(f"numpy.{core}.multiarray.{name}", stand_in)
+        f"numpy.{core}.multiarray.{name}": stand_in
         for core in ("core", "_core")  # before and since numpy 2
         for name, stand_in in (("scalar", _Scalar), ("_reconstruct", _Reconstruct))
     },
@@ -195,17 +189,17 @@ _GLOBALS_LOCK = threading.Lock()  # the list of allowed names is the process's
 def _harmless_globals() -> Iterator[None]:
     """Let ``weights_only`` loading build what RepDistiller's and mdistiller's files hold besides tensors.
 
-    ``torch.serialization.safe_globals`` is not in torch 2.4, and where it is, it forgets at its end what
-    somebody had allowed before.
+    ``torch.serialization.safe_globals`` forgets at its end what somebody had allowed before, and leaves to chance which
+    of two under one name counts.
     """
     with _GLOBALS_LOCK:
         before = torch.serialization.get_safe_globals()
         names = [
             entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}" for entry in before
         ]
-        allowed = {**dict(zip(names, before, strict=True)), **_HARMLESS_GLOBALS}
+        others = [entry for entry, name in zip(before, names, strict=True) if name not in _HARMLESS_GLOBALS]
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(list(allowed.values()))
+        torch.serialization.add_safe_globals([*others, *((what, name) for name, what in _HARMLESS_GLOBALS.items())])
         try:
             yield
         finally:
@@ -234,7 +228,7 @@ def load_checkpoint(path: StrPath) -> Any:
                 bad_member = archive.testzip()
             if bad_member is not None:
                 raise CheckpointError(f"checkpoint {path} is damaged: {bad_member} fails its checksum")
-        elif tarfile.is_tarfile(path):  # torch before 2.6 executes code that it finds in one (CVE-2025-32434)
+        elif tarfile.is_tarfile(path):
             raise CheckpointError(f"checkpoint {path} is damaged or a tar archive, which must be unpacked first")
         with _harmless_globals():
             return torch.load(path, map_location="cpu", weights_only=True)

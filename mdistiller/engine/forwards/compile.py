@@ -7,7 +7,6 @@ import importlib.util
 import os
 import shutil
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -101,12 +100,3 @@ def begin_step(cfg: Any) -> None:
     """Tell torch that a step begins: what CUDA graphs gave in the last one may be overwritten."""
     if cfg.SOLVER.COMPILE != "off" and cfg.SOLVER.COMPILE_MODE in GRAPH_MODES:
         torch.compiler.cudagraph_mark_step_begin()
-
-
-def uncompiled() -> AbstractContextManager:
-    """Within it, networks run as they are written: batches of other sizes are not worth compiling for.
-
-    Torch before 2.6 cannot switch it off and compiles.
-    """
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    return nullcontext() if set_stance is None else set_stance("force_eager")

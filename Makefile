@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo evidence test test-slow test-cpus test-oldest check format clean
+.PHONY: demo evidence pages test test-slow test-cpus test-oldest check format clean
 
 demo: .venv/installed-plots
 	$(BIN)/python tools/reproduce.py --plan configs/plans/demo.yaml
@@ -15,6 +15,10 @@ evidence: .venv/installed-plots
 	$(BIN)/python tools/reproduce.py --report docs/evidence.md --plan configs/plans/methods_digits.yaml \
 		configs/plans/evidence_shapes.yaml configs/plans/shapes_gap.yaml configs/plans/acclimation.yaml \
 		configs/plans/precision.yaml
+
+# What is made from the code: the pages of methods and options, the picture of the parts.
+pages: .venv/installed-dev
+	for page in methods.md options.md pictures/inside.svg; do $(BIN)/python tools/list.py --page docs/$$page || exit 1; done
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from cli_runner import ROOT
+
+from mdistiller.reports.structure import draw, imports_of, part_of
 
 # Each part of the package and what it may import of it. Parts that stand side by side do not know each other.
 NETWORKS_AND_DATA = {"registry", "options", "contract", "functional", "messages"}
@@ -40,36 +41,27 @@ FILES = [
 ]
 
 
-def part_of(path: Path) -> str:
-    """``mdistiller/engine/cfg.py`` is in ``engine``, ``mdistiller/registry.py`` is ``registry``."""
-    top, *below = path.relative_to(ROOT).with_suffix("").parts
-    return below[0] if top == "mdistiller" else top
-
-
-def imports_of(path: Path) -> set[str]:
-    """The parts of the package that a file imports, wherever in the file it does."""
-    package = list(path.relative_to(ROOT).parent.parts)
-    names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            start = package[: len(package) + 1 - node.level] if node.level else []
-            names += [".".join([*start, *filter(None, [node.module]), alias.name]) for alias in node.names]
-    parts = [name.split(".") for name in names]
-    return {part[1] for part in parts if part[0] == "mdistiller" and len(part) > 1} - {"__version__"}
+def parts_of(path: Path) -> set[str]:
+    """The parts of the package that a file imports."""
+    return {part_of(name) for name in imports_of(path, ROOT) if name.startswith("mdistiller.")}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_imports_point_down(path):
-    own = part_of(path)
-    assert imports_of(path) - {own} <= MAY_IMPORT[own]
+    own = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    assert parts_of(path) - {own, "__version__"} <= MAY_IMPORT[own]
+
+
+def test_the_picture_of_the_parts_is_up_to_date(tmp_path):
+    picture = ROOT / "docs" / "pictures" / "inside.svg"
+    draw(tmp_path / "now.svg")
+    assert picture.read_text() == (tmp_path / "now.svg").read_text(), "make pages"
 
 
 @pytest.mark.parametrize("name", ["download.py", "archive.py"])
 def test_downloads_and_tars_are_for_any_part(name):
     """A data set may want them, which may not import the engine."""
-    assert imports_of(ROOT / "mdistiller" / "fetch" / name) <= {"files", "registry"}
+    assert parts_of(ROOT / "mdistiller" / "fetch" / name) <= {"files", "registry"}
 
 
 WITHOUT_THE_REST = """

@@ -4,6 +4,7 @@ python tools/list.py [methods|models|datasets|configs|plans ...]
 python tools/list.py options [SOLVER KD ...]
 python tools/list.py --page docs/methods.md
 python tools/list.py --page docs/options.md
+python tools/list.py --page docs/pictures/inside.svg
 """
 
 import argparse
@@ -22,6 +23,7 @@ from mdistiller.models import ModelEntry
 from mdistiller.registry import MODEL_FAMILIES, Registry
 from mdistiller.reports.methods import write_methods_page
 from mdistiller.reports.options import COLUMNS, option_rows, write_options_page
+from mdistiller.reports.structure import draw
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,7 +80,7 @@ def methods_page(path: Path) -> None:
     write_methods_page(path, measured / "step.json", measured / "memory.json", ROOT / "tests" / "golden", command)
 
 
-PAGES = Registry("page", {"methods": methods_page, "options": write_options_page})
+PAGES = Registry("page", {"methods": methods_page, "options": write_options_page, "inside": draw})
 LISTS = (methods, models, datasets, options, configs, plans)
 SECTIONS = Registry("section", {rows.__name__: rows for rows in LISTS})
 
@@ -87,7 +89,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help="default: all", metavar="SECTION")
     parser.add_argument(
-        "--page", type=Path, metavar="FILE", help="instead: write the page of this name in Markdown, methods or options"
+        "--page",
+        type=Path,
+        metavar="FILE",
+        help="instead: write what is made from the code: methods.md, options.md, inside.svg",
     )
     args = parser.parse_args()
     if args.page:

@@ -7,6 +7,7 @@ Everything that treats one key unlike another asks the option, and holds no list
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from mdistiller.registry import InputError, Registry, dataset_dict, distiller_dict, suggestion
 
 Role = Literal["result", "data", "speed", "place", "ignored"]
+BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 
 
 @dataclass(frozen=True)
@@ -61,22 +63,19 @@ class Option:
         return self.role in ("result", "data")
 
     @property
+    def bounds(self) -> dict[str, float]:
+        """Those that are given, by name."""
+        return {name: bound for name in BOUNDS if (bound := getattr(self, name)) is not None}
+
+    @property
     def allowed(self) -> str:
         """The condition on a value, in words; empty where any value of the default's type is allowed."""
         if isinstance(self.one_of, Registry):
             return f"the name of a {self.one_of.kind}"
         if self.one_of is not None:
             return ", ".join(self.one_of)
-        if self.at_least is not None and self.at_most is not None:
-            bounds = [f"from {self.at_least} to {self.at_most}"]
-        else:
-            least = "0 or more" if self.at_least == 0 else f"at least {self.at_least}"
-            words = {
-                f"above {self.above}": self.above, least: self.at_least,
-                f"below {self.below}": self.below, f"at most {self.at_most}": self.at_most,
-            }  # fmt: skip
-            bounds = [text for text, bound in words.items() if bound is not None]
-        return ", ".join(filter(None, [self.holds[1] if self.holds else "", " and ".join(bounds)]))
+        bounds = " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in self.bounds.items())
+        return ", ".join(filter(None, [self.holds[1] if self.holds else "", bounds]))
 
     def check(self, key: str, value: Any) -> Any:
         """``value``, if it is allowed.
@@ -90,17 +89,10 @@ class Option:
                 raise InputError(f"{key}: no {kind} named {value!r}; {suggestion(str(value), self.one_of)}")
             return value
         entries = value if isinstance(value, (list, tuple)) else [value]
-        if not all(map(self._is_within, entries)) or (self.holds is not None and not self.holds[0](value)):
+        within = all(BOUNDS[name](entry, bound) for entry in entries for name, bound in self.bounds.items())
+        if not within or (self.holds is not None and not self.holds[0](value)):
             raise InputError(f"{key} must be {self.allowed}, got {value}")
         return value
-
-    def _is_within(self, number: Any) -> bool:
-        return (
-            (self.above is None or number > self.above)
-            and (self.at_least is None or number >= self.at_least)
-            and (self.below is None or number < self.below)
-            and (self.at_most is None or number <= self.at_most)
-        )
 
 
 def weight(default: float, help: str = "") -> Option:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
+from method_cases import weights
 
+from mdistiller.distillers._base import Distiller, register_distiller
 from mdistiller.engine.cfg import CFG, load_config
 from mdistiller.engine.config.experiment import changed_keys, flatten, same_result
 from mdistiller.options import OPTIONS, Option, dead, options_in, options_of, weight
-from mdistiller.registry import InputError, Registry
+from mdistiller.registry import InputError, Registry, distiller_dict
 
 ODD = (lambda number: number % 2 == 1, "odd")
 
@@ -19,14 +21,14 @@ ODD = (lambda number: number % 2 == 1, "odd")
     [
         (Option(1.0, above=0), "above 0", [1e-9, 7], [0, -1, math.nan]),
         (Option(1, at_least=1), "at least 1", [1, 2], [0]),
-        (Option(1, at_least=0), "0 or more", [0], [-1e-9]),
-        (Option(0.0, at_least=0, below=1), "0 or more and below 1", [0, 0.9], [1, -0.1]),
+        (Option(1, at_least=0), "at least 0", [0], [-1e-9]),
+        (Option(0.0, at_least=0, below=1), "at least 0 and below 1", [0, 0.9], [1, -0.1]),
         (Option(0.5, above=0, at_most=1), "above 0 and at most 1", [1], [0, 1.1]),
-        (Option(0.5, at_least=0, at_most=1), "from 0 to 1", [0, 1], [-1, 2]),
+        (Option(0.5, at_least=0, at_most=1), "at least 0 and at most 1", [0, 1], [-1, 2]),
         (Option(1, holds=ODD, at_least=1), "odd, at least 1", [1, 3], [2, -1]),
-        (Option([1], at_least=0), "0 or more", [[], [0, 5], (1,)], [[0, -1]]),
+        (Option([1], at_least=0), "at least 0", [[], [0, 5], (1,)], [[0, -1]]),
         (Option("a", one_of=("a", "b")), "a, b", ["b"], ["c", ""]),
-        (weight(0.0), "0 or more", [0.0, 3], [-0.5]),
+        (weight(0.0), "at least 0", [0.0, 3], [-0.5]),
         (Option(-7.0), "", [-1e30, 0], []),
         (dead([1], "says why"), "", [[2]], []),
     ],
@@ -131,3 +133,17 @@ def test_removed_keys_are_refused_as_unknown_ones_are():
         load_config(options=["DIST.LABEL_SMOOTHING", "0.1"])
     with pytest.raises(InputError, match=r"unknown config key 'LOG\.SAVE_EVERY_MINUTES'; closest: LOG\.SAVE_EVERY"):
         load_config(options=["LOG.SAVE_EVERY_MINUTES", "5"])
+
+
+def test_weights_of_a_method_of_plain_values():
+    """As forks register theirs: by the ends of their names, or named."""
+
+    class Fork(Distiller):
+        pass
+
+    defaults = {"ALPHA": 1.0, "T": 4.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
+    register_distiller("FORK", defaults, weights=("ALPHA",))(Fork)
+    try:
+        assert weights("FORK", 2.0, 3.0) == {"FORK.ALPHA": 3.0, "FORK.LOSS.CE_WEIGHT": 2.0, "FORK.LOSS.KD_WEIGHT": 3.0}
+    finally:
+        del distiller_dict["FORK"]

@@ -22,8 +22,6 @@ from .randaugment import RandAugment
 from .subsets import check_class_numbers, hold_out, reduce_train
 from .views import View
 
-LOADERS = ("auto", "device", "workers")  # what DATASET.LOADER takes
-
 
 @dataclass(frozen=True)
 class Splits:

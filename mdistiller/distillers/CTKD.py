@@ -93,10 +93,7 @@ class CTKD(Distiller):
         self.decay_max, self.decay_min, self.decay_loops = own.DECAY_MAX, own.DECAY_MIN, own.DECAY_LOOPS
         self.ce_weight, self.kd_weight = own.LOSS.CE_WEIGHT, own.LOSS.KD_WEIGHT
         if not self.t_start + self.t_end > 0:
-            raise InputError(
-                "CTKD.T_START plus CTKD.T_END must be above 0, as every temperature in between, got "
-                f"{self.t_start + self.t_end}"
-            )
+            raise InputError(f"CTKD.T_START plus CTKD.T_END must be above 0, got {self.t_start + self.t_end}")
         self.logit_stand = wants_standardised_logits(self, cfg)
         self.global_T = nn.Parameter(torch.ones(1))
 

@@ -64,16 +64,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32, zs_norm
-from mdistiller.functional.graphs import (
-    METRICS,
-    RELATIONS,
-    Comparison,
-    Rules,
-    compare_graphs,
-    edge_uncertainty,
-    in_working_precision,
-)
+from mdistiller.functional import at_least_float32, graphs, zs_norm
+from mdistiller.functional.graphs import Comparison, Rules, compare_graphs, edge_uncertainty, in_working_precision
 from mdistiller.options import Option, weight
 from mdistiller.registry import InputError
 
@@ -95,9 +87,9 @@ DEFAULTS = {
     "ZSNORM": Option(True, "standardise the logits first"),
     "ADAPTOR": Option("residual", "module on the student's vertices", one_of=("residual", "mlp", "none")),
     "GRAPH": Option("virtual", "edges from real to virtual views; raw: between all of them", one_of=("virtual", "raw")),
-    "RELATION": Option("difference", "what an edge says", one_of=RELATIONS),
+    "RELATION": Option("difference", "what an edge says", one_of=graphs.RELATIONS),
     "EDGE_NORM": Option(True, "edges have length 1"),
-    "METRIC": Option("mse", "of student's and teacher's relations", one_of=METRICS),
+    "METRIC": Option("mse", "of student's and teacher's relations", one_of=graphs.METRICS),
     "HUBER_DELTA": Option(1.0, "where METRIC huber turns linear", above=0),
     "REDUCTION": Option("element", "mean over the entries of edges, or over edges", one_of=("element", "edge")),
     "PRUNE_PERCENTILE": Option(95.0, "of an edge's uncertainty; edges above are dropped", at_least=0, at_most=100),
@@ -279,15 +271,15 @@ class VRM(Distiller):
                 distances = [kd_loss(s, t, self.temperature) for s, t in zip(student, teacher, strict=True)]
                 losses["loss_vertices"] = self.vertex_weight * sum(distances)
             if self.alpha or self.beta:
-                graphs = [self._graph(views) for views in (student, teacher)]
-                beliefs = graphs[0] if self.on_logits else self._graph([self._predict(z) for z in student])
+                both = [self._graph(views) for views in (student, teacher)]
+                beliefs = both[0] if self.on_logits else self._graph([self._predict(z) for z in student])
             rise = warmup(epoch, self.warmup)
             if self.alpha:
-                found = compare_samples(*graphs, self.rules, beliefs)
+                found = compare_samples(*both, self.rules, beliefs)
                 losses["loss_isv"] = rise * self.alpha * found.loss.to(student[0].dtype)
                 self._watch("isv", found)
             if self.beta:
-                found = compare_classes(*graphs, self.rules, beliefs, self.icv_normalize)
+                found = compare_classes(*both, self.rules, beliefs, self.icv_normalize)
                 losses["loss_icv"] = rise * self.beta * found.loss.to(student[0].dtype)
                 self._watch("icv", found)
         return losses

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
 from mdistiller.contract import contract_of
 from mdistiller.dataset import dataset_dict, open_dataset
-from mdistiller.dataset.build import LOADERS
 from mdistiller.dataset.fields import chosen_recipes
 from mdistiller.distillers import distiller_dict
 from mdistiller.messages import say
@@ -25,9 +25,6 @@ from mdistiller.registry import InputError, suggestion
 from .config.experiment import UNDECLARED, flatten, relevant_part
 from .config.node import ConfigNode as CN
 from .forwards.cache import check_cacheable
-from .forwards.compile import COMPILE_MODES, COMPILED
-from .processes.parallel import BATCH_NORMS
-from .solver import LR_RULES
 from .task import task_of
 from .trainer import trainer_dict
 
@@ -66,7 +63,7 @@ class ConfigTree(CN):
         method = distiller_dict.get(name)
         if method is None:
             return
-        _add_section(self, method)
+        _add(self, options_of_method(method))
         if file is not None:
             for key in file.reads or [method.section]:
                 section, _, rest = key.partition(".")
@@ -75,115 +72,94 @@ class ConfigTree(CN):
                 self.allow_key(key)
 
 
+data, speed, place = (partial(Option, role=role) for role in ("data", "speed", "place"))
+resumable = partial(Option, resumable=True)
+
 # fmt: off
 OPTIONS |= {
-    "EXPERIMENT.PROJECT": Option("distill", "a run's folder is LOG.PREFIX/PROJECT/(NAME or TAG)", role="place"),
-    "EXPERIMENT.NAME": Option("", "the run's folder; empty: TAG", role="place"),
-    "EXPERIMENT.TAG": Option("default", "comma-separated words", role="place"),
-    "EXPERIMENT.SEED": Option(0, "weights, order of images, augmentation, splits",
-                              at_least=0, at_most=2**63 - 1, role="data"),
+    "EXPERIMENT.PROJECT": place("distill", "a run's folder is LOG.PREFIX/PROJECT/(NAME or TAG)"),
+    "EXPERIMENT.NAME": place("", "the run's folder; empty: TAG"),
+    "EXPERIMENT.TAG": place("default", "comma-separated words"),
+    "EXPERIMENT.SEED": data(0, "weights, order of images, augmentation, splits", at_least=0, below=2**63),
     "EXPERIMENT.LOGIT_STAND": Option(False, "LSKD: standardise each image's logits before they are compared"),
 
-    "DATASET.TYPE": Option("cifar100", "the data set", one_of=dataset_dict, role="data"),
-    "DATASET.ROOT": Option("./data", "folder of the files of all data sets", role="place"),
-    "DATASET.DOWNLOAD": Option(True, "fetch what is missing, where the data set can be fetched", role="place"),
-    "DATASET.IMAGE_SIZE": Option(0, "pixels a side; 0: the data set's own", at_least=0, role="data"),
-    "DATASET.LOADER": Option("auto", "where batches are made. device: where the networks run; workers: in CPU "
-                             "processes; auto: device on a GPU or with NUM_WORKERS 0", one_of=LOADERS, role="speed"),
-    "DATASET.NUM_WORKERS": Option(2, "processes of LOADER workers", at_least=0, role="speed"),
-    "DATASET.VIEW_WEAK": Option("weak", "recipe for the fields image and image_weak: weak, strong, plain (no "
-                                "augmentation), or another of the data set's", role="data"),
-    "DATASET.VIEW_STRONG": Option("strong", "recipe for the field image_strong; two views of one recipe differ",
-                                  role="data"),
-    "DATASET.STRONG_N": Option(2, "RandAugment's operations in the strong recipe", at_least=0, role="data"),
-    "DATASET.TRAIN_FRACTION": Option(1.0, "share of the training images that is used, the same of each class",
-                                     above=0, at_most=1, role="data"),
-    "DATASET.TRAIN_PER_CLASS": Option(0, "or: this many of each class; 0: all", at_least=0, role="data"),
-    "DATASET.VAL_FRACTION": Option(0.0, "share of the training images held out to pick the best epoch on",
-                                   at_least=0, below=1, role="data"),
-    "DATASET.COLOR_JITTER": Option(0.0, "behind the weak view: brightness, contrast, saturation change by up to this "
-                                   "share", at_least=0, at_most=1, role="data", varies=True),
-    "DATASET.RANDAUGMENT": Option(0, "then: so many operations of RandAugment", at_least=0, role="data", varies=True),
-    "DATASET.RANDOM_ERASING": Option(0.0, "then: probability of painting a rectangle over with noise",
-                                     at_least=0, at_most=1, role="data", varies=True),
-    "DATASET.MIXUP_ALPHA": Option(0.0, "blend images and labels of a batch, shares from Beta(alpha, alpha); 0: not",
-                                  at_least=0, role="data", varies=True),
-    "DATASET.CUTMIX_ALPHA": Option(0.0, "paste rectangles; with both, each image is treated by one of them",
-                                   at_least=0, role="data", varies=True),
-    "DATASET.LABEL_SMOOTHING": Option(0.0, "share of each label that is spread over all classes",
-                                      at_least=0, below=1, role="data"),
-    "DATASET.TEST.BATCH_SIZE": Option(64, "of each process, where several train", at_least=1, role="speed"),
+    "DATASET.TYPE": data("cifar100", "the data set", one_of=dataset_dict),
+    "DATASET.ROOT": place("./data", "folder of the files of all data sets"),
+    "DATASET.DOWNLOAD": place(True, "fetch what is missing, where the data set can be fetched"),
+    "DATASET.IMAGE_SIZE": data(0, "pixels a side; 0: the data set's own", at_least=0),
+    "DATASET.LOADER": speed("auto", "where batches are made. device: where the networks run; workers: in processes; "
+                            "auto: device on a GPU or with NUM_WORKERS 0", one_of=("auto", "device", "workers")),
+    "DATASET.NUM_WORKERS": speed(2, "processes of LOADER workers", at_least=0),
+    "DATASET.VIEW_WEAK": data("weak", "recipe for the fields image and image_weak: weak, strong, plain (no "
+                              "augmentation), or another of the data set's"),
+    "DATASET.VIEW_STRONG": data("strong", "recipe for the field image_strong; two views of one recipe differ"),
+    "DATASET.STRONG_N": data(2, "RandAugment's operations in the strong recipe", at_least=0),
+    "DATASET.TRAIN_FRACTION": data(1.0, "share of each class's training images that is used", above=0, at_most=1),
+    "DATASET.TRAIN_PER_CLASS": data(0, "or: this many of each class; 0: all", at_least=0),
+    "DATASET.VAL_FRACTION": data(0.0, "share of training images held out, for the best epoch", at_least=0, below=1),
+    "DATASET.COLOR_JITTER": data(0.0, "behind the weak view: brightness, contrast, saturation change by up to this "
+                                 "share", at_least=0, at_most=1, varies=True),
+    "DATASET.RANDAUGMENT": data(0, "then: so many operations of RandAugment", at_least=0, varies=True),
+    "DATASET.RANDOM_ERASING": data(0.0, "then: probability of painting a rectangle over with noise",
+                                   at_least=0, at_most=1, varies=True),
+    "DATASET.MIXUP_ALPHA": data(0.0, "blend images and labels of a batch, shares from Beta(alpha, alpha); 0: not",
+                                at_least=0, varies=True),
+    "DATASET.CUTMIX_ALPHA": data(0.0, "paste rectangles; with both, each image is treated by one of them",
+                                 at_least=0, varies=True),
+    "DATASET.LABEL_SMOOTHING": data(0.0, "share of a label that is spread over all classes", at_least=0, below=1),
+    "DATASET.TEST.BATCH_SIZE": speed(64, "of each process, where several train", at_least=1),
 
     "DISTILLER.TYPE": Option("NONE", "the method; NONE: plain training", one_of=distiller_dict),
     "DISTILLER.TEACHER": Option("ResNet50", "the teacher's architecture"),
-    "DISTILLER.TEACHER_CKPT": Option("", "the teacher's weights; empty: where its public weights are unpacked",
-                                     role="place"),
+    "DISTILLER.TEACHER_CKPT": place("", "the teacher's weights; empty: where its public weights are unpacked"),
     "DISTILLER.STUDENT": Option("resnet32", "the student's architecture"),
-    "DISTILLER.PLUGINS": Option([], "method files from elsewhere, as paths; see mdistiller/plugins.py", resumable=True),
+    "DISTILLER.PLUGINS": resumable([], "method files from elsewhere, as paths; see mdistiller/plugins.py"),
     "DISTILLER.ADD_KD": weight(0.0, "of a KD term beside any method's own; see mdistiller/engine/added_kd.py"),
     "DISTILLER.ADD_KD_TEMPERATURE": Option(4.0, "of that term", above=0),
 
-    "SOLVER.TRAINER": Option("base", "base; dot: two momenta, see mdistiller/engine/dot.py; other names are base too",
-                             one_of=trainer_dict),
-    "SOLVER.DOT.DELTA": Option(0.075, "dot: by how much the distillation's momentum is above MOMENTUM, and the task's "
-                               "below", resumable=True),
-    "SOLVER.BATCH_SIZE": Option(64, "of all processes together, where several train; LR belongs to it",
-                                at_least=1, role="data"),
-    "SOLVER.GATHER": Option(False, "several processes: the method sees the batch of all, not only its own images",
-                            resumable=True),
-    "SOLVER.BATCH_NORM": Option("local", "several processes: statistics of the own images (local) or of all (sync)",
-                                one_of=BATCH_NORMS, resumable=True),
-    "SOLVER.DROP_LAST": Option(False, "leave out the last batch of an epoch where it is smaller", role="data"),
-    "SOLVER.EPOCHS": Option(240, "how often all images are seen", at_least=1, resumable=True),
+    "SOLVER.TRAINER": Option("base", "dot: two momenta, see mdistiller/engine/dot.py", one_of=trainer_dict),
+    "SOLVER.DOT.DELTA": resumable(0.075, "dot: by this distillation's momentum is above MOMENTUM, the task's below"),
+    "SOLVER.BATCH_SIZE": data(64, "of all processes together, where several train; LR belongs to it", at_least=1),
+    "SOLVER.GATHER": resumable(False, "several processes: the method sees the batch of all, not only its own images"),
+    "SOLVER.BATCH_NORM": resumable("local", "several processes: statistics of the own images (local) or of all (sync)",
+                                   one_of=("local", "sync")),
+    "SOLVER.DROP_LAST": data(False, "leave out the last batch of an epoch where it is smaller"),
+    "SOLVER.EPOCHS": resumable(240, "how often all images are seen", at_least=1),
     "SOLVER.TYPE": Option("SGD", "the optimiser", one_of=("SGD", "AdamW", "RMSProp")),
-    "SOLVER.LR": Option(0.05, "learning rate", above=0, resumable=True),
-    "SOLVER.LR_RULE": Option("none", "linear, sqrt: rates grow so with BATCH_SIZE / LR_BATCH_SIZE",
-                             one_of=LR_RULES, resumable=True),
-    "SOLVER.LR_BATCH_SIZE": Option(64, "the batch size that LR, WARMUP_LR and LR_MIN are meant for; LR_RULE none: any",
-                                   at_least=1, resumable=True),
-    "SOLVER.MOMENTUM": Option(0.9, "of SGD and RMSProp", at_least=0, below=1, resumable=True),
-    "SOLVER.NESTEROV": Option(False, "of SGD", resumable=True),
-    "SOLVER.BETAS": Option((0.9, 0.999), "of AdamW", at_least=0, below=1, resumable=True,
-                           holds=(lambda betas: len(betas) == 2, "two numbers")),
-    "SOLVER.ALPHA": Option(0.99, "RMSProp: decay of the squared gradients", at_least=0, below=1, resumable=True),
-    "SOLVER.EPS": Option(1e-8, "of AdamW and RMSProp", above=0, resumable=True),
-    "SOLVER.WEIGHT_DECAY": Option(0.0001, "of all weights", at_least=0, resumable=True),
-    "SOLVER.LR_SCHEDULE": Option("step", "how the rate falls", one_of=("step", "cosine", "exponential"),
-                                 resumable=True),
-    "SOLVER.LR_DECAY_STAGES": Option([150, 180, 210], "step: the epochs after which the rate falls", resumable=True),
-    "SOLVER.LR_DECAY_RATE": Option(0.1, "step: factor at each stage; exponential: factor every LR_DECAY_EPOCHS epochs",
-                                   above=0, resumable=True),
-    "SOLVER.LR_DECAY_EPOCHS": Option(1.0, "exponential: epochs for one factor", above=0, resumable=True),
-    "SOLVER.LR_MIN": Option(0.0, "cosine: rate at the end", at_least=0, resumable=True),
-    "SOLVER.WARMUP_EPOCHS": Option(0, "linear, step by step, from WARMUP_LR up to LR", at_least=0, resumable=True),
-    "SOLVER.WARMUP_LR": Option(0.0, "rate at the start of the warm-up", at_least=0, resumable=True),
-    "SOLVER.DEVICE": Option("auto", "auto: the GPU where there is one; else as torch names it: cpu, cuda, cuda:1",
-                            role="speed"),
-    "SOLVER.AMP": Option("off", "off: float32; fp16: GPU only", one_of=("off", "bf16", "fp16"), resumable=True),
-    "SOLVER.CHANNELS_LAST": Option(False, "memory layout NHWC: faster convolutions, above all with AMP", role="speed"),
-    "SOLVER.FAST_TEACHER": Option(True, "BatchNorms of the frozen teacher folded into its convolutions; equal but for "
-                                  "rounding", role="speed"),
-    "SOLVER.CACHE_TEACHER": Option(False, "the teacher's outputs computed once and kept in memory; needs "
-                                   "DATASET.VIEW_WEAK plain", role="speed"),
-    "SOLVER.COMPILE": Option("off", "torch.compile. teacher; all: student and teacher", one_of=COMPILED, role="speed"),
-    "SOLVER.COMPILE_MODE": Option("default", "of torch.compile; reduce-overhead: CUDA graphs",
-                                  one_of=COMPILE_MODES, role="speed"),
-    "SOLVER.EMA_DECAY": Option(0.0, "exponential moving average of the student's weights, per step; 0: none",
-                               at_least=0, below=1, resumable=True),
+    "SOLVER.LR": resumable(0.05, "learning rate", above=0),
+    "SOLVER.LR_RULE": resumable("none", "growth with BATCH_SIZE / LR_BATCH_SIZE", one_of=("none", "linear", "sqrt")),
+    "SOLVER.LR_BATCH_SIZE": resumable(64, "batch size that LR, WARMUP_LR and LR_MIN are meant for", at_least=1),
+    "SOLVER.MOMENTUM": resumable(0.9, "of SGD and RMSProp", at_least=0, below=1),
+    "SOLVER.NESTEROV": resumable(False, "of SGD"),
+    "SOLVER.BETAS": resumable((0.9, 0.999), "AdamW", at_least=0, below=1, holds=(lambda v: len(v) == 2, "two numbers")),
+    "SOLVER.ALPHA": resumable(0.99, "RMSProp: decay of the squared gradients", at_least=0, below=1),
+    "SOLVER.EPS": resumable(1e-8, "of AdamW and RMSProp", above=0),
+    "SOLVER.WEIGHT_DECAY": resumable(0.0001, "of all weights", at_least=0),
+    "SOLVER.LR_SCHEDULE": resumable("step", "how the rate falls", one_of=("step", "cosine", "exponential")),
+    "SOLVER.LR_DECAY_STAGES": resumable([150, 180, 210], "step: the epochs after which the rate falls"),
+    "SOLVER.LR_DECAY_RATE": resumable(0.1, "step: factor at a stage; exponential: in LR_DECAY_EPOCHS epochs", above=0),
+    "SOLVER.LR_DECAY_EPOCHS": resumable(1.0, "exponential: epochs for one factor", above=0),
+    "SOLVER.LR_MIN": resumable(0.0, "cosine: rate at the end", at_least=0),
+    "SOLVER.WARMUP_EPOCHS": resumable(0, "linear, step by step, from WARMUP_LR up to LR", at_least=0),
+    "SOLVER.WARMUP_LR": resumable(0.0, "rate at the start of the warm-up", at_least=0),
+    "SOLVER.DEVICE": speed("auto", "auto: the GPU where there is one; else as torch names it: cpu, cuda, cuda:1"),
+    "SOLVER.AMP": resumable("off", "off: float32; fp16: GPU only", one_of=("off", "bf16", "fp16")),
+    "SOLVER.CHANNELS_LAST": speed(False, "memory layout NHWC: faster convolutions, above all with AMP"),
+    "SOLVER.FAST_TEACHER": speed(True, "BatchNorms of the frozen teacher folded into its convolutions"),
+    "SOLVER.CACHE_TEACHER": speed(False, "keep the teacher's outputs, computed once; needs DATASET.VIEW_WEAK plain"),
+    "SOLVER.COMPILE": speed("off", "torch.compile. all: student and teacher", one_of=("off", "teacher", "all")),
+    "SOLVER.COMPILE_MODE": speed("default", "of torch.compile. reduce-overhead: CUDA graphs",
+                                 one_of=("default", "reduce-overhead", "max-autotune")),
+    "SOLVER.EMA_DECAY": resumable(0.0, "moving average of a student's weights per step; 0: none", at_least=0, below=1),
 
-    "LOG.PREFIX": Option("./output", "folder of all runs", role="place"),
-    "LOG.EVAL_FREQ": Option(1, "evaluate every so many epochs, and after the last", at_least=1, role="place"),
-    "LOG.MEAN_OF_LAST": Option(5, "results.json gives the mean accuracy of the last so many evaluations",
-                               at_least=1, role="place"),
-    "LOG.SAVE_CHECKPOINT_FREQ": Option(40, "keep epoch_N and student_N every so many epochs; 0: never",
-                                       at_least=0, role="place"),
-    "LOG.SAVE_EVERY_STEPS": Option(0, "besides after each epoch, save latest every so many steps; 0: not",
-                                   at_least=0, role="place"),
-    "LOG.TENSORBOARD_FREQ": Option(500, "besides the values of each epoch, loss and rate every so many steps; 0: never",
-                                   at_least=0, role="place"),
-    "LOG.PROGRESS": Option("auto", "progress bar; auto: on a terminal only", one_of=("auto", "on", "off"),
-                           role="place"),
-    "LOG.WANDB": Option(False, "log to Weights & Biases too", role="place"),
+    "LOG.PREFIX": place("./output", "folder of all runs"),
+    "LOG.EVAL_FREQ": place(1, "evaluate every so many epochs, and after the last", at_least=1),
+    "LOG.MEAN_OF_LAST": place(5, "results.json gives the mean accuracy of the last so many evaluations", at_least=1),
+    "LOG.SAVE_CHECKPOINT_FREQ": place(40, "keep epoch_N and student_N every so many epochs; 0: never", at_least=0),
+    "LOG.SAVE_EVERY_STEPS": place(0, "besides after each epoch, save latest every so many steps; 0: not", at_least=0),
+    "LOG.TENSORBOARD_FREQ": place(500, "loss and rate every so many steps, besides each epoch; 0: never", at_least=0),
+    "LOG.PROGRESS": place("auto", "progress bar; auto: on a terminal only", one_of=("auto", "on", "off")),
+    "LOG.WANDB": place(False, "log to Weights & Biases too"),
 }
 # fmt: on
 
@@ -192,22 +168,14 @@ CFG = ConfigTree()
 
 def _collect_sections() -> None:
     """Room for the library's options, below ``DATASET`` for each data set's, and in one section for each method's."""
-    _add(CFG, OPTIONS)
-    for dataset in dataset_dict.values():
-        _add(CFG, options_of_dataset(dataset))
+    for options in (OPTIONS, *map(options_of_dataset, dataset_dict.values())):
+        _add(CFG, options)
     for method in distiller_dict.values():
-        _add_section(CFG, method)
-
-
-def _add_section(cfg: CN, method: type) -> None:
-    """Make room for a method's options. Methods may share a section; each adds the keys that it alone has."""
-    if method.defaults is not None:
-        cfg.setdefault(method.section, CN())
-    _add(cfg, options_of_method(method))
+        _add(CFG, options_of_method(method))
 
 
 def _add(cfg: CN, options: dict[str, Option]) -> None:
-    """Enter the defaults of keys that are not there yet."""
+    """Enter the defaults of keys that are not there yet; methods that share a section may add to it."""
     for key, option in options.items():
         node, (*sections, last) = cfg, key.split(".")
         for section in sections:
@@ -315,10 +283,10 @@ def _check_method_settings(cfg: CN) -> None:
 
 def _check_mixed_labels(cfg: CN) -> None:
     """Refuse shares of classes for methods that read class numbers."""
-    keys = ("DATASET.MIXUP_ALPHA", "DATASET.CUTMIX_ALPHA", "DATASET.LABEL_SMOOTHING")
-    given = [f"{key} {value_of(cfg, key)}" for key in keys if value_of(cfg, key)]
-    if given and not getattr(distiller_dict[cfg.DISTILLER.TYPE], "mixed_labels", False):
-        able = [name for name, method in distiller_dict.items() if getattr(method, "mixed_labels", False)]
+    keys = ("MIXUP_ALPHA", "CUTMIX_ALPHA", "LABEL_SMOOTHING")
+    given = [f"DATASET.{key} {cfg.DATASET[key]}" for key in keys if cfg.DATASET[key]]
+    if given and not distiller_dict[cfg.DISTILLER.TYPE].mixed_labels:
+        able = [name for name, method in distiller_dict.items() if method.mixed_labels]
         raise InputError(
             f"{', '.join(given)}: labels become shares of classes, and method {cfg.DISTILLER.TYPE} reads class "
             f"numbers; methods that take shares: {', '.join(sorted(able))}"
@@ -333,10 +301,3 @@ def _is_given(cfg: CN, key: str) -> bool:
             return False
         cfg = cfg[part]
     return True
-
-
-def value_of(cfg: CN, key: str) -> Any:
-    """The value under a dotted key."""
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg

@@ -10,8 +10,6 @@ from torch import nn
 
 from mdistiller.registry import InputError
 
-LR_RULES = ("none", "linear", "sqrt")  # what SOLVER.LR_RULE takes
-
 
 def build_optimizer(cfg: Any, distiller: nn.Module) -> torch.optim.Optimizer:
     """The optimiser that ``SOLVER.TYPE`` names, over everything the method trains.

@@ -494,7 +494,7 @@ def test_unknown_relations():
         ("DIST", {"DIST.RELATION": "spearman"}, r"DIST\.RELATION: no choice named 'spearman'"),
         ("DIST", {"DIST.TAU": 0.0}, r"DIST\.TAU must be above 0"),
         ("DIST", {"DIST.EPS": -1.0}, r"DIST\.EPS"),
-        ("DIST", {"DIST.INTER_WEIGHT": -1.0}, r"DIST\.INTER_WEIGHT must be 0 or more, got -1"),
+        ("DIST", {"DIST.INTER_WEIGHT": -1.0}, r"DIST\.INTER_WEIGHT must be at least 0, got -1"),
         ("DIST_PLUS", {"DIST_PLUS.TAU": -1.0}, r"DIST_PLUS\.TAU must be above 0"),
         ("DIST_PLUS", {"DIST_PLUS.FEATURE_RELATION": "kl"}, r"DIST_PLUS\.FEATURE_RELATION"),
         (

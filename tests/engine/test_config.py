@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from mdistiller.engine.build import build_student, model_table, training_recipe
-from mdistiller.engine.cfg import CFG, experiment_name, load_config, relevant_part, show_cfg, value_of
+from mdistiller.engine.cfg import CFG, experiment_name, load_config, relevant_part, show_cfg
+from mdistiller.engine.config.experiment import flatten
 from mdistiller.engine.config.node import ConfigNode
 from mdistiller.registry import InputError, distiller_dict
 
@@ -258,8 +259,7 @@ def mdistillers_defaults() -> list[tuple[str, object]]:
 
 @pytest.mark.parametrize(("key", "value"), mdistillers_defaults())
 def test_mdistillers_defaults_are_ours(key, value):
-    ours = value_of(CFG, key)
-    assert (list(ours) if isinstance(ours, tuple) else ours) == value
+    assert flatten(CFG)[key] == value
 
 
 FLAT_YAML = """

@@ -18,8 +18,6 @@ from mdistiller.registry import InputError
 from .chain import networks_of
 from .fold import Folding
 
-COMPILED = ("off", "teacher", "all")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of these, torch records CUDA graphs
 
 

@@ -37,7 +37,6 @@ from ..forwards.chain import linked, networks_of
 from ..forwards.share import Share, has_rows
 from . import distributed
 
-BATCH_NORMS = ("local", "sync")  # what SOLVER.BATCH_NORM takes
 # What DistributedDataParallel's option of that meaning is called; newer versions of torch have renamed it.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 KEEP_BUFFERS = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}

@@ -37,7 +37,4 @@ def test_the_command():
     first, second, *_ = outcome.out.splitlines()
     assert first.split() == ["OPTION", "DEFAULT", "ALLOWED", "ROLE", "MEANING"]
     assert second.split()[:2] == ["DKD.CE_WEIGHT", "1.0"]
-    assert (
-        run_tool("list", ["--page", "docs/option.md"]).err
-        == "error: no page named 'option'; closest: options; known: methods, options\n"
-    )
+    assert "no page named 'option'; closest: options" in run_tool("list", ["--page", "docs/option.md"]).err

@@ -28,6 +28,16 @@ from .forwards.cache import check_cacheable
 from .task import task_of
 from .trainer import trainer_dict
 
+# Keys that the config.yaml of an earlier run may hold: the value that is as none (None: any), and advice for others.
+RETIRED = {
+    "DCD.INIT_B": (None, ""),
+    "DIST.LABEL_SMOOTHING": (0.0, "set DATASET.LABEL_SMOOTHING"),
+    "DIST_PLUS.LABEL_SMOOTHING": (0.0, "set DATASET.LABEL_SMOOTHING"),
+    "LOG.SAVE_EVERY_MINUTES": (None, ""),
+    "MDR.REDUCTION": ("mean", "the mean is taken; raise the weights"),
+    "MDR.RELATION_DIM": ("anchor", "leave it out"),
+}
+
 
 class ConfigTree(CN):
     """The root: knows the method files that are merged into it and makes room for their settings."""
@@ -52,6 +62,18 @@ class ConfigTree(CN):
                     f"DISTILLER.TYPE: no method named {name!r}; {suggestion(name, distiller_dict)}; a method file "
                     "from elsewhere is named by DISTILLER.PLUGINS"
                 )
+
+    def drops(self, key: str, value: Any) -> bool:
+        """
+        Raises:
+            InputError: a retired key with a value that nothing here gives any more.
+        """
+        if key not in RETIRED:
+            return False
+        harmless, advice = RETIRED[key]
+        if harmless is not None and value != harmless:
+            raise InputError(f"{key} {value!r} is not there any more: {advice}")
+        return True
 
     def admit_method(self, plugins: Sequence[str], name: str) -> None:
         """Load the method called ``name`` and make room for its settings.

@@ -475,3 +475,14 @@ def test_every_network_of_the_configs_builds(dataset, name):
         network = build_student(load_config(options=["DATASET.TYPE", dataset, "DISTILLER.STUDENT", name]), 7)
     *_, last = network.parameters()
     assert last.shape[0] == 7
+
+
+def test_a_config_of_an_earlier_run_merges(tmp_path):
+    """Its file holds every key of its day, of all methods."""
+    retired = {"DCD": {"INIT_B": -3.0}, "DIST": {"LABEL_SMOOTHING": 0.0}, "MDR": {"REDUCTION": "mean"}}
+    path = write(tmp_path / "config.yaml", **retired, LOG={"SAVE_EVERY_MINUTES": 5.0})
+    cfg = load_config(path)
+    assert "INIT_B" not in cfg.DCD and "SAVE_EVERY_MINUTES" not in cfg.LOG
+    path = write(tmp_path / "config.yaml", DIST={"LABEL_SMOOTHING": 0.1})
+    with pytest.raises(InputError, match=r"DIST\.LABEL_SMOOTHING 0\.1 is not there any more: set DATASET"):
+        load_config(path)

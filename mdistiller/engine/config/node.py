@@ -82,6 +82,10 @@ class ConfigNode(CfgNode):
     def before_merge(self, trees: Sequence[Any]) -> None:
         """Called with what is about to be merged; may add what it needs."""
 
+    def drops(self, key: str, value: Any) -> bool:
+        """Whether an unknown key is left out instead of refused; for keys that files of earlier versions hold."""
+        return False
+
     def merge_from_file(self, cfg_filename: str | os.PathLike[str]) -> None:
         """Merge a YAML file.
 
@@ -142,6 +146,8 @@ class ConfigNode(CfgNode):
             full_key = f"{prefix}{key}"
             untyped = self.is_new_allowed() or key in self.__dict__.get(ALLOWED, ())
             if key not in self and not untyped:
+                if root.drops(full_key, value):
+                    continue
                 full_key = ".".join([full_key, *_only_path(value)])
                 raise InputError(f"{source}: unknown config key {full_key!r}; {_keys_nearby(full_key, root)}")
             if isinstance(value, str) and isinstance(self.get(key), str):

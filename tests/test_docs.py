@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from cli_runner import run_tool
 from method_cases import build, make_batch, total
@@ -28,9 +29,11 @@ import mdistiller.dataset
 import mdistiller.engine.build
 import mdistiller.engine.run
 import mdistiller.reports
+from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import CFG, load_config
 from mdistiller.engine.config.experiment import flatten
 from mdistiller.models import cifar_model_dict
+from mdistiller.models.facts import facts_of
 from mdistiller.registry import dataset_dict, distiller_dict
 from mdistiller.reports.table import COLUMNS
 
@@ -43,6 +46,7 @@ BOTH = README + CONTRIBUTING + "".join(DOCS.values())
 # The files of CONTRIBUTING's walk-through: a line that holds nothing but `path`: and below it the content.
 WALK_THROUGH = dict(re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```", CONTRIBUTING, re.MULTILINE | re.DOTALL))
 METHOD_FILE, DATASET_FILE = "mdistiller/distillers/MYKD.py", "mdistiller/dataset/stripes.py"
+NETWORK_FILE = "mdistiller/models/cifar/tinycnn.py"
 ORACLE_FILE, TEST_FILE = "tests/oracles/mykd.py", "tests/distillers/test_mykd.py"
 IMPORT_NAMES = {"yaml": "PyYAML", "sklearn": "scikit-learn", "PIL": "pillow"}
 
@@ -70,8 +74,8 @@ def names_in(cell: str) -> list[str]:
     return re.findall(r"`(\w[\w.]*)`", cell)
 
 
-TABLES = distiller_dict, dataset_dict, CFG, CFG.DATASET
-IN_DOCS = {"MYKD", "stripes", "STRIPES"}  # what the walk-throughs register
+TABLES = distiller_dict, dataset_dict, cifar_model_dict, CFG, CFG.DATASET
+IN_DOCS = {"MYKD", "stripes", "STRIPES", "tinycnn"}  # what the walk-throughs register
 FOLLOWED = [IN_DOCS & set(table) for table in TABLES]  # by someone who has put the files there
 
 
@@ -116,6 +120,11 @@ def walk_through_dataset(tables_restored, monkeypatch):
     module = load_walk_through(DATASET_FILE, monkeypatch)
     load_config()  # makes room for its section
     return module.Stripes
+
+
+@pytest.fixture
+def walk_through_network(tables_restored, monkeypatch):
+    return load_walk_through(NETWORK_FILE, monkeypatch).TinyCNN
 
 
 @pytest.fixture
@@ -184,9 +193,23 @@ def test_walk_through_data_set_trains_by_the_command(walk_through_dataset, tmp_p
     assert ["stripes", "2", "16x16", "cifar", "plain,", "weak,", "strong"] in rows
 
 
+@pytest.mark.parametrize("method", ["KD", "VRM", "REVIEWKD"])
+def test_walk_through_network_learns(walk_through_network, tmp_path, method):
+    facts = facts_of(walk_through_network(num_classes=10), (16, 16))
+    assert facts.channels == [16, 32, 64] and facts.stages == (0, 1, 2) and facts.strides == [1, 2, 4]
+    values = {"DISTILLER.TYPE": method, "DISTILLER.STUDENT": "tinycnn", "DISTILLER.TEACHER": "tinycnn"}
+    cfg = load_config(options=[part for item in values.items() for part in item])
+    networks = [walk_through_network(num_classes=10) for _ in range(2)]
+    image, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+    batch = {"image_weak": image, "image_strong": image} if method == "VRM" else {"image": image}
+    _, losses = build_distiller(cfg, *networks).train()(**batch, target=target, epoch=1)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in networks[0].parameters())
+
+
 def test_walk_through_leaves_nothing_behind():
     assert [IN_DOCS & set(table) for table in TABLES] == FOLLOWED
-    for path in (METHOD_FILE, DATASET_FILE, ORACLE_FILE):
+    for path in (METHOD_FILE, DATASET_FILE, NETWORK_FILE, ORACLE_FILE):
         if not (ROOT / path).exists():
             assert not any(name.endswith(f".{Path(path).stem}") for name in sys.modules)
 

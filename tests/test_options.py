@@ -128,13 +128,6 @@ def test_keys_without_effect_are_taken_and_named_in_one_line(capsys):
     assert not fatal and len(harmless) == 2 and same_result(dict(before), cfg)
 
 
-def test_removed_keys_are_refused_as_unknown_ones_are():
-    with pytest.raises(InputError, match=r"unknown config key 'DIST\.LABEL_SMOOTHING'; closest: DATASET\.LABEL_SMOOTH"):
-        load_config(options=["DIST.LABEL_SMOOTHING", "0.1"])
-    with pytest.raises(InputError, match=r"unknown config key 'LOG\.SAVE_EVERY_MINUTES'; closest: LOG\.SAVE_EVERY"):
-        load_config(options=["LOG.SAVE_EVERY_MINUTES", "5"])
-
-
 def test_weights_of_a_method_of_plain_values():
     """As forks register theirs: by the ends of their names, or named."""
 

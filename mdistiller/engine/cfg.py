@@ -28,14 +28,14 @@ from .forwards.cache import check_cacheable
 from .task import task_of
 from .trainer import trainer_dict
 
-# Keys that the config.yaml of an earlier run may hold: the value that is as none (None: any), and advice for others.
+# Keys that the config.yaml of an earlier run may hold: default, whether another value changed a result, and advice.
 RETIRED = {
-    "DCD.INIT_B": (None, ""),
-    "DIST.LABEL_SMOOTHING": (0.0, "set DATASET.LABEL_SMOOTHING"),
-    "DIST_PLUS.LABEL_SMOOTHING": (0.0, "set DATASET.LABEL_SMOOTHING"),
-    "LOG.SAVE_EVERY_MINUTES": (None, ""),
-    "MDR.REDUCTION": ("mean", "the mean is taken; raise the weights"),
-    "MDR.RELATION_DIM": ("anchor", "leave it out"),
+    "DCD.INIT_B": (0.0, False, "it never had an effect"),
+    "DIST.LABEL_SMOOTHING": (0.0, True, "set DATASET.LABEL_SMOOTHING"),
+    "DIST_PLUS.LABEL_SMOOTHING": (0.0, True, "set DATASET.LABEL_SMOOTHING"),
+    "LOG.SAVE_EVERY_MINUTES": (0.0, False, "set LOG.SAVE_EVERY_STEPS"),
+    "MDR.REDUCTION": ("mean", True, "the mean is taken; raise the weights"),
+    "MDR.RELATION_DIM": ("anchor", True, "leave it out"),
 }
 
 
@@ -70,9 +70,12 @@ class ConfigTree(CN):
         """
         if key not in RETIRED:
             return False
-        harmless, advice = RETIRED[key]
-        if harmless is not None and value != harmless:
-            raise InputError(f"{key} {value!r} is not there any more: {advice}")
+        default, matters, advice = RETIRED[key]
+        if value != default:
+            message = f"{key} {value} is not there any more: {advice}"
+            if matters:
+                raise InputError(message)
+            say(message)
         return True
 
     def admit_method(self, plugins: Sequence[str], name: str) -> None:

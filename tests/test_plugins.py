@@ -294,7 +294,11 @@ def test_a_feature_method_trains_resumes_and_says_which_file_it_was(tmp_path):
     assert results["extra_parameters"] == (32 * 32 + 32) + 2 * 32  # convolution and batch norm
     latest = torch.load(run / "latest", weights_only=True)
     assert any(key.startswith("reg.conv") for key in latest["model"])
-    assert train(run / "config.yaml", "--resume", "SOLVER.EPOCHS", 3).code == 0
+    resumed = train(run / "config.yaml", "--resume", "SOLVER.EPOCHS", 3)
+    assert resumed.code == 0 and "has changed" not in resumed.out
+    path.write_text(path.read_text() + "# a change\n")
+    outcome = train(run / "config.yaml", "--resume", "SOLVER.EPOCHS", 4)
+    assert outcome.code == 0 and f"resuming although {path} has changed since: its SHA-256 was" in outcome.out
 
 
 def test_two_views(tmp_path):

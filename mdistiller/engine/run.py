@@ -151,10 +151,8 @@ def _check_rest(trainer: BaseTrainer, facts: dict[str, Any], folder: Path) -> No
             f"{folder} was run with another teacher: its checkpoint's SHA-256 was {before[:12]}..., is {now[:12]}..."
         )
     before, now = (results.get("method_file", {}) for results in (trainer.results, facts))
-    if before.get("sha256") != now.get("sha256"):
-        say(
-            f"resuming although {now.get('path')} has changed since: its SHA-256 was {str(before.get('sha256'))[:12]}..."
-        )
+    if before and now and before["sha256"] != now["sha256"]:
+        say(f"resuming although {now['path']} has changed since: its SHA-256 was {before['sha256'][:12]}...")
     begun, wanted = trainer.epoch - (trainer.step_in_epoch == 0), trainer.cfg.SOLVER.EPOCHS
     scored = trainer.results.get("last", {}).get("epoch", 0)
     if begun > wanted or (begun == wanted and trainer.step_in_epoch == 0 and scored < wanted):

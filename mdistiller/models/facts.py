@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from mdistiller.messages import warn
 from mdistiller.registry import InputError
 
 Shapes = tuple[torch.Size, ...]
@@ -30,6 +31,8 @@ LACKING = {
     "norms_before_relu": "does not say by get_bn_before_relu() from which batch norms its maps before the ReLU come",
 }
 """What :meth:`NetworkFacts.need` says of a network without the fact."""
+RELUS = ("ReluBackward0", "LeakyReluBackward0", "HardtanhBackward0")
+"""What autograd calls the activations behind which a map has lost its negative part."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class NetworkFacts:
         classes: K.
         shapes: of the maps ``feats``, shallow to deep: ``(1, C, H, W)``, or ``(1, N, C)`` of tokens.
         preact_shapes: of ``preact_feats``.
+        activated: a map of ``feats`` is the output of a ReLU.
         stages: which maps are stages; all but the first where the network does not say it.
         pooled_width: D of ``pooled_feat``.
         classifier: the layer whose output is the logits.
@@ -58,6 +62,7 @@ class NetworkFacts:
     classes: int
     shapes: Shapes | None
     preact_shapes: Shapes | None
+    activated: bool
     stages: tuple[int, ...]
     pooled_width: int | None
     classifier: str | None
@@ -86,7 +91,13 @@ class NetworkFacts:
     @property
     def preact_channels(self) -> list[int]:
         """The width of each map before its activation; :attr:`channels` where the network gives no such maps."""
-        return _widths(self.preact_shapes or self.need("shapes"))
+        shapes = self.preact_shapes or self.need("shapes")
+        if self.preact_shapes is None and self.activated:
+            warn(
+                f"the {self} gives no features['preact_feats']: this method reads maps before the ReLU, and takes those "
+                "behind it"
+            )
+        return _widths(shapes)
 
     @property
     def strides(self) -> list[int]:
@@ -98,7 +109,7 @@ class NetworkFacts:
 def facts_of(network: nn.Module, size: Sequence[int], role: str = "network") -> NetworkFacts:
     """Ask a network by one black image.
 
-    The network is asked in eval mode without gradient: no statistics move, no random number is drawn, and afterwards
+    The network is asked in eval mode, and no gradient is computed: no statistics move, no random number is drawn, and afterwards
     every module is in its mode of before.
 
     Args:
@@ -121,8 +132,9 @@ def facts_of(network: nn.Module, size: Sequence[int], role: str = "network") -> 
     like = next(network.parameters(), torch.empty(0))
     network.eval()
     try:
-        with torch.no_grad():
-            output = network(torch.zeros(1, 3, height, width, device=like.device, dtype=like.dtype))
+        image = torch.zeros(1, 3, height, width, device=like.device, dtype=like.dtype, requires_grad=True)
+        with torch.enable_grad():  # without a backward pass; the graph tells which maps come out of a ReLU
+            output = network(image)
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"the {role} {name} fails on an image of {height}x{width} pixels: {error}; DATASET.IMAGE_SIZE must be the "
@@ -150,6 +162,7 @@ def facts_of(network: nn.Module, size: Sequence[int], role: str = "network") -> 
         classes=logits.shape[1],
         shapes=shapes,
         preact_shapes=_shapes(features, "preact_feats"),
+        activated=any(type(feat.grad_fn).__name__ in RELUS for feat in features.get("feats", ())),
         stages=tuple(declared()) if declared is not None else tuple(range(1, len(shapes or ()))),
         pooled_width=None if pooled is None else pooled.flatten(1).shape[1],
         classifier=classifier,

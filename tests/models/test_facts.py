@@ -155,3 +155,20 @@ def test_a_network_that_returns_something_else_is_refused(output):
 
     with pytest.raises(InputError, match=r"the student Other must return \(logits, features\)"):
         facts_of(Other(), (8, 8), "student")
+
+
+def test_maps_behind_a_relu_are_not_taken_for_maps_before_it_without_a_word(capsys):
+    class Wrapped(nn.Module):
+        def __init__(self, activation):
+            super().__init__()
+            self.conv, self.fc, self.activation = nn.Conv2d(3, 4, 3), nn.Linear(4, 10), activation
+
+        def forward(self, x):
+            x = self.activation(self.conv(x))
+            pooled = x.mean((2, 3))
+            return self.fc(pooled), {"feats": [x], "pooled_feat": pooled}
+
+    for activation, expected in ((nn.ReLU(inplace=True), 1), (nn.Identity(), 0)):
+        network = Wrapped(activation).requires_grad_(False)
+        assert facts_of(network, (8, 8), "teacher").preact_channels == [4]
+        assert capsys.readouterr().out.count("teacher Wrapped gives no features['preact_feats']") == expected

@@ -37,6 +37,7 @@ class Option:
         resumable: a run may go on with another value, although the result depends on it.
         varies: with any value but 0, an image differs from epoch to epoch.
         is_weight: it weights a term of the loss.
+        code: which code a value names, if the option names code; see ``mdistiller/consent.py``.
     """
 
     default: Any
@@ -51,6 +52,7 @@ class Option:
     resumable: bool = False
     varies: bool = False
     is_weight: bool = False
+    code: Callable[[Any], list[str]] | None = None
 
     @property
     def fixed(self) -> bool:

@@ -13,7 +13,7 @@ from mdistiller.reports.structure import draw, imports_of, part_of
 
 # Each part of the package and what it may import of it. Parts that stand side by side do not know each other.
 NETWORKS_AND_DATA = {"registry", "options", "contract", "functional", "messages"}
-BELOW_ENGINE = NETWORKS_AND_DATA | {"distillers", "dataset", "models", "files"}
+BELOW_ENGINE = NETWORKS_AND_DATA | {"distillers", "dataset", "models", "files", "consent"}
 MAY_IMPORT = {
     "registry": set(),
     "options": {"registry"},
@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "functional": {"registry"},
     "messages": {"functional"},
     "files": {"registry"},
+    "consent": {"registry", "files"},
     "distillers": NETWORKS_AND_DATA | {"models"},
     "dataset": NETWORKS_AND_DATA,
     "models": NETWORKS_AND_DATA,

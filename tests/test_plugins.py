@@ -22,6 +22,7 @@ from plugin_files import (
     forgotten,
     write,
 )
+from yacs.config import CfgNode
 
 from mdistiller import plugins
 from mdistiller.contract import contract_of
@@ -29,8 +30,10 @@ from mdistiller.distillers import Distiller
 from mdistiller.engine.build import build_distiller, build_student
 from mdistiller.engine.cfg import CFG, load_config
 from mdistiller.engine.config.experiment import flatten
+from mdistiller.files import file_sha256
 from mdistiller.plugins import load_method_file
 from mdistiller.registry import InputError, UnknownName, distiller_dict
+from mdistiller.reports import load_plan
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +68,7 @@ def config_file(tmp_path, tree, **values):
 
 
 def train(path, *options):
-    return run_tool("train", ["--cfg", path, *options])
+    return run_tool("train", ["--cfg", path, "--allow-plugins", *options])
 
 
 # Found and registered
@@ -200,6 +203,72 @@ def test_a_missing_file():
         load_config(options=["DISTILLER.PLUGINS", "nowhere.py"])
 
 
+# Whose code is executed
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """A method file that leaves a mark when it is executed."""
+    mark = tmp_path / "executed"
+    text = f"open({str(mark)!r}, 'w')\nfrom mdistiller.distillers import KD\nclass TRAP(KD): ...\n"
+    return write(tmp_path, "trap", text), mark
+
+
+def as_config(tmp_path, file):
+    return config_file(tmp_path, {"DISTILLER": {"PLUGINS": [str(file)]}})
+
+
+def as_base(tmp_path, file):
+    as_config(tmp_path, file).rename(tmp_path / "base.yaml")
+    (tmp_path / "config.yaml").write_text("_BASE_: base.yaml\n")
+    return tmp_path / "config.yaml"
+
+
+@pytest.mark.parametrize("written", [as_config, as_base])
+def test_code_that_a_file_names_runs_by_the_users_leave_only(tmp_path, trap, written):
+    file, mark = trap
+    config = written(tmp_path, file)
+    outcome = run_tool("train", ["--cfg", config, "DISTILLER.TYPE", "TRAP"])
+    assert outcome.code == 2 and "Traceback" not in outcome.err
+    assert f"{file} (SHA-256 {file_sha256(file)})" in outcome.err and "run it by --allow-plugins" in outcome.err
+    with pytest.raises(InputError, match="names code, which runs with all your rights"):
+        CFG.merge_from_file(str(config))
+    with pytest.raises(InputError, match=r"merged node: DISTILLER\.PLUGINS names code"):
+        CFG.merge_from_other_cfg(CfgNode({"DISTILLER": CfgNode({"PLUGINS": [str(file)]})}))
+    load_config(str(config), ["DISTILLER.PLUGINS", "[]"])
+    load_config(options=["DISTILLER.TYPE", "KD"])
+    assert not mark.exists()
+    assert load_config(str(config), ["DISTILLER.TYPE", "TRAP"], allow_plugins=True).DISTILLER.TYPE == "TRAP"
+    assert mark.exists()
+
+
+def test_code_that_the_command_line_names_runs(tmp_path, trap):
+    file, mark = trap
+    config = as_config(tmp_path, file)
+    for value in (str(file), f"[{file}]"):
+        assert load_config(str(config), ["DISTILLER.PLUGINS", value]).DISTILLER["PLUGINS"] == [str(file)]
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("place", ["OPTIONS", "METHODS", "CONFIG"])
+def test_code_that_a_plan_names_runs_by_the_users_leave_only(tmp_path, trap, place):
+    file, mark = trap
+    plugins = {"DISTILLER.PLUGINS": [str(file)]}
+    config = as_config(tmp_path, file) if place == "CONFIG" else config_file(tmp_path, {})
+    plan = {
+        "TITLE": "x", "OUTPUT": str(tmp_path / "plan"), "SEEDS": [0], "PAIRS": {"pair": None},
+        "METHODS": {"trap": {"CONFIG": str(config), "OPTIONS": plugins if place == "METHODS" else {}}},
+        "OPTIONS": plugins if place == "OPTIONS" else {},
+    }  # fmt: skip
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan))
+    outcome = run_tool("reproduce", ["--plan", path])
+    assert outcome.code == 2 and "DISTILLER.PLUGINS names code" in outcome.err, outcome
+    assert not mark.exists()
+    load_plan(path, allow_plugins=True)
+    assert mark.exists()
+
+
 # Configured
 
 
@@ -212,19 +281,21 @@ def test_files_on_the_command_line_as_a_bare_list(tmp_path):
 def test_a_yaml_with_the_file_and_its_section_merges_in_one_go(tmp_path):
     path = write(tmp_path, "hints", FEATURE)
     given = {"DISTILLER": {"TYPE": "HintPlus", "PLUGINS": [str(path)]}, "HintPlus": FEATURE_SETTINGS}
-    cfg = load_config(str(config_file(tmp_path, given)), ["HintPlus.LOSS.FEAT", "0.5", "HintPlus.new.key", "1e-3"])
+    cfg = load_config(
+        str(config_file(tmp_path, given)), ["HintPlus.LOSS.FEAT", "0.5", "HintPlus.new.key", "1e-3"], allow_plugins=True
+    )
     assert cfg.HintPlus.SIZE == (8, 8)
     assert (cfg.HintPlus.LOSS.FEAT, cfg.HintPlus.new.key) == (0.5, 1e-3)
     assert "HintPlus" not in CFG
     again = tmp_path / "merged.yaml"
     again.write_text(cfg.dump())
-    assert flatten(load_config(str(again))) == flatten(cfg)
+    assert flatten(load_config(str(again), allow_plugins=True)) == flatten(cfg)
 
 
 def test_mdistillers_way_of_merging(tmp_path):
     path = write(tmp_path, "hints", FEATURE)
     given = {"DISTILLER": {"TYPE": "HintPlus", "PLUGINS": [str(path)]}, "HintPlus": FEATURE_SETTINGS}
-    CFG.merge_from_file(str(config_file(tmp_path, given)))
+    CFG.merge_from_file(str(config_file(tmp_path, given)), allow_plugins=True)
     CFG.merge_from_list(["HintPlus.layer", "1"])
     CFG.freeze()
     assert CFG.HintPlus.layer == 1
@@ -235,7 +306,7 @@ def test_unknown_keys_elsewhere_are_refused_as_ever(tmp_path):
     given = {"DISTILLER": {"TYPE": "HintPlus", "PLUGINS": [str(path)]}, "HintPlus": FEATURE_SETTINGS}
     for tree, key in (({"device": 0}, "device"), ({"SOLVER": {"BACTH_SIZE": 5}}, "SOLVER.BACTH_SIZE")):
         with pytest.raises(InputError, match=f"unknown config key '{key}'"):
-            load_config(str(config_file(tmp_path, given | tree)))
+            load_config(str(config_file(tmp_path, given | tree)), allow_plugins=True)
 
 
 def test_a_method_that_is_not_there_is_named_rather_than_its_section(tmp_path):
@@ -324,7 +395,7 @@ def test_a_plan_with_a_method_file_runs_in_processes_of_its_own(tmp_path):
         "METHODS": {"stated": {"CONFIG": str(config)}}, "OPTIONS": {"SOLVER.EPOCHS": 1},
     }  # fmt: skip
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
-    outcome = run_tool("reproduce", ["--plan", tmp_path / "plan.yaml", "--jobs", 1])
+    outcome = run_tool("reproduce", ["--plan", tmp_path / "plan.yaml", "--jobs", 1, "--allow-plugins"])
     assert outcome.code == 0, outcome
 
 

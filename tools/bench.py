@@ -14,7 +14,7 @@ import torch
 from mdistiller.bench.commands import COMMANDS, TRAIN_VARIANTS, Settings, check, render, run_command
 from mdistiller.bench.profile import draw
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.cli import check_output, command
+from mdistiller.engine.cli import allow_plugins_option, check_output, command
 from mdistiller.engine.utils import pyplot
 from mdistiller.registry import InputError
 
@@ -27,6 +27,7 @@ def main() -> None:
     )
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--cfg", default="", metavar="FILE", help="configuration with networks, data, precision")
+    allow_plugins_option(parser)
     parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="default: all that have a teacher")
     parser.add_argument(
         "--variants", nargs="+", default=[], metavar="NAME", help=f"of train: {', '.join(TRAIN_VARIANTS)}"
@@ -47,7 +48,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     given = ["DATASET.NUM_WORKERS", "0", *args.set] if args.what != "train" else args.set
     settings = Settings(
-        load_config(args.cfg, given), tuple(args.methods), args.rounds, args.steps, tuple(args.variants), args.compile
+        load_config(args.cfg, given, allow_plugins=args.allow_plugins),
+        tuple(args.methods),
+        args.rounds,
+        args.steps,
+        tuple(args.variants),
+        args.compile,
     )
     check(settings)
     if args.picture is not None:

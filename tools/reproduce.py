@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from mdistiller.engine.cli import check_output, command
+from mdistiller.engine.cli import allow_plugins_option, check_output, command
 from mdistiller.reports import load_plan, run_plan
 from mdistiller.reports.report import write_page, write_report
 
@@ -20,9 +20,10 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=0, help="runs side by side; default: one a core on a CPU, one on a GPU"
     )
+    allow_plugins_option(parser)
     parser.add_argument("--report", metavar="FILE", help="write all tables to one Markdown page as well")
     args = parser.parse_args()
-    plans = [load_plan(path) for path in args.plan]  # all are checked before the first one runs
+    plans = [load_plan(path, args.allow_plugins) for path in args.plan]  # all are checked before the first one runs
     if args.report:
         with contextlib.suppress(OSError):  # check_output says what is wrong
             Path(args.report).parent.mkdir(parents=True, exist_ok=True)

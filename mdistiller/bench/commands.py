@@ -199,7 +199,7 @@ def _peak_megabytes(config: str, folder: str, steps: int, threads: int) -> float
     torch.set_num_threads(threads)
     path = Path(folder) / "memory.yaml"
     path.write_text(config)
-    subject = build_subject(load_config(str(path)), Path(folder), num_batches=2)
+    subject = build_subject(load_config(str(path), allow_plugins=True), Path(folder), num_batches=2)
     device = subject.trainer.precision.device
     take = subject.stepper()
     if device.type == "cuda":

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import PurePath
 from typing import Any
 
+from mdistiller.consent import COMMAND_LINE, check_code
 from mdistiller.contract import contract_of
 from mdistiller.dataset import dataset_dict, open_dataset
 from mdistiller.dataset.fields import chosen_recipes
@@ -42,21 +43,29 @@ RETIRED = {
 class ConfigTree(CN):
     """The root: knows the method files that are merged into it and makes room for their settings."""
 
-    def before_merge(self, trees: Sequence[Any]) -> None:
+    def before_merge(self, trees: Sequence[tuple[str, Any]], allow_plugins: bool = False, **how: Any) -> None:
         """Load the method files that ``DISTILLER.PLUGINS`` and ``DISTILLER.TYPE`` ask for.
 
+        Args:
+            trees: by source; code that a source other than the command line names is executed if allowed only.
+            allow_plugins: the user allows it.
+            how: of other nodes.
+
         Raises:
-            InputError: see :func:`mdistiller.plugins.load_methods`.
+            InputError: see :func:`mdistiller.consent.check_code` and :func:`mdistiller.plugins.load_methods`.
         """
+        for key in CODE_KEYS:
+            named = [(source, value) for source, tree in trees if (value := _value(tree, key)) is not None]
+            for source, value in named[-1:]:  # the last one holds
+                check_code(key, OPTIONS[key].code(value), source, allow_plugins)
         asked = dict(self.DISTILLER)
-        for tree in trees:
+        for _, tree in trees:
             given = tree.get("DISTILLER") if isinstance(tree, dict) else None
             asked |= given if isinstance(given, dict) else {}
         name, plugins = asked["TYPE"], asked["PLUGINS"]
-        plugins = [plugins] if isinstance(plugins, str) else plugins
-        if isinstance(name, str) and isinstance(plugins, (list, tuple)):  # or the merge itself will complain
-            self.admit_method([str(path) for path in plugins], name)
-            if name not in distiller_dict and name not in self and any(name in tree for tree in trees):
+        if isinstance(name, str) and isinstance(plugins, (str, list, tuple)):  # or the merge itself will complain
+            self.admit_method(_files_in(plugins), name)
+            if name not in distiller_dict and name not in self and any(name in tree for _, tree in trees):
                 # Before the merge calls its section unknown.
                 raise InputError(
                     f"DISTILLER.TYPE: no method named {name!r}; {suggestion(name, distiller_dict)}; a method file "
@@ -95,6 +104,20 @@ class ConfigTree(CN):
                 if rest and section not in self:
                     self[section] = CN(new_allowed=True)
                 self.allow_key(key)
+
+
+def _files_in(value: Any) -> list[str]:
+    """The files that a value of ``DISTILLER.PLUGINS`` names: a list, or one alone."""
+    return (
+        [value] if isinstance(value, str) else [str(path) for path in value] if isinstance(value, (list, tuple)) else []
+    )
+
+
+def _value(tree: Any, key: str) -> Any:
+    """What a tree of dictionaries holds under a dotted key, or ``None``."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 data, speed, place = (partial(Option, role=role) for role in ("data", "speed", "place"))
@@ -138,7 +161,8 @@ OPTIONS |= {
     "DISTILLER.TEACHER": Option("ResNet50", "the teacher's architecture"),
     "DISTILLER.TEACHER_CKPT": place("", "the teacher's weights; empty: where its public weights are unpacked"),
     "DISTILLER.STUDENT": Option("resnet32", "the student's architecture"),
-    "DISTILLER.PLUGINS": resumable([], "method files from elsewhere, as paths; see mdistiller/plugins.py"),
+    "DISTILLER.PLUGINS": resumable([], "method files from elsewhere, as paths: code that is executed; see "
+                                   "mdistiller/plugins.py", code=_files_in),
     "DISTILLER.ADD_KD": weight(0.0, "of a KD term beside any method's own; see mdistiller/engine/added_kd.py"),
     "DISTILLER.ADD_KD_TEMPERATURE": Option(4.0, "of that term", above=0),
 
@@ -211,11 +235,20 @@ def _add(cfg: CN, options: dict[str, Option]) -> None:
 _collect_sections()
 
 
-METHOD_KEYS = ("DISTILLER.TYPE", "DISTILLER.PLUGINS")
+CODE_KEYS = tuple(key for key, option in OPTIONS.items() if option.code)
+METHOD_KEYS = ("DISTILLER.TYPE", *CODE_KEYS)
 
 
-def load_config(path: str = "", options: Sequence[str] = ()) -> CN:
+def load_config(
+    path: str = "", options: Sequence[str] = (), *, allow_plugins: bool = False, source: str = COMMAND_LINE
+) -> CN:
     """A checked, frozen configuration: defaults, then the file, then ``KEY VALUE`` options.
+
+    Args:
+        path: a YAML file; empty: none.
+        options: keys and values.
+        allow_plugins: execute code that files name, too, such as ``DISTILLER.PLUGINS`` of the YAML file.
+        source: where the options come from; code that they name is the user's if it is the command line.
 
     Raises:
         InputError: see :meth:`ConfigNode.merge_from_file` and :func:`check_config`.
@@ -225,10 +258,11 @@ def load_config(path: str = "", options: Sequence[str] = ()) -> CN:
     cfg.defrost()
     pairs = zip(options[::2], options[1::2], strict=False)
     # First, since the file may hold settings of the method that the options name.
-    cfg.merge_from_list([part for pair in pairs if pair[0] in METHOD_KEYS for part in pair])
+    first = [part for pair in pairs if pair[0] in METHOD_KEYS for part in pair]
+    cfg.merge_from_list(first, source, allow_plugins=allow_plugins)
     if path:
-        cfg.merge_from_file(path)
-    cfg.merge_from_list(list(options))
+        cfg.merge_from_file(path, but=[key for key in CODE_KEYS if key in first[::2]], allow_plugins=allow_plugins)
+    cfg.merge_from_list(list(options), source, allow_plugins=allow_plugins)
     check_config(cfg)
     cfg.freeze()
     return cfg

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mdistiller.consent import FLAG
 from mdistiller.registry import InputError
 
 from .folder.checkpoint import DiskFullError
@@ -45,6 +47,13 @@ def command(main: Callable[[], int | None]) -> None:
     else:
         distributed.exit_now(code)
     raise SystemExit(code)
+
+
+def allow_plugins_option(parser: argparse.ArgumentParser) -> None:
+    """The option of every command that reads a configuration from a file."""
+    parser.add_argument(
+        FLAG, action="store_true", help="execute code that configurations name (DISTILLER.PLUGINS); read it before"
+    )
 
 
 def check_output(path: str | os.PathLike[str], option: str) -> None:

@@ -67,6 +67,7 @@ class Plan:
     claims: list[tuple[str, str] | tuple[str, str, float]] = field(default_factory=list)
     how_to_read: str = ""
     headline: Measure = Classification().headline  # what the runs are compared by
+    allow_plugins: bool = False  # code that the plan and its configs name may be executed
 
     def teachers(self) -> dict[str, Cell]:
         """The runs that train the pairs' teachers, by their config; several pairs may share one."""
@@ -98,14 +99,19 @@ class Plan:
         }
         merged = {**self.options, **options, **own}
         try:
-            cfg = load_config(config, [part for item in merged.items() for part in item])
+            given = [part for item in merged.items() for part in item]
+            cfg = load_config(config, given, allow_plugins=self.allow_plugins, source="OPTIONS")
         except InputError as error:
             raise InputError(f"{method}, {pair}: {error}") from None
         return Cell(method, pair, seed, cfg)
 
 
-def load_plan(path: str | Path) -> Plan:
+def load_plan(path: str | Path, allow_plugins: bool = False) -> Plan:
     """Read and check a plan, the configurations of all its runs included.
+
+    Args:
+        path: the file.
+        allow_plugins: see :func:`mdistiller.engine.cfg.load_config`.
 
     Raises:
         InputError: a missing or unreadable file; keys that are missing, unknown or hold the wrong thing; a claim
@@ -117,12 +123,12 @@ def load_plan(path: str | Path) -> Plan:
     except FileNotFoundError:
         raise InputError(f"no plan {path}; {files_nearby(path)}") from None
     try:
-        return _plan_from(tree)
+        return _plan_from(tree, allow_plugins)
     except InputError as error:
         raise InputError(f"plan {path}: {error}") from None
 
 
-def _plan_from(tree: Any) -> Plan:
+def _plan_from(tree: Any, allow_plugins: bool) -> Plan:
     _check_tree(tree)
     plan = Plan(
         title=tree["TITLE"],
@@ -133,6 +139,7 @@ def _plan_from(tree: Any) -> Plan:
         options=tree.get("OPTIONS", {}),
         claims=[tuple(claim) for claim in tree.get("CLAIMS", [])],
         how_to_read=tree.get("HOW_TO_READ", ""),
+        allow_plugins=allow_plugins,
     )
     owners: dict[Path, Cell] = {}
     for cell in [*plan.teachers().values(), *plan.cells()]:

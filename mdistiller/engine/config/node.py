@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
+from mdistiller.consent import COMMAND_LINE
 from mdistiller.registry import InputError, closest, suggestion
 
 BASE_KEY = "_BASE_"
@@ -79,39 +80,53 @@ class ConfigNode(CfgNode):
         elif first not in self:
             self.__dict__.setdefault(ALLOWED, set()).add(first)
 
-    def before_merge(self, trees: Sequence[Any]) -> None:
-        """Called with what is about to be merged; may add what it needs."""
+    def before_merge(self, trees: Sequence[tuple[str, Any]], **how: Any) -> None:
+        """Called with what is about to be merged, each with its source; may add what it needs."""
 
     def drops(self, key: str, value: Any) -> bool:
         """Whether an unknown key is left out instead of refused; for keys that files of earlier versions hold."""
         return False
 
-    def merge_from_file(self, cfg_filename: str | os.PathLike[str]) -> None:
+    def merge_from_file(self, cfg_filename: str | os.PathLike[str], but: Sequence[str] = (), **how: Any) -> None:
         """Merge a YAML file.
 
         The files that its ``_BASE_`` names are merged first, in their order, each behind its own bases. A file that
         several of them build on is merged once, before all of these. In a text, ``{KEY}`` stands for the value so far:
         ``TAG: "{TAG},lt"`` adds a word to the tag of the bases.
 
+        Args:
+            cfg_filename: the file.
+            but: dotted keys that the files do not change.
+            how: for :meth:`before_merge`.
+
         Raises:
             InputError: a file that is missing, is no YAML mapping, or inherits from itself; an unknown key;
                 a value of the wrong type.
         """
-        files = _read_with_bases(Path(cfg_filename)).values()
-        self.before_merge([tree for _, tree in files])
-        for path, tree in files:
-            self._merge(tree, source=str(path))
+        trees = [(str(path), tree) for path, tree in _read_with_bases(Path(cfg_filename)).values()]
+        for key in but:
+            for _, tree in trees:
+                _leave_out(tree, key)
+        self.before_merge(trees, **how)
+        for source, tree in trees:
+            self._merge(tree, source)
 
-    def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
-        """Merge ``[KEY, VALUE, KEY, VALUE, ...]`` as given on a command line; strings are read as literals."""
+    def merge_from_list(self, cfg_list: Sequence[Any], source: str = COMMAND_LINE, **how: Any) -> None:
+        """Merge ``[KEY, VALUE, KEY, VALUE, ...]`` as given on a command line; strings are read as literals.
+
+        Args:
+            cfg_list: the keys and values.
+            source: where they come from, for messages.
+            how: for :meth:`before_merge`.
+        """
         if len(cfg_list) % 2:
             key, equals, value = str(cfg_list[-1]).partition("=")
             advice = f"write {key} {value}" if equals else f"given: {' '.join(map(str, cfg_list))}"
             raise InputError(f"options come in pairs KEY VALUE; {cfg_list[-1]!r} has no value ({advice})")
         trees = [self._option(str(key), word) for key, word in zip(cfg_list[::2], cfg_list[1::2], strict=True)]
-        self.before_merge(trees)
+        self.before_merge([(source, tree) for tree in trees], **how)
         for tree in trees:
-            self._merge(tree, source="command line")
+            self._merge(tree, source)
 
     def _option(self, key: str, word: Any) -> Any:
         """``KEY VALUE`` as the tree that a file would hold."""
@@ -125,9 +140,9 @@ class ConfigNode(CfgNode):
             tree = {part: tree}
         return tree
 
-    def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
+    def merge_from_other_cfg(self, cfg_other: CfgNode, **how: Any) -> None:
         """Merge another node; the same checks as for a file."""
-        self.before_merge([cfg_other])
+        self.before_merge([("merged node", cfg_other)], **how)
         self._merge(cfg_other, source="merged node")
 
     def _get(self, key: str) -> Any:
@@ -163,6 +178,15 @@ class ConfigNode(CfgNode):
                 self[key] = _literal(value)  # as yacs reads it: 1e-3 is a number
             else:
                 self[key] = convert(value, self[key], full_key, source)
+
+
+def _leave_out(tree: dict[str, Any], key: str) -> None:
+    """Take the dotted ``key`` out of a tree, if it is there."""
+    first, _, rest = key.partition(".")
+    if not rest:
+        tree.pop(first, None)
+    elif isinstance(tree.get(first), dict):
+        _leave_out(tree[first], rest)
 
 
 def convert(value: Any, default: Any, key: str, source: str) -> Any:

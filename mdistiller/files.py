@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,18 +18,26 @@ StrPath = str | os.PathLike[str]
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # error numbers: the disk, the user's quota
 
 
-def sha256(file: BinaryIO) -> str:
-    """The SHA-256 of what is still to be read of an open file, in hexadecimal."""
+def sha256(file: BinaryIO, size: int = sys.maxsize) -> str:
+    """The SHA-256 of what is still to be read of an open file, or of the next ``size`` bytes, in hexadecimal."""
     digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
+    while size and (chunk := file.read(min(size, 1 << 20))):
         digest.update(chunk)
+        size -= len(chunk)
     return digest.hexdigest()
 
 
 def file_sha256(path: StrPath) -> str:
-    """The SHA-256 of a file, in hexadecimal: tells whether the file is still the one that was used."""
-    with open(path, "rb") as file:
-        return sha256(file)
+    """The SHA-256 of a file, in hexadecimal: tells whether the file is still the one that was used.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return sha256(file)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def lock(file: IO) -> bool:

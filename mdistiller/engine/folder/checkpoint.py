@@ -1,9 +1,9 @@
 """Reading and writing checkpoints so that neither a crash nor a stranger's file does harm.
 
 A file is written beside its final place, flushed to the disk and renamed, so that a name always holds a whole
-checkpoint. Reading checks the CRC of each member of the archive first (``torch.load`` checks none), then
-loads with ``weights_only=True``, which executes nothing. Weights are compared with the model, names and
-shapes, before anything of the model is changed.
+checkpoint. It ends with a checksum of all its bytes. Reading checks that first (``torch.load`` checks none, see
+:mod:`.seal`), then loads with ``weights_only=True``, which executes nothing. Weights are compared with the model, names
+and shapes, before anything of the model is changed.
 
 Besides tensors and plain values, files may hold numpy numbers and ``argparse.Namespace``, as those of
 mdistiller and RepDistiller do.
@@ -12,6 +12,7 @@ mdistiller and RepDistiller do.
 from __future__ import annotations
 
 import argparse
+import copy
 import errno
 import io
 import os
@@ -21,12 +22,12 @@ import shutil
 import tarfile
 import tempfile
 import threading
-import zipfile
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ from torch import Tensor, nn
 from mdistiller.files import DISK_FULL, StrPath, no_space
 from mdistiller.messages import say
 from mdistiller.registry import InputError
+
+from .seal import fault, seal
 
 State = Mapping[str, Tensor]  # of a module, by name
 
@@ -50,6 +53,9 @@ class DiskFullError(RuntimeError):
 def save_checkpoint(obj: Any, path: StrPath, *, keep_previous: bool = False) -> None:
     """Write ``obj`` with ``torch.save`` such that ``path`` holds either the old file or the whole new one.
 
+    The file ends with a checksum, which :func:`load_checkpoint` compares. Its tensors lie on the CPU, so that a plain
+    ``torch.load`` reads it on a machine without a GPU.
+
     Args:
         obj: tensors and plain values, nested.
         path: the file.
@@ -59,8 +65,20 @@ def save_checkpoint(obj: Any, path: StrPath, *, keep_previous: bool = False) -> 
         DiskFullError: says how much space is missing.
     """
     buffer = io.BytesIO()
-    torch.save(obj, buffer)
+    torch.save(_on_cpu(obj), buffer)
+    seal(buffer)
     write_atomically(path, buffer.getvalue(), keep_previous=keep_previous)
+
+
+def _on_cpu(value: Any) -> Any:
+    """``value`` with its tensors on the CPU; dictionaries keep their kind and attributes, as state dicts have them."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        moved = copy.copy(value)
+        moved.update((key, _on_cpu(part)) for key, part in value.items())
+        return moved
+    return type(value)(map(_on_cpu, value)) if type(value) in (list, tuple) else value
 
 
 def previous(path: StrPath) -> Path:
@@ -214,30 +232,46 @@ def load_checkpoint(path: StrPath) -> Any:
     RepDistiller's, carry no checksum, and only their structure can be checked.
 
     Raises:
-        CheckpointError: no such file, a damaged one, or one that would execute code when loaded.
+        CheckpointError: no such file, one that may not be read, a damaged one, or one that would execute code when
+            loaded.
     """
     path = Path(path)
-    not_a_folder(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint {path} (seen from {Path.cwd()})")
-    if not path.stat().st_size:
-        raise CheckpointError(f"checkpoint {path} is damaged: it is empty; copy or download it again")
+    with _opened(path) as file:
+        try:
+            return _read(file, path)
+        except CheckpointError:
+            raise
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(_explain_unpickling(path, error)) from None
+        except Exception:  # damaged bytes end in anything: an end too early, a huge allocation
+            raise CheckpointError(_damaged(path)) from None
+
+
+def _opened(path: Path) -> BinaryIO:
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                bad_member = archive.testzip()
-            if bad_member is not None:
-                raise CheckpointError(f"checkpoint {path} is damaged: {bad_member} fails its checksum")
-        elif tarfile.is_tarfile(path):
-            raise CheckpointError(f"checkpoint {path} is damaged or a tar archive, which must be unpacked first")
-        with _harmless_globals():
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_explain_unpickling(path, error)) from None
-    except CheckpointError:
-        raise
-    except Exception as error:  # damaged bytes end in anything: a wrong compression method, a huge allocation
-        raise CheckpointError(_damaged(path, str(error).split(". ")[0])) from None
+        not_a_folder(path)
+        if path.is_file():
+            return path.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror or error}") from None
+    raise CheckpointError(f"no checkpoint {path} (seen from {Path.cwd()})")
+
+
+def _read(file: BinaryIO, path: Path) -> Any:
+    start = file.read(4)
+    if not start:
+        raise CheckpointError(f"checkpoint {path} is damaged: it is empty; copy or download it again")
+    if start == b"PK\3\4":  # else torch takes the file for one of the old format
+        if problem := fault(file):
+            raise CheckpointError(
+                f"checkpoint {path} is damaged or no checkpoint: {problem}; copy or download it again"
+            )
+    elif tarfile.is_tarfile(path):
+        raise CheckpointError(f"checkpoint {path} is damaged or a tar archive, which must be unpacked first")
+    file.seek(0)
+    with _harmless_globals(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about old formats
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def not_a_folder(path: Path) -> None:
@@ -260,14 +294,12 @@ def _explain_unpickling(path: Path, error: Exception) -> str:
             f"checkpoint {path} holds more than tensors, numbers and plain values, and loading such a file may "
             f"execute code, so it is not loaded ({reason.split('. ')[0]})"
         )
-    return _damaged(path, reason)
+    return _damaged(path)
 
 
-def _damaged(path: Path, reason: str) -> str:
-    return (
-        f"checkpoint {path} is damaged or no checkpoint ({path.stat().st_size:,} bytes; torch says: {reason}); copy or "
-        "download it again"
-    )
+def _damaged(path: Path, problem: str = "") -> str:
+    detail = problem or f"{path.stat().st_size:,} bytes"
+    return f"checkpoint {path} is damaged or no checkpoint ({detail}); copy or download it again"
 
 
 def load_weights(path: StrPath, whole: bool = False) -> dict[str, Tensor]:

@@ -28,6 +28,9 @@ The paper leaves open what follows. These are our readings, each with a key; ``d
 - ``UNCERTAINTY``: the paper says joint entropy, and that it grows with the discrepancy of two predictions and comes
   down to their own entropy as they align. The joint entropy of independent variables (``sum``) does neither, the
   cross entropy ``H(p) + KL(p || q)`` (``cross``) and the entropy of the mixture (``mixture``) do both;
+- ``UNCERTAINTY_OF``: ``vertices``, of what the edges are made of, as in Eq. 2 and Algorithm 1; after ``ZSNORM`` all
+  images are equally sure there. ``predictions``: of the student's plain predictions ``softmax(z)``, before adaptor,
+  ZSNorm and temperature, which are as uncertain as the student is;
 - ``ICV_NORMALIZE``: the uncertainty of two classes is that of their columns normalised to sum 1 over the batch;
 - ``EDGE_EPS``: an edge shorter, in either network, than this share of its graph's mean length is dropped with the
   pruned ones. The gradient of a normalised edge grows as 1 / length, and two views of an image may be identical;
@@ -94,6 +97,7 @@ DEFAULTS = {
     "REDUCTION": Option("element", "mean over the entries of edges, or over edges", one_of=("element", "edge")),
     "PRUNE_PERCENTILE": Option(95.0, "of an edge's uncertainty; edges above are dropped", at_least=0, at_most=100),
     "UNCERTAINTY": Option("cross", "entropy of an edge's vertices", one_of=("cross", "mixture")),
+    "UNCERTAINTY_OF": Option("vertices", "or plain softmax(logits)", one_of=("vertices", "predictions")),
     "ICV_NORMALIZE": Option(True, "between classes, uncertainty is that of columns of sum 1"),
     "EDGE_EPS": Option(1e-3, "shorter edges, as a share of the mean length, are dropped", at_least=0),
     "JOINT_FORWARD": Option(False, "both views pass the student in one batch"),
@@ -209,6 +213,11 @@ class VRM(Distiller):
                 f"VRM.VERTEX_WEIGHT compares predictions, but VRM.LOCATION is {own.LOCATION}; set the weight to 0 or "
                 "the location to logits"
             )
+        if own.UNCERTAINTY_OF == "predictions" and own.LOCATION != "logits":
+            raise InputError(
+                "VRM.UNCERTAINTY_OF predictions is of the logits that the vertices are made of, but VRM.LOCATION is "
+                f"{own.LOCATION}; set UNCERTAINTY_OF vertices or the location to logits"
+            )
         try:
             self.rules = Rules(**{field.name: own[field.name.upper()] for field in fields(Rules)})
         except InputError as error:
@@ -221,6 +230,7 @@ class VRM(Distiller):
         self.zsnorm = own.ZSNORM
         self.raw_graph = own.GRAPH == "raw"
         self.icv_normalize = own.ICV_NORMALIZE
+        self.plain_beliefs = own.UNCERTAINTY_OF == "predictions"
         self.joint_forward = own.JOINT_FORWARD
         facts = self.network_facts(cfg)
         widths = [of_network.classes if self.on_logits else of_network.need("pooled_width") for of_network in facts]
@@ -265,14 +275,18 @@ class VRM(Distiller):
         losses: dict[str, Tensor] = {}
         self.monitors = {}
         with torch.autocast(student[0].device.type, enabled=False):
+            plain = [at_least_float32(z.detach()).softmax(1) for z in student] if self.plain_beliefs else None
             student = [self._normalise(self.adaptor(at_least_float32(z))) for z in student]
             teacher = [self._normalise(at_least_float32(z)) for z in teacher]
             if self.vertex_weight:
                 distances = [kd_loss(s, t, self.temperature) for s, t in zip(student, teacher, strict=True)]
                 losses["loss_vertices"] = self.vertex_weight * sum(distances)
             if self.alpha or self.beta:
-                both = [self._graph(views) for views in (student, teacher)]
-                beliefs = both[0] if self.on_logits else self._graph([self._predict(z) for z in student])
+                both = [self._graph(self._vertices(views)) for views in (student, teacher)]
+                if plain is None and self.on_logits:
+                    beliefs = both[0]
+                else:
+                    beliefs = self._graph(plain or [self._predict(z) for z in student])
             rise = warmup(epoch, self.warmup)
             if self.alpha:
                 found = compare_samples(*both, self.rules, beliefs)
@@ -290,12 +304,14 @@ class VRM(Distiller):
     def _predict(self, normalised: Tensor) -> Tensor:
         return F.softmax(normalised / self.temperature, dim=1)
 
+    def _vertices(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [self._predict(z) for z in views] if self.on_logits else views
+
     def _graph(self, views: Sequence[Tensor]) -> Tensor:
-        """The vertices ``(2, N, D)`` that edges run from and to: the views, or all of them twice."""
-        vertices = [self._predict(z) if self.on_logits else z for z in views]
+        """What belongs to the vertices that edges run from and to, ``(2, N, D)``: the views, or all of them twice."""
         if self.raw_graph or len(views) == 1:
-            vertices = 2 * [torch.cat(vertices)]
-        return stack_views(vertices)
+            views = 2 * [torch.cat(tuple(views))]
+        return stack_views(views)
 
     def _watch(self, name: str, found: Comparison) -> None:
         self.monitors |= {f"kept_{name}": found.kept, f"uncertainty_{name}": found.uncertainty}

@@ -587,6 +587,7 @@ def test_a_student_without_a_linear_layer():
         ({"VRM.METRIC": "cosine", "VRM.RELATION": "gram"}, "VRM.METRIC cosine"),
         ({"VRM.RELATION": "angle", "VRM.EDGE_NORM": False}, "VRM.RELATION angle"),
         ({"VRM.LOCATION": "pooled", "VRM.VERTEX_WEIGHT": 1.0}, "VRM.VERTEX_WEIGHT compares predictions"),
+        ({"VRM.LOCATION": "pooled", "VRM.UNCERTAINTY_OF": "predictions"}, "VRM.UNCERTAINTY_OF predictions is of"),
     ],
 )
 def test_wrong_configurations(values, message):
@@ -693,6 +694,7 @@ SWITCHES = {
     "REDUCTION": ("edge", {}),
     "PRUNE_PERCENTILE": (100.0, {}),
     "UNCERTAINTY": ("mixture", {"PRUNE_PERCENTILE": 50.0}),
+    "UNCERTAINTY_OF": ("predictions", {"PRUNE_PERCENTILE": 50.0}),
     "ICV_NORMALIZE": (False, {"PRUNE_PERCENTILE": 50.0}),
     "EDGE_EPS": (0.9, {}),
     "JOINT_FORWARD": (True, {}),
@@ -742,6 +744,36 @@ def test_relations_are_those_of_the_rules(method, values):
 def test_a_graph_without_weight_is_not_made(alpha, beta):
     losses = build("VRM", {"VRM.ALPHA": alpha, "VRM.BETA": beta})(**make_batch("VRM"), epoch=1)[1]
     assert sorted(losses) == ["loss_ce", "loss_ce_virtual"] + ["loss_icv"] * (beta > 0) + ["loss_isv"] * (alpha > 0)
+
+
+@pytest.mark.parametrize("graph", ["virtual", "raw"])
+def test_uncertainty_of_the_plain_predictions(graph):
+    """Edges are those of the standardised logits; which of them are dropped, ``softmax(z)`` says."""
+    values = {"VRM.UNCERTAINTY_OF": "predictions", "VRM.PRUNE_PERCENTILE": 60.0, "VRM.GRAPH": graph}
+    distiller, batch = build("VRM", values), make_batch("VRM")
+    torch.nn.init.normal_(distiller.student.fc.weight)  # predictions that differ in how sure they are
+    losses = distiller(**batch, epoch=1)[1]
+    student, teacher = vertices_of(distiller, batch)
+    beliefs = [distiller.student(batch[field])[0].double().softmax(1) for field in ("image_weak", "image_strong")]
+    if graph == "raw":
+        student, teacher, beliefs = (2 * [torch.cat(views)] for views in (student, teacher, beliefs))
+    columns = [[x.T for x in views] for views in (student, teacher, beliefs)]
+    columns[2] = [oracle.sum_to_one(x) for x in columns[2]]
+    isv, kept_isv = oracle.graph_loss(student, teacher, beliefs, prune_percentile=60.0)
+    icv, kept_icv = oracle.graph_loss(*columns, prune_percentile=60.0)
+    torch.testing.assert_close(losses["loss_isv"].double(), 128 * isv)
+    torch.testing.assert_close(losses["loss_icv"].double(), 32 * icv)
+    kept = [distiller.monitors[f"kept_{name}"].item() for name in ("isv", "icv")]
+    assert kept == pytest.approx([kept_isv.item(), kept_icv.item()])
+
+
+def test_standardised_vertices_do_not_show_how_sure_a_prediction_is():
+    """The same logits at three sizes: the vertices' uncertainties are alike, the plain predictions' are not."""
+    z = torch.randn(1, 100, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.1], [1.0], [10.0]])
+    standardised, plain = (zs_norm(z) / 4).softmax(1), z.softmax(1)
+    of_vertices, of_predictions = (edge_uncertainty(p, p).diagonal() for p in (standardised, plain))
+    assert of_vertices.max() - of_vertices.min() < 1e-4
+    assert (of_predictions[:-1] - of_predictions[1:] > 0.3).all()
 
 
 def test_raw_graph_has_all_edges():

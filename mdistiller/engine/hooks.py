@@ -420,18 +420,68 @@ class Evaluate(Hook):
 
 
 class TrainedTeacher(Hook):
-    """Scores a teacher of which the method trains something, at the end; its score before stands beside it."""
+    """Scores a teacher of which the method trains something, wherever the student is scored.
+
+    Warns once, when the teacher has lost more than a point. ``results.json`` has its score before and after.
+    """
+
+    def __init__(self, trainer: BaseTrainer, evaluation: Evaluate) -> None:
+        super().__init__(trainer)
+        self.evaluation = evaluation
+        self.before: float | None = None  # the headline before the first step, on the images the epochs are compared on
+        self.score: Score | None = None  # the latest
+        self.warned = False
+
+    @property
+    def trains(self) -> bool:
+        return bool(self.trainer.distiller.teacher_parameters())
+
+    def before_train(self) -> None:
+        trainer = self.trainer
+        if trainer.step or not self.trains:
+            return
+        known = trainer.results.get("teacher", {}) if trainer.test_loader is None else {}
+        name = trainer.task.headline.name
+        self.before = known[name] if name in known else self._evaluate(trainer.val_loader).headline
+
+    def after_epoch(self) -> None:
+        trainer, headline, prefix = self.trainer, self.trainer.task.headline, self.evaluation.prefix
+        if f"{prefix}_{headline.column}" not in trainer.row or not self.trains:
+            return
+        start = time.perf_counter()
+        self.score = self._evaluate(trainer.val_loader)
+        self.evaluation.clock.seconds["evaluation"] += time.perf_counter() - start
+        trainer.row[f"{prefix}_{headline.column}_teacher"] = now = self.score.headline
+        if self.warned or self.before is None or headline.unit != "%" or headline.gain(self.before, now) <= 1:
+            return
+        self.warned = True
+        method = type(trainer.distiller).__name__
+        warn(
+            f"the teacher, which {method} trains in part, has {headline.label} {headline.text(now)} after epoch "
+            f"{trainer.epoch}, and had {headline.text(self.before)} before: it should learn more slowly "
+            "(docs/readings.md)",
+            "EVAL",
+        )
 
     def after_train(self) -> None:
         trainer = self.trainer
-        if not trainer.distiller.teacher_parameters():
+        if not self.trains:
             return
-        loader = trainer.val_loader if trainer.test_loader is None else trainer.test_loader
-        after = trainer.task.evaluate(trainer.distiller.teacher, loader, trainer.precision)
+        if self.score is None or trainer.test_loader is not None:
+            self.score = self._evaluate(trainer.test_loader or trainer.val_loader)
         facts, headline = trainer.results.setdefault("teacher", {}), trainer.task.headline
-        facts["after"] = after.without_loss
+        facts["after"] = self.score.without_loss
         before = f", {headline.text(facts[headline.name])} before" if headline.name in facts else ""
-        say(f"Teacher after training: {headline.label} {headline.text(after.headline)}{before}", "EVAL")
+        say(f"Teacher after training: {headline.label} {headline.text(self.score.headline)}{before}", "EVAL")
+
+    def _evaluate(self, loader: Any) -> Score:
+        return self.trainer.task.evaluate(self.trainer.distiller.teacher, loader, self.trainer.precision)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": self.before, "warned": self.warned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.before, self.warned = state.get("before"), state.get("warned", False)
 
 
 def _as_dict(score: Score, epoch: int, split: str) -> dict[str, Any]:
@@ -692,7 +742,7 @@ def default_hooks(trainer: BaseTrainer) -> list[Hook]:
     evaluation.on_batch = stop.check
     hooks: list[Hook] = [clock, FoldAnew(trainer), LearningRate(trainer), guard, meters]
     hooks += [average] if average is not None else []
-    hooks += [evaluation, TrainedTeacher(trainer)]
+    hooks += [evaluation, TrainedTeacher(trainer, evaluation)]
     hooks += [Writers(trainer)] if distributed.is_first_process() else []
     hooks += [checkpoints, SameBuffers(trainer)]
     hooks += [Console(trainer, meters, clock)] if distributed.is_first_process() else []

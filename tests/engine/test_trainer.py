@@ -17,8 +17,8 @@ from torch import nn
 from mdistiller.distillers import Vanilla
 from mdistiller.engine.batch import to_batch
 from mdistiller.engine.folder.checkpoint import CheckpointError, load_checkpoint, load_weights
-from mdistiller.engine.hooks import Hook, NonFiniteLossError
-from mdistiller.engine.task import Classification
+from mdistiller.engine.hooks import Hook, NonFiniteLossError, TrainedTeacher
+from mdistiller.engine.task import Classification, Score
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import AverageMeter, accuracy, validate
 
@@ -109,6 +109,26 @@ def test_what_is_trained_of_the_teacher_is_saved_scored_and_kept_out_of_its_file
     assert written["teacher"] == results["teacher"]
     line = f"Teacher after training: top-1 {after['top1']:.2f}, {results['teacher']['top1']:.2f} before"
     assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.2])
+def test_a_trained_teacher_is_scored_with_the_student_and_its_loss_warned_of_once(
+    tmp_path, capsys, monkeypatch, held_out
+):
+    values = {"DISTILLER__TYPE": "DIST_PLUS", "DISTILLER__TEACHER_CKPT": teacher_file(tmp_path), "SOLVER__EPOCHS": 5}
+    trainer = make_trainer(tmp_path, **values, LOG__EVAL_FREQ=2, DATASET__VAL_FRACTION=held_out)
+    trainer.results["teacher"]["top1"] = 90.0
+    scores = [90.0] * bool(held_out) + [89.5, 88.5, 88.0] + [87.0] * bool(held_out)  # at the end the test images
+    scores = iter([Score(value, {"top1": value}, 1) for value in scores])
+    monkeypatch.setattr(TrainedTeacher, "_evaluate", lambda hook, loader: next(scores))
+    results = trainer.train()
+    assert next(scores, None) is None and results["teacher"]["after"] == {"top1": 87.0 if held_out else 88.0}
+    with open(trainer.folder / "metrics.csv") as file:
+        column = [row[f"{'val' if held_out else 'test'}_acc_teacher"] for row in csv.DictReader(file)]
+    assert column == ["", "89.5", "", "88.5", "88.0"]
+    output = capsys.readouterr().out
+    assert output.count("WARNING: the teacher") == 1
+    assert "DISTPlus trains in part, has top-1 88.50 after epoch 4, and had 90.00 before" in output
 
 
 def teacher_of(trainer, state):

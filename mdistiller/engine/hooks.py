@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from .folder.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
+from .folder.state import NUMBER, ROW, check_kind
 from .folder.writers import CsvWriter, TensorboardWriter, WandbWriter, WorklogWriter
 from .processes import distributed
 from .solver import learning_rate
@@ -78,7 +79,12 @@ class Hook:
 
     Args:
         trainer: whose run the hook takes part in; :func:`add_hooks` sets it for a hook that was made without.
+
+    Attributes:
+        state_kind: what its state is, see :mod:`.folder.state`.
     """
+
+    state_kind: ClassVar[Any] = object
 
     def __init__(self, trainer: BaseTrainer | None = None) -> None:
         self.trainer = trainer
@@ -100,6 +106,18 @@ class Hook:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
+    def check_state_dict(self, state: dict[str, Any], source: str) -> None:
+        """Refuse a state that :meth:`load_state_dict` cannot take, before anything of the run is changed.
+
+        Args:
+            state: what the file holds; empty where it holds nothing for this hook.
+            source: names the file in messages.
+
+        Raises:
+            CheckpointError: it is not of this hook's kind.
+        """
+        check_kind(state, self.state_kind, f"the state of {type(self).__name__} in {source}")
+
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
@@ -120,6 +138,8 @@ class FoldAnew(Hook):
     A network that has moved in an epoch runs by its own code in the next one, too. The state says which networks do, so
     that a resumed run computes by the graph in the same steps.
     """
+
+    state_kind: ClassVar[Any] = {str: bool}
 
     def before_epoch(self) -> None:
         trainer = self.trainer
@@ -195,6 +215,8 @@ class Meters(Hook):
     The sums stay on the device. They are this process's; the epoch's line has the means over all processes.
     """
 
+    state_kind: ClassVar[Any] = {"names": [str], "sums": (Tensor, type(None)), "count": int, "images_seen": int}
+
     def __init__(self, trainer: BaseTrainer) -> None:
         super().__init__(trainer)
         self.names: list[str] = []
@@ -244,8 +266,8 @@ class Meters(Hook):
         return {"names": self.names, "sums": sums, "count": count, "images_seen": images_seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        for name in self.state_kind.keys() & state.keys():
+            setattr(self, name, state[name])
         if not distributed.is_first_process():  # which carries on what all had seen
             self.count = self.images_seen = 0
             self.sums = None if self.sums is None else torch.zeros_like(self.sums)
@@ -253,6 +275,8 @@ class Meters(Hook):
 
 class Clock(Hook):
     """Where the seconds go: waiting for data, training, evaluating. Sums survive a resume."""
+
+    state_kind: ClassVar[Any] = {"seconds": {str: NUMBER}}
 
     def __init__(self, trainer: BaseTrainer) -> None:
         super().__init__(trainer)
@@ -288,6 +312,8 @@ class Clock(Hook):
 class WeightAverage(Hook):
     """Exponential moving average of the deployed network (``SOLVER.EMA_DECAY``), BatchNorm statistics included."""
 
+    state_kind: ClassVar[Any] = {"average": {str: Tensor}}
+
     def __init__(self, trainer: BaseTrainer) -> None:
         super().__init__(trainer)
         decay = trainer.cfg.SOLVER.EMA_DECAY
@@ -310,9 +336,13 @@ class WeightAverage(Hook):
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average.state_dict()}
 
+    def check_state_dict(self, state: dict[str, Any], source: str) -> None:
+        super().check_state_dict(state, source)
+        if state:
+            check_fit(self.average.state_dict(), state.get("average", {}), f"the moving average in {source}")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            check_fit(self.average.state_dict(), state["average"], "the saved moving average")
             self.average.load_state_dict(state["average"])
 
 
@@ -322,6 +352,8 @@ class Evaluate(Hook):
     *Last* is the honest headline. *Best* is picked on the validation split where there is one, else on the
     test split, and says so.
     """
+
+    state_kind: ClassVar[Any] = {"scores": [[NUMBER]], "best_fingerprint": int}
 
     def __init__(self, trainer: BaseTrainer, weight_average: WeightAverage | None, clock: Clock) -> None:
         super().__init__(trainer)
@@ -490,6 +522,8 @@ def _as_dict(score: Score, epoch: int, split: str) -> dict[str, Any]:
 
 class Writers(Hook):
     """Gives each epoch's line to the log writers and keeps ``results.json`` up to date."""
+
+    state_kind: ClassVar[Any] = {"rows": [ROW]}
 
     def __init__(self, trainer: BaseTrainer) -> None:
         super().__init__(trainer)

@@ -53,3 +53,15 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def restorable(state: dict[str, Any]) -> bool:
+    """Whether :func:`restore_random_state` can take over a state; the generators stay as they are."""
+    before = random_state()
+    try:
+        restore_random_state(state)
+    except (TypeError, ValueError, LookupError, RuntimeError, OverflowError):
+        return False
+    finally:
+        restore_random_state(before)
+    return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .config.experiment import changed_keys
 from .deployed import deployed_network
 from .explain import check_batches, contract_explained, read_output
 from .folder.checkpoint import CheckpointError, load_checkpoint, previous
-from .folder.state import check_optimizer_fit, fitting_state, trained_state
+from .folder.state import STATE, check_kind, check_optimizer_fit, fitting_state, trained_state
 from .forwards.cache import cache_teacher
 from .forwards.compile import accelerate, begin_step
 from .forwards.precision import Precision, hard_coded_cuda_explained
@@ -32,7 +32,7 @@ from .hooks import Hook, default_hooks
 from .prepare import prepare
 from .processes import distributed
 from .processes.parallel import Parallel
-from .random_state import random_state, restore_random_state, seed_process
+from .random_state import random_state, restorable, restore_random_state, seed_process
 from .solver import build_optimizer
 from .task import task_of
 
@@ -296,17 +296,22 @@ class BaseTrainer:
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
         for hook in self.hooks:
-            hook.load_state_dict(state.get("hooks", {}).get(type(hook).__name__, {}))
+            hook.load_state_dict(_state_of(hook, state))
         self._restore_random_state(state)
         self.averaged_at = self.step
 
     def _restore_random_state(self, state: dict[str, Any]) -> None:
+        own = self._own_random_state(state)
+        if own is not None:
+            restore_random_state(own)
+        else:  # there are more processes than before
+            seed_process(self.cfg.EXPERIMENT.SEED, distributed.rank(), self.step)
+
+    def _own_random_state(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """This process's part of a state."""
         states = [state.get("random", {}), *state.get("random_of_others", [])]
         rank = 0 if self.cfg.SOLVER.GATHER else distributed.rank()
-        if rank < len(states):
-            restore_random_state(states[rank])
-        else:  # there are more processes than before
-            seed_process(self.cfg.EXPERIMENT.SEED, rank, self.step)
+        return states[rank] if rank < len(states) else None
 
     def _check_state(self, state: Any, source: str) -> dict[str, Tensor]:
         """All that can be wrong with a state, before any of it is used; returns the model's part."""
@@ -315,12 +320,33 @@ class BaseTrainer:
             raise CheckpointError(
                 f"{source} cannot be resumed from: it must hold epoch, model and optimizer, and holds {found}"
             )
+        check_kind(state, STATE, source)
+        if min(state.get(key, 0) for key in ("epoch", "step", "step_in_epoch")) < 0:
+            raise CheckpointError(f"{source} cannot be resumed from: its epochs or steps are negative")
         if "config" in state:
-            fatal, _ = changed_keys(yaml.safe_load(state["config"]), self.cfg)
+            fatal, _ = changed_keys(_read_config(state["config"], source), self.cfg)
             if fatal:
                 raise CheckpointError(f"{source} belongs to another experiment: {', '.join(fatal)}")
         check_optimizer_fit(self.optimizer, state["optimizer"], source)
+        if missing := self.scaler.state_dict().keys() - (state.get("scaler") or self.scaler.state_dict()).keys():
+            raise CheckpointError(f"{source} cannot be resumed from: scaler lacks {', '.join(sorted(missing))}")
+        if not restorable(self._own_random_state(state) or {}):
+            raise CheckpointError(f"{source} cannot be resumed from: random is no state of the random generators")
+        for hook in self.hooks:
+            hook.check_state_dict(_state_of(hook, state), source)
         return fitting_state(self.distiller, state["model"], source)
+
+
+def _state_of(hook: Hook, state: dict[str, Any]) -> dict[str, Any]:
+    return state.get("hooks", {}).get(type(hook).__name__, {})
+
+
+def _read_config(text: str, source: str) -> dict[str, Any]:
+    with suppress(yaml.YAMLError, ValueError, RecursionError):
+        content = yaml.safe_load(text)
+        if isinstance(content, dict):
+            return content
+    raise CheckpointError(f"{source} cannot be resumed from: config is no configuration")
 
 
 trainer_dict["base"] = BaseTrainer

@@ -320,8 +320,8 @@ def load_weights(path: StrPath, whole: bool = False) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    if not (isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values())):
-        found = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
+    if not (isinstance(content, Mapping) and content and all(map(_is_entry, content, content.values()))):
+        found = list(content)[:8] if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f"checkpoint {path} holds no state dict under 'model'; found: {found}")
     if all(key.startswith("module.") for key in content):
         content = {key.removeprefix("module."): value for key, value in content.items()}
@@ -331,6 +331,11 @@ def load_weights(path: StrPath, whole: bool = False) -> dict[str, Tensor]:
             say(f"{path} holds a whole method; its student is taken, without {', '.join(sorted(others))}")
         content = {key.removeprefix("student."): v for key, v in content.items() if key.startswith("student.")}
     return dict(content)
+
+
+def _is_entry(key: Any, value: Any) -> bool:
+    """Whether both belong into a state dict: a name, and a tensor that has its values in memory, one beside another."""
+    return isinstance(key, str) and isinstance(value, Tensor) and value.is_cpu and value.layout == torch.strided
 
 
 def _has_student(state: State) -> bool:
@@ -372,7 +377,7 @@ def not_finite(state: State) -> list[str]:
 
 
 def check_fit(own: State, state: State, what: str, advice: str = "") -> None:
-    """Compare names and shapes of ``state`` with those of the model's ``own``; changes nothing.
+    """Compare names, shapes and kinds of numbers of ``state`` with those of the model's ``own``; changes nothing.
 
     Args:
         own: the state dict of the model that is to take the state.
@@ -381,7 +386,7 @@ def check_fit(own: State, state: State, what: str, advice: str = "") -> None:
         advice: what to do about it; empty: nothing is said.
 
     Raises:
-        CheckpointError: lists what is missing, what is too much and which shapes differ.
+        CheckpointError: lists what is missing, what is too much, and which shapes and kinds of numbers differ.
     """
     missing = [key for key in own if key not in state]
     surplus = [key for key in state if key not in own]
@@ -390,7 +395,12 @@ def check_fit(own: State, state: State, what: str, advice: str = "") -> None:
         for key in own
         if key in state and own[key].shape != state[key].shape
     ]
-    groups = {"missing": missing, "not in the model": surplus, "other shape": reshaped}
+    retyped = [
+        f"{key} is {state[key].dtype}, the model's {own[key].dtype}"
+        for key in own
+        if key in state and own[key].is_floating_point() and not state[key].is_floating_point()
+    ]
+    groups = {"missing": missing, "not in the model": surplus, "other shape": reshaped, "other type": retyped}
     problems = [f"{title}: {_listed(keys)}" for title, keys in groups.items() if keys]
     if problems:
         raise CheckpointError(f"{what} does not fit: {'; '.join(filter(None, [*problems, advice]))}")

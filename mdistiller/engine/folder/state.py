@@ -1,13 +1,75 @@
-"""The parts of a run's state: what of a distiller is saved, and whether a saved part fits this run."""
+"""The parts of a run's state: what of a distiller is saved, and whether a saved part fits this run.
+
+A *kind* says what a part of a state may be: a type, or a tuple of types; ``[kind]`` a list or tuple of such parts; a
+dictionary the kinds of its entries, by name (an entry may be missing) or, where the key is a type, those of all other
+entries, whose keys are of that type. Entries that a dictionary does not mention are left alone.
+"""
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, check_fit
+
+Kind = Any
+NUMBER = numbers.Real
+ROW = {"epoch": NUMBER, "lr": NUMBER, str: object}  # a line of the logs
+OPTIMIZER = {"param_groups": [{"params": [int]}], "state": {int: {str: (Tensor, NUMBER, type(None))}}}
+RESULTS = {
+    "last": {"epoch": int},
+    "best": {"epoch": (int, type(None))},
+    "teacher": {"sha256": (str, type(None))},
+    "method_file": {"sha256": str},
+    "seconds": {str: NUMBER},
+    "images_seen": int,
+    str: object,
+}
+STATE = {
+    "epoch": int,
+    "step_in_epoch": int,
+    "step": int,
+    "row": ROW,
+    "config": str,
+    "model": {str: Tensor},
+    "optimizer": OPTIMIZER,
+    "scaler": {str: NUMBER},
+    "random": dict,
+    "random_of_others": [dict],
+    "hooks": {str: object},
+    "results": RESULTS,
+    "best_acc": (NUMBER, Tensor),
+}
+
+
+def check_kind(value: Any, kind: Kind, name: str) -> None:
+    """Refuse a part of a state that is of another kind.
+
+    Args:
+        value: the part.
+        kind: see above.
+        name: the part's, for the message: ``"row of FILE"``.
+
+    Raises:
+        CheckpointError: names the part, what it should be and what it is.
+    """
+    expected = {list: (list, tuple), dict: dict}.get(type(kind), kind)
+    if not isinstance(value, expected):
+        types = expected if isinstance(expected, tuple) else (expected,)
+        wanted = " or ".join(cls.__name__ for cls in types)
+        raise CheckpointError(f"{name} should be of type {wanted}, and is of type {type(value).__name__}")
+    if isinstance(kind, list):
+        for place, part in enumerate(value):
+            check_kind(part, kind[0], f"entry {place} of {name}")
+    elif isinstance(kind, dict):
+        of_keys = tuple(key for key in kind if isinstance(key, type))
+        for key, part in value.items():
+            if of_keys and key not in kind:
+                check_kind(key, of_keys, f"a key of {name}")
+            check_kind(part, kind.get(key, kind.get(type(key), object)), f"{key} of {name}")
 
 
 def trained_state(distiller: nn.Module) -> dict[str, Tensor]:

@@ -212,7 +212,7 @@ REFUSED = [
     ("train", f"{KD} DISTILLER.TEACHER_CKPT hundred_classes", "checkpoint hundred_classes for teacher resnet8 has 100 "
      "classes, not the 10 of data set digits; a teacher must be trained on the same classes"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT resnet14", "checkpoint resnet14 for teacher resnet8 does not fit",
-     "not in the model: layer1.1", "name the network that it was trained as"),
+     "not in the model: layer1.1", "name the network that it was trained as: resnet14 with 10 classes fits"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT not_finite", "checkpoint not_finite for teacher resnet8 has values that "
      "are not finite, in conv1.weight: "),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT empty", "checkpoint empty is damaged: it is empty; copy or "),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,21 @@ def load_network(model: nn.Module, path: str | Path, what: str, cfg: Any, advice
     """
     state, what = load_weights(path), f"checkpoint {path} for {what}"
     classes_of = f"data set {cfg.DATASET.TYPE}; {advice}"
-    check_weights(model.state_dict(), state, what, "name the network that it was trained as", classes_of)
+    check_weights(model.state_dict(), state, what, lambda: _network_of(state, model_table(cfg)), classes_of)
     model.load_state_dict(state)
+
+
+def _network_of(state: dict[str, torch.Tensor], table: Registry) -> str:
+    """Advice on a file of another network: its name, where exactly one of the table has the file's names and shapes."""
+    advice, found = "name the network that it was trained as", []
+    *_, last = state.values()  # as a rule the classifier's bias
+    classes = last.numel()
+    for name in table:
+        with suppress(Exception), torch.device("meta"):  # shapes without memory; a network of others may need more
+            own = build_model(table, name, classes).state_dict()
+            if own.keys() == state.keys() and all(own[key].shape == state[key].shape for key in own):
+                found.append(name)
+    return f"{advice}: {found[0]} with {classes} classes fits" if len(found) == 1 else advice
 
 
 def teacher_checkpoint(cfg: Any, option: str = TEACHER_OPTION) -> Path | None:

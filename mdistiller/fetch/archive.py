@@ -138,6 +138,11 @@ def _problem(member: tarfile.TarInfo, path: PurePosixPath, size_of_tar: int) -> 
     return None
 
 
+def temporary_of(target: Path) -> Path:
+    """Where a file is unpacked to before it takes its place; a kill leaves it behind."""
+    return target.with_name(f".{target.name}.tmp")
+
+
 def _place(
     archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, name: str, overwrite: bool, check: Check
 ) -> str:
@@ -150,7 +155,7 @@ def _place(
         if same or not overwrite:
             _approve(target, target, name, check)
             return "same" if same else "kept"
-    temporary = target.with_name(f".{target.name}.tmp")  # of this process, which has locked the tar
+    temporary = temporary_of(target)  # this process's, which has locked the tar
     try:
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -85,6 +85,11 @@ def download(
         raise DownloadError(f"cannot download {url}: {problem}, {attempts} times in a row{kept}")
 
 
+def begun(path: Path) -> tuple[Path, Path]:
+    """Where a download of ``path`` keeps the bytes that have come so far, and which file's they are."""
+    return path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
+
+
 def _attempt(url: str, part: _Part, timeout: float, max_bytes: int) -> str | None:
     """One request. ``None``: the file is complete; else why not, where trying again may help."""
     if part.complete:  # stopped between the last byte and the renaming
@@ -193,7 +198,7 @@ class _Part:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
         self._file, self._name = file, Path(file.name)
-        self._record = path.with_name(f"{path.name}.part.json")
+        self._record = begun(path)[1]
         self.size = file.seek(0, os.SEEK_END)
         self.received = 0
         self.version: dict[str, Any] = {}
@@ -204,7 +209,7 @@ class _Part:
     @contextmanager
     def locked(cls, path: Path) -> Iterator[_Part]:
         """Open what there is for ``path``; a second download of it at the same time is refused."""
-        name = path.with_name(f"{path.name}.part")
+        name = begun(path)[0]
         with writing(path):
             # unbuffered: on a full disk, closing would try to write once more
             file = open(name, "a+b", buffering=0)  # noqa: SIM115  closed below

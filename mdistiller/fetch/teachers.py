@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,13 @@ import torch
 
 from mdistiller.engine.build import build_model
 from mdistiller.engine.folder.checkpoint import CheckpointError, check_weights, load_weights
-from mdistiller.files import StrPath, file_sha256
+from mdistiller.files import StrPath, file_sha256, lock
 from mdistiller.models import ModelEntry
 from mdistiller.models._registration import COLLECTIONS, TEACHER_RELEASE, checkpoint_root, public_file
 from mdistiller.registry import MODEL_FAMILIES, InputError
 
-from .archive import ArchiveError, BadArchiveError, unpack
-from .download import DownloadError, download
+from .archive import ArchiveError, BadArchiveError, temporary_of, unpack
+from .download import DownloadError, begun, download
 
 MIRROR_VARIABLE = "MDISTILLER_CKPT_URL"
 RELEASE_FILES = TEACHER_RELEASE.replace("/tag/", "/download/")
@@ -100,7 +102,7 @@ def fetch_teachers(
     Files that are there already are checked and kept; where all are, nothing is downloaded. A tar that was put into
     ``root`` by hand, ``COLLECTION.tar``, is used and kept. A downloaded one, ``COLLECTION.downloaded.tar``, is deleted
     once its files are in their places, or at once where it is damaged; where its files are refused, it is kept for the
-    next call.
+    next call. What a killed call left is deleted by the next one that succeeds.
 
     Args:
         collection: a key of ``COLLECTIONS``.
@@ -142,8 +144,24 @@ def fetch_teachers(
             raise ArchiveError(
                 f"{error}\n{tar} is kept: mend that and run the command again, or, for another copy of the tar, {again}"
             ) from None
-    downloaded.unlink(missing_ok=True)
+    _tidy(root, collection, files)
     return [root / file for file in files if (root / file).is_file()]
+
+
+def _tidy(root: Path, collection: str, files: Iterable[str]) -> None:
+    """Remove what this call or a killed one left: the downloaded tar, the beginning of one, files half unpacked.
+
+    Nothing is removed while another process downloads or unpacks, or where the folder may not be written.
+    """
+    downloaded = root / f"{collection}.downloaded.tar"
+    leftovers = [downloaded, *begun(downloaded), *(temporary_of(root / file) for file in files)]
+    with suppress(OSError):
+        with ExitStack() as stack:
+            for path in (root / f"{collection}.tar", downloaded, begun(downloaded)[0]):
+                if path.is_file() and not lock(stack.enter_context(path.open("rb"))):
+                    return
+        for path in leftovers:
+            path.unlink(missing_ok=True)
 
 
 def _unpack_teachers(collection: str, tar: Path, root: Path, wanted: dict[str, str]) -> None:
@@ -202,7 +220,7 @@ def verify_teachers(collection: str, root: StrPath | None = None) -> int:
         count += 1
         try:
             print(f"good     {check_teacher(root / file, collection, file)}", flush=True)
-        except CheckpointError as error:
+        except InputError as error:
             wrong.append(str(error))
     if wrong:
         raise CheckpointError("\n".join([*wrong, "fetch again with --overwrite to replace it"]))

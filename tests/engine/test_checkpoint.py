@@ -136,7 +136,7 @@ def test_missing_file():
 
 def refusal(state, advice="take another file", classes_of="data set digits; take another teacher"):
     with pytest.raises(CheckpointError) as error:
-        check_weights(nn.Linear(2, 10).state_dict(), state, "file", advice, classes_of)
+        check_weights(nn.Linear(2, 10).state_dict(), state, "file", lambda: advice, classes_of)
     return str(error.value)
 
 

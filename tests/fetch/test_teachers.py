@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from mdistiller.fetch import teachers
 from mdistiller.fetch.archive import ArchiveError
 from mdistiller.fetch.download import DownloadError
 from mdistiller.fetch.teachers import KNOWN_SHA256, fetch_teachers
+from mdistiller.files import lock
 from mdistiller.models import cifar_model_dict
 from mdistiller.registry import InputError, dataset_dict
 
@@ -179,6 +181,47 @@ def test_stopped_while_unpacking_it_goes_on_from_there(
     assert hub.main(["--root", str(tmp_path)]) == 0
     assert len(mirror.paths) == 1
     assert not (tmp_path / DOWNLOADED).exists()
+
+
+def test_what_a_killed_call_left_is_removed_by_the_next(mirror: Server, tmp_path: Path, resnet56: bytes) -> None:
+    """Also where nothing is left to be fetched; not while another process is at work."""
+    (tmp_path / "served.tar").unlink()
+    folder = (tmp_path / RESNET56).parent
+    folder.mkdir(parents=True)
+    (tmp_path / RESNET56).write_bytes(resnet56)
+    for file in teachers.teacher_files("cifar_teachers"):
+        if file != RESNET56:
+            shutil.copytree(folder, (tmp_path / file).parent)
+    left = [DOWNLOADED, f"{DOWNLOADED}.part", f"{DOWNLOADED}.part.json", f"{folder}/.ckpt_epoch_240.pth.tmp"]
+    for name in left:
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teachers, "check_teacher", lambda path, collection, file: file)
+        with (tmp_path / DOWNLOADED).open("rb") as busy:
+            assert lock(busy)
+            fetch_teachers(root=tmp_path)
+            assert all((tmp_path / name).exists() for name in left)
+        fetch_teachers(root=tmp_path)
+    assert contents(tmp_path).keys() == teachers.teacher_files("cifar_teachers").keys()
+    assert not mirror.paths
+
+
+@pytest.mark.parametrize("name", ["cifar_teachers.tar", RESNET56])
+def test_a_file_that_may_not_be_read_is_one_message(
+    mirror: Server, tmp_path: Path, resnet56: bytes, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / RESNET56).parent.mkdir(parents=True)
+    (tmp_path / name).write_bytes(resnet56)
+    original = open
+
+    def forbidden(path: object, *arguments: object, **named: object) -> object:
+        if path == tmp_path / name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *arguments, **named)
+
+    monkeypatch.setattr("builtins.open", forbidden)
+    with pytest.raises(InputError, match=f"^cannot read {tmp_path / name}: Permission denied"):
+        fetch_teachers(root=tmp_path)
 
 
 def test_weights_that_are_not_finite(mirror: Server, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import tempfile
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -342,14 +342,14 @@ def _has_student(state: State) -> bool:
     return any(key.startswith("student.") for key in state)
 
 
-def check_weights(own: State, state: State, what: str, advice: str = "", classes_of: str = "") -> None:
+def check_weights(own: State, state: State, what: str, advice: Callable[[], str] = str, classes_of: str = "") -> None:
     """Refuse a state that a network cannot take, or should not have; changes nothing.
 
     Args:
         own: the state dict of the network, for names and shapes.
         state: the state dict that was read.
         what: names the file and the network in the message.
-        advice: what to do about other names or shapes; empty: nothing is said.
+        advice: called where names or shapes differ; says what to do about it. Default: nothing.
         classes_of: what the network's classes are those of, and what to do about another number of them:
             ``"data set digits; take another teacher"``. A state that differs in its number of classes alone is refused
             in these words. Empty: the number of classes is a shape as any other.
@@ -376,14 +376,14 @@ def not_finite(state: State) -> list[str]:
     return [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
 
 
-def check_fit(own: State, state: State, what: str, advice: str = "") -> None:
+def check_fit(own: State, state: State, what: str, advice: Callable[[], str] = str) -> None:
     """Compare names, shapes and kinds of numbers of ``state`` with those of the model's ``own``; changes nothing.
 
     Args:
         own: the state dict of the model that is to take the state.
         state: the state dict that was read.
         what: names the file and the model in the message.
-        advice: what to do about it; empty: nothing is said.
+        advice: called where they differ; says what to do about it. Default: nothing.
 
     Raises:
         CheckpointError: lists what is missing, what is too much, and which shapes and kinds of numbers differ.
@@ -403,7 +403,7 @@ def check_fit(own: State, state: State, what: str, advice: str = "") -> None:
     groups = {"missing": missing, "not in the model": surplus, "other shape": reshaped, "other type": retyped}
     problems = [f"{title}: {_listed(keys)}" for title, keys in groups.items() if keys]
     if problems:
-        raise CheckpointError(f"{what} does not fit: {'; '.join(filter(None, [*problems, advice]))}")
+        raise CheckpointError(f"{what} does not fit: {'; '.join(filter(None, [*problems, advice()]))}")
 
 
 def _listed(names: list[str]) -> str:

@@ -95,7 +95,7 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
     splits = load_splits(cfg)
     workers = _worker_count(cfg, torch.device(device))
     decoders = cfg.DATASET.NUM_WORKERS if dataset.in_files else 0
-    place = {"device": "cpu" if workers is not None else device, "channels_last": cfg.SOLVER.CHANNELS_LAST}
+    place = {"device": "cpu" if workers is not None else device, "channels_last": cfg.SOLVER.CHANNELS_LAST == "on"}
     batch_size = cfg.DATASET.TEST.BATCH_SIZE
 
     def test_loader(split: Split) -> Loader:

@@ -24,6 +24,7 @@ from mdistiller.plugins import load_methods, method_file
 from mdistiller.registry import InputError, suggestion
 
 from .config.experiment import UNDECLARED, flatten, relevant_part
+from .config.node import SWITCH
 from .config.node import ConfigNode as CN
 from .forwards.cache import check_cacheable
 from .task import task_of
@@ -193,7 +194,8 @@ OPTIONS |= {
     "SOLVER.WARMUP_LR": resumable(0.0, "rate at the start of the warm-up", at_least=0),
     "SOLVER.DEVICE": speed("auto", "auto: the GPU where there is one; else as torch names it: cpu, cuda, cuda:1"),
     "SOLVER.AMP": resumable("off", "off: float32; fp16: GPU only", one_of=("off", "bf16", "fp16")),
-    "SOLVER.CHANNELS_LAST": speed(False, "memory layout NHWC: faster convolutions, above all with AMP"),
+    "SOLVER.CHANNELS_LAST": speed("auto", "memory layout NHWC, or on and off; auto: on a CPU; a resumed run keeps its own",
+                                  one_of=SWITCH),
     "SOLVER.FAST_TEACHER": speed(True, "BatchNorms of the frozen teacher folded into its convolutions"),
     "SOLVER.CACHE_TEACHER": speed(False, "keep the teacher's outputs, computed once; needs DATASET.VIEW_WEAK plain"),
     "SOLVER.COMPILE": speed("off", "torch.compile. all: student and teacher", one_of=("off", "teacher", "all")),
@@ -207,7 +209,7 @@ OPTIONS |= {
     "LOG.SAVE_CHECKPOINT_FREQ": place(40, "keep epoch_N and student_N every so many epochs; 0: never", at_least=0),
     "LOG.SAVE_EVERY_STEPS": place(0, "besides after each epoch, save latest every so many steps; 0: not", at_least=0),
     "LOG.TENSORBOARD_FREQ": place(500, "loss and rate every so many steps, besides each epoch; 0: never", at_least=0),
-    "LOG.PROGRESS": place("auto", "progress bar; auto: on a terminal only", one_of=("auto", "on", "off")),
+    "LOG.PROGRESS": place("auto", "progress bar; auto: on a terminal only", one_of=SWITCH),
     "LOG.WANDB": place(False, "log to Weights & Biases too"),
 }
 # fmt: on

@@ -18,6 +18,7 @@ from mdistiller.registry import InputError, distiller_dict, open_dataset
 
 from .build import build_distiller, build_networks, build_student, build_teacher, teacher_checkpoint
 from .cfg import experiment_name
+from .config.node import convert, read_yaml
 from .folder.checkpoint import remove_leftovers, write_atomically
 from .folder.run_folder import (
     alone_in,
@@ -57,6 +58,7 @@ def run(
     """
     distributed.start()
     folder = run_folder(cfg)
+    cfg = _with_layout(cfg, folder if resume else None)
     distributed.on_first_process(lambda: check_folder(folder, cfg, resume, overwrite))
     trainer, facts = build_run(cfg)
     add_hooks(trainer, hooks)
@@ -75,6 +77,22 @@ def run(
         distributed.on_first_process(lambda: _begin(folder, cfg, trainer, resumed, overwrite))
         trainer.results.update(facts)
         return trainer.train()
+
+
+def _with_layout(cfg: Any, folder: Path | None) -> Any:
+    """``cfg`` with the memory layout that ``SOLVER.CHANNELS_LAST`` ``auto`` means: of the run in ``folder``, if any."""
+    if cfg.SOLVER.CHANNELS_LAST != "auto":
+        return cfg
+    layout = "on" if Precision.from_cfg(cfg).channels_last else "off"
+    if folder is not None and (folder / "config.yaml").is_file():
+        content = read_yaml(folder / "config.yaml")
+        solver = content.get("SOLVER") if isinstance(content, dict) else None
+        layout = solver.get("CHANNELS_LAST", layout) if isinstance(solver, dict) else layout
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.CHANNELS_LAST = convert(layout, "auto", "SOLVER.CHANNELS_LAST", f"{folder}/config.yaml")
+    cfg.freeze()
+    return cfg
 
 
 def _begin(folder: Path, cfg: Any, trainer: BaseTrainer, resumed: bool, overwrite: bool) -> None:

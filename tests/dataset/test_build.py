@@ -52,7 +52,7 @@ def make_cfg(*options):
         }
     )
     cfg.DISTILLER = CfgNode({"TYPE": "ONE"})
-    cfg.SOLVER = CfgNode({"BATCH_SIZE": 64, "DROP_LAST": False, "CHANNELS_LAST": False})
+    cfg.SOLVER = CfgNode({"BATCH_SIZE": 64, "DROP_LAST": False, "CHANNELS_LAST": "off"})
     cfg.merge_from_list(list(options))
     cfg.freeze()
     return cfg

@@ -7,7 +7,7 @@ from typing import Any
 from mdistiller.options import Option, options_of
 from mdistiller.registry import distiller_dict
 
-from .node import ConfigNode
+from .node import ConfigNode, convert
 
 UNDECLARED = Option(None)  # a key that a method file of another project reads
 
@@ -45,6 +45,8 @@ def changed_keys(before: dict[str, Any], cfg: Any) -> tuple[list[str], list[str]
     before, options = flatten(before), options_of(cfg)
     fatal, harmless = [], []
     for key, value in flatten(relevant_part(cfg)).items():
+        if key in before and isinstance(value, str) and isinstance(before[key], bool):  # a switch of an earlier version
+            before[key] = convert(before[key], value, key, "config.yaml")
         if key in before and before[key] != value:
             changes = fatal if options.get(key, UNDECLARED).fixed else harmless
             changes.append(f"{key} was {before[key]}, is {value}")

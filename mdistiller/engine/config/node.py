@@ -24,6 +24,7 @@ from mdistiller.registry import InputError, closest, suggestion
 BASE_KEY = "_BASE_"
 ALLOWED = "__allowed_keys__"
 WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+SWITCH = ("auto", "on", "off")  # the values of a key that decides for itself unless it is told; booleans tell it too
 
 
 class _Loader(yaml.SafeLoader):
@@ -213,6 +214,8 @@ def convert(value: Any, default: Any, key: str, source: str) -> Any:
         except (TypeError, ValueError, OverflowError):
             pass
     elif kind is str:
+        if default in SWITCH and str(value).lower() in WORDS_FOR_BOOL:
+            return "on" if WORDS_FOR_BOOL[str(value).lower()] else "off"
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
     elif kind in (list, tuple):

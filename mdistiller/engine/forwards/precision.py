@@ -41,7 +41,10 @@ class Precision:
         device = resolve_device(cfg.SOLVER.DEVICE)
         if cfg.SOLVER.AMP == "fp16" and device.type == "cpu":
             raise InputError("SOLVER.AMP fp16 needs a GPU; on the CPU use SOLVER.AMP bf16")
-        return cls(device, AUTOCAST_DTYPES[cfg.SOLVER.AMP], cfg.SOLVER.CHANNELS_LAST)
+        layout = cfg.SOLVER.CHANNELS_LAST
+        # On a CPU no network of the library is slower this way (docs/performance.md); on a GPU it was not measured.
+        channels_last = layout == "on" or (layout == "auto" and device.type == "cpu")
+        return cls(device, AUTOCAST_DTYPES[cfg.SOLVER.AMP], channels_last)
 
     def autocast(self) -> AbstractContextManager:
         """Context in which the networks run."""

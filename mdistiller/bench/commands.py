@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import multiprocessing
 import shlex
@@ -27,7 +28,7 @@ from . import old_loop
 from .epochs import OLD, PLAIN, OldRun, OwnRun, with_epochs
 from .measure import Sample, Spread, interleaved, machine, ratios
 from .profile import parts_of_steps, table_of_parts
-from .subjects import baseline_of, build_subject, loss_alone, settle, teacher_variants, with_options
+from .subjects import baseline_of, build_networks, build_subject, loss_alone, settle, teacher_variants, with_options
 
 Row = dict[str, Any]
 
@@ -138,6 +139,26 @@ def data(settings: Settings, folder: Path) -> list[Row]:
     return rows
 
 
+def layout(settings: Settings, folder: Path) -> list[Row]:
+    """The student's forward and backward pass with both memory layouts (SOLVER.CHANNELS_LAST off and on)."""
+    batch = build_subject(with_options(settings.cfg, DISTILLER__TYPE="NONE"), folder, num_batches=1).batches[0]
+    student, _ = build_networks(settings.cfg)
+    cases = {}
+    for name in ("off", "on"):
+        precision = Precision.from_cfg(with_options(settings.cfg, SOLVER__CHANNELS_LAST=name))
+        network = precision.place(copy.deepcopy(student)).train()
+        image = precision.place_tensor(batch["image"])
+
+        def once(network=network, image=image, precision=precision) -> None:
+            with precision.autocast():
+                logits, _ = network(image)
+            logits.float().square().mean().backward()
+            network.zero_grad()
+
+        cases[name] = _repeated(once, settings)
+    return _rows(_timed(cases, settings), "off", settings, per=settings.steps)
+
+
 TRAIN_VARIANTS: dict[str, dict[str, Any]] = {
     "float32": PLAIN,
     "bf16": {"SOLVER__AMP": "bf16", "SOLVER__CHANNELS_LAST": True},
@@ -227,6 +248,7 @@ COMMANDS = {
     "step": step,
     "data": data,
     "teacher": teacher,
+    "layout": layout,
     "train": train,
     "profile": profile,
     "memory": memory,
@@ -249,7 +271,7 @@ def run_command(what: str, settings: Settings) -> dict[str, Any]:
         "teacher": f"{cfg.DISTILLER.TEACHER}, {cfg.DISTILLER.TEACHER_CKPT or 'fresh weights'}",
         "student": cfg.DISTILLER.STUDENT,
         "data": f"{cfg.DATASET.TYPE}, batches of {cfg.SOLVER.BATCH_SIZE}",
-        "precision": f"AMP {cfg.SOLVER.AMP}, channels last {cfg.SOLVER.CHANNELS_LAST}, compile {cfg.SOLVER.COMPILE}",
+        "precision": f"AMP {cfg.SOLVER.AMP}, channels last {settings.precision.channels_last}, compile {cfg.SOLVER.COMPILE}",
         "clock": settings.clock,
         "rows": rows,
     }

@@ -70,6 +70,13 @@ def test_teacher_with_one_speed_up_more_each_time(tmp_path):
         assert_timed(row)
 
 
+def test_both_memory_layouts_of_the_student(tmp_path):
+    _, rows = bench(tmp_path, "layout")
+    assert list(rows) == ["off", "on"]
+    for row in rows.values():
+        assert_timed(row)
+
+
 def test_whole_epochs_against_the_old_loop(tmp_path):
     _, rows = bench(tmp_path, "train", "--methods", "KD", "--variants", "float32", "bf16")
     assert list(rows) == ["KD: old loop", "KD: float32", "KD: bf16"]

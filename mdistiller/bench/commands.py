@@ -271,7 +271,8 @@ def run_command(what: str, settings: Settings) -> dict[str, Any]:
         "teacher": f"{cfg.DISTILLER.TEACHER}, {cfg.DISTILLER.TEACHER_CKPT or 'fresh weights'}",
         "student": cfg.DISTILLER.STUDENT,
         "data": f"{cfg.DATASET.TYPE}, batches of {cfg.SOLVER.BATCH_SIZE}",
-        "precision": f"AMP {cfg.SOLVER.AMP}, channels last {settings.precision.channels_last}, compile {cfg.SOLVER.COMPILE}",
+        "precision": f"AMP {cfg.SOLVER.AMP}, channels last {settings.precision.channels_last}, "
+        f"compile {cfg.SOLVER.COMPILE}",
         "clock": settings.clock,
         "rows": rows,
     }

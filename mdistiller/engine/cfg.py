@@ -194,7 +194,7 @@ OPTIONS |= {
     "SOLVER.WARMUP_LR": resumable(0.0, "rate at the start of the warm-up", at_least=0),
     "SOLVER.DEVICE": speed("auto", "auto: the GPU where there is one; else as torch names it: cpu, cuda, cuda:1"),
     "SOLVER.AMP": resumable("off", "off: float32; fp16: GPU only", one_of=("off", "bf16", "fp16")),
-    "SOLVER.CHANNELS_LAST": speed("auto", "memory layout NHWC, or on and off; auto: on a CPU; a resumed run keeps its own",
+    "SOLVER.CHANNELS_LAST": speed("auto", "memory layout NHWC; auto: on for a CPU; a resumed run keeps its own",
                                   one_of=SWITCH),
     "SOLVER.FAST_TEACHER": speed(True, "BatchNorms of the frozen teacher folded into its convolutions"),
     "SOLVER.CACHE_TEACHER": speed(False, "keep the teacher's outputs, computed once; needs DATASET.VIEW_WEAK plain"),

@@ -94,8 +94,8 @@ class NetworkFacts:
         shapes = self.preact_shapes or self.need("shapes")
         if self.preact_shapes is None and self.activated:
             warn(
-                f"the {self} gives no features['preact_feats']: this method reads maps before the ReLU, and takes those "
-                "behind it"
+                f"the {self} gives no features['preact_feats']: this method reads maps before the ReLU, and takes "
+                "those behind it"
             )
         return _widths(shapes)
 
@@ -109,8 +109,8 @@ class NetworkFacts:
 def facts_of(network: nn.Module, size: Sequence[int], role: str = "network") -> NetworkFacts:
     """Ask a network by one black image.
 
-    The network is asked in eval mode, and no gradient is computed: no statistics move, no random number is drawn, and afterwards
-    every module is in its mode of before.
+    The network is asked in eval mode, and no gradient is computed: no statistics move, no random number is drawn, and
+    afterwards every module is in its mode of before.
 
     Args:
         network: returns ``(logits, features)``.

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import IO, BinaryIO
 from .registry import InputError
 
 StrPath = str | os.PathLike[str]
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # error numbers: the disk, the user's quota
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error numbers: the disk, the user's quota, a file's size
 
 
 def sha256(file: BinaryIO, size: int = sys.maxsize) -> str:
@@ -40,8 +41,22 @@ def file_sha256(path: StrPath) -> str:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
 
 
+_locked: weakref.WeakSet[IO] = weakref.WeakSet()  # by this process
+
+
+def _let_go_in_child() -> None:
+    for file in _locked:
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):  # a loader's worker may outlive this process, and would keep its locks
+    os.register_at_fork(after_in_child=_let_go_in_child)
+
+
 def lock(file: IO) -> bool:
     """Keep other processes from locking an open file, until it is closed or this process ends.
+
+    In a process that is forked from this one, the file is closed.
 
     Returns:
         Whether the file is this process's. ``False``: another process holds it, or has just removed it. ``True``
@@ -53,6 +68,7 @@ def lock(file: IO) -> bool:
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _locked.add(file)
         return os.fstat(file.fileno()).st_ino == os.stat(file.name).st_ino
     except (BlockingIOError, FileNotFoundError):
         return False
@@ -70,7 +86,7 @@ def no_space(path: Path, needed: int = 0) -> str:
     free = shutil.disk_usage(path.parent).free
     figures = f"{free / 1e6:.1f} MB free"
     if needed:
-        missing = f"{(needed - free) / 1e6:.1f} MB are missing" if needed > free else "a quota is used up"
+        missing = f"{(needed - free) / 1e6:.1f} MB are missing" if needed > free else "a quota or limit is reached"
         figures = f"{needed / 1e6:.1f} MB needed, {figures}, {missing}"
     return f"no space left to write {path}: {figures}"
 

@@ -1,4 +1,4 @@
-"""The tables everything is looked up in by name, and the error for what a user got wrong.
+"""The tables everything is looked up in by name, and the errors that end a command with a message.
 
 This module imports nothing of the package, so that every other module may import it. The tables are
 dictionaries: ``distiller_dict["KD"]`` is the class, and both ways of adding an entry work, the
@@ -19,6 +19,13 @@ class InputError(ValueError):
     The commands in ``tools/`` print its message and exit with code 2, without a traceback; any other
     exception is a fault of ours and keeps its traceback. The message says what was found, what is
     allowed and what to do.
+    """
+
+
+class RunError(RuntimeError):
+    """A run that began and could not go on: its numbers, or its disk.
+
+    The commands print its message and exit with code 1, without a traceback.
     """
 
 

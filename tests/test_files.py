@@ -2,8 +2,11 @@
 
 import fcntl
 import hashlib
+import os
 import shutil
+import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +44,23 @@ def test_a_file_that_its_holder_has_removed_is_not_locked(path, replaced):
         assert not lock(file)
 
 
+def test_a_child_that_lives_on_does_not_keep_the_lock(path):
+    """A loader's worker notices only after a while that its parent was killed."""
+    with path.open() as file:
+        assert lock(file)
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        time.sleep(0.05)
+        with path.open() as next_one:
+            assert lock(next_one)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def test_without_locks_everybody_may_write(path, monkeypatch):
     def refuse(*_):
         raise OSError("no locks available")
@@ -57,7 +77,7 @@ def test_without_locks_everybody_may_write(path, monkeypatch):
 def test_a_full_disk_says_how_much_is_missing(path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_500_000))
     assert no_space(path, 4_000_000) == f"no space left to write {path}: 4.0 MB needed, 1.5 MB free, 2.5 MB are missing"
-    assert no_space(path, 1_000_000).endswith("1.0 MB needed, 1.5 MB free, a quota is used up")
+    assert no_space(path, 1_000_000).endswith("1.0 MB needed, 1.5 MB free, a quota or limit is reached")
     assert no_space(path).endswith(": 1.5 MB free")
 
 

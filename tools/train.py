@@ -6,7 +6,7 @@ torchrun --nproc_per_node 2 tools/train.py --cfg configs/digits/kd/res20_res8.ya
 
 import argparse
 
-from mdistiller.engine.cfg import load_config, show_cfg
+from mdistiller.engine.cfg import load_config
 from mdistiller.engine.cli import allow_plugins_option, command
 from mdistiller.engine.processes import distributed
 from mdistiller.engine.run import run
@@ -29,8 +29,7 @@ def main() -> None:
     distributed.start()
     with distributed.same_error():
         cfg = load_config(args.cfg, args.opts, allow_plugins=args.allow_plugins)
-    show_cfg(cfg)
-    run(cfg, resume=args.resume, overwrite=args.overwrite)
+    run(cfg, resume=args.resume, overwrite=args.overwrite, show=True)
 
 
 if __name__ == "__main__":

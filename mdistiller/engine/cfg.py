@@ -237,6 +237,7 @@ def _add(cfg: CN, options: dict[str, Option]) -> None:
 _collect_sections()
 
 
+LONGEST_NAME = 200  # bytes; file systems take 255, and a plan puts files of longer names beside the folder
 CODE_KEYS = tuple(key for key, option in OPTIONS.items() if option.code)
 METHOD_KEYS = ("DISTILLER.TYPE", *CODE_KEYS)
 
@@ -300,15 +301,27 @@ def check_config(cfg: CN) -> None:
     chosen_recipes(cfg, open_dataset(cfg))
     if cfg.SOLVER.CACHE_TEACHER:
         check_cacheable(cfg)
-    if not (cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG):
-        raise InputError("EXPERIMENT.NAME and EXPERIMENT.TAG are both empty; one must name the run")
-    if ".." in PurePath(experiment_name(cfg)).parts:
-        raise InputError(f"the run's folder {experiment_name(cfg)} must lie below LOG.PREFIX; leave out '..'")
+    _check_names(cfg)
     if cfg.SOLVER.EPOCHS <= cfg.SOLVER.WARMUP_EPOCHS:
         raise InputError(
             f"SOLVER.WARMUP_EPOCHS is {cfg.SOLVER.WARMUP_EPOCHS}, which leaves nothing of "
             f"SOLVER.EPOCHS {cfg.SOLVER.EPOCHS}"
         )
+
+
+def _check_names(cfg: CN) -> None:
+    """Refuse a folder's name that lies elsewhere, or that file systems or a web page do not take."""
+    if not (cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG):
+        raise InputError("EXPERIMENT.NAME and EXPERIMENT.TAG are both empty; one must name the run")
+    for key in ("PROJECT", "NAME" if cfg.EXPERIMENT.NAME else "TAG"):
+        name = cfg.EXPERIMENT[key]
+        path, what = PurePath(name), f"EXPERIMENT.{key} {name[:80]!r}"
+        if path.is_absolute() or ".." in path.parts:
+            raise InputError(f"{what} must lie below LOG.PREFIX; leave out '..' and the '/' in front")
+        if any(not character.isprintable() or character in "<>" for character in name):
+            raise InputError(f"{what} must not hold line breaks, control characters, '<' or '>'")
+        if any(len(part.encode()) > LONGEST_NAME for part in path.parts):
+            raise InputError(f"{what} is too long: at most {LONGEST_NAME} bytes between two '/'")
 
 
 def _check_options(cfg: CN) -> None:

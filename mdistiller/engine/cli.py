@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mdistiller.consent import FLAG
-from mdistiller.registry import InputError
+from mdistiller.registry import InputError, RunError
 
-from .folder.checkpoint import DiskFullError
-from .hooks import NonFiniteLossError, StopRequested
-from .prepare import PreparationError
+from .hooks import StopRequested
 from .processes import distributed
 
 
@@ -32,7 +30,7 @@ def command(main: Callable[[], int | None]) -> None:
     except InputError as error:
         _say(f"error: {error}", error)
         code = 2
-    except (NonFiniteLossError, PreparationError, DiskFullError) as error:
+    except RunError as error:
         _say(f"stopped: {error}", error)
         code = 1
     except StopRequested as error:

@@ -9,10 +9,10 @@ A script adds hooks by ``run(cfg, hooks=[...])``, a method file by ``HOOKS = [..
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
+import math
 import os
 import signal
 import statistics
@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,16 +29,16 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mdistiller.messages import log_msg, say, warn
-from mdistiller.registry import InputError
+from mdistiller.registry import InputError, RunError
 
 from .batch import images_of
 from .deployed import deploys_whole
 from .folder.checkpoint import (
     CheckpointError,
-    DiskFullError,
     check_fit,
     fingerprint,
     load_into,
+    previous,
     save_checkpoint,
     write_atomically,
 )
@@ -54,8 +55,8 @@ if TYPE_CHECKING:
 SPLITS = {"val": "validation", "test": "test"}
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or NaN; training on would destroy the weights."""
+class NonFiniteLossError(RunError):
+    """A loss or a weight became infinite or NaN; nothing of that is saved."""
 
 
 class StopRequested(RuntimeError):
@@ -163,11 +164,15 @@ class FoldAnew(Hook):
 
 
 class NonFiniteGuard(Hook):
-    """Stops at a loss that is infinite or NaN. On a GPU it looks every 50 steps, to avoid waiting for each."""
+    """Stops at a loss that is infinite or NaN, and before weights are saved that are or that lead there.
+
+    At losses it looks every step, on a GPU every 50, to avoid waiting for each; at weights once for each save.
+    """
 
     def before_train(self) -> None:
         self.interval = 50 if self.trainer.precision.device.type == "cuda" else 1
         self.unchecked: list[tuple[int, float, StepOutput]] = []
+        self.saved_at = self.trainer.step  # the steps behind the state in latest
 
     def after_step(self, output: StepOutput) -> None:
         index = {
@@ -179,7 +184,7 @@ class NonFiniteGuard(Hook):
             self.check()
 
     def after_epoch(self) -> None:
-        self.check()
+        self.check_state()
 
     def check(self) -> None:
         """Look at the steps since the last look.
@@ -188,9 +193,67 @@ class NonFiniteGuard(Hook):
             NonFiniteLossError: with step, terms, learning rate and the indices of the images.
         """
         with distributed.same_error():
-            self._check_own()
+            self._check_losses()
 
-    def _check_own(self) -> None:
+    def check_state(self) -> None:
+        """Look at the weights, too, before they are scored or saved.
+
+        Raises:
+            NonFiniteLossError: names those whose squares do not add up to a finite number.
+        """
+        with distributed.same_error():
+            self._check_losses()
+            trained = {id(p) for group in self.trainer.optimizer.param_groups for p in group["params"]}
+            named = self.trainer.distiller.named_parameters()
+            weights = {name: p for name, p in named if id(p) in trained and p.is_floating_point()}
+            norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float32) for p in weights.values()]
+            bad = [] if not norms else (~torch.isfinite(torch.stack(norms))).nonzero().flatten().tolist()
+            if bad:
+                name = list(weights)[bad[0]]
+                more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+                raise self.error(
+                    f"the weights are not finite, or their squares are not, after step {self.trainer.step} (epoch "
+                    f"{self.trainer.epoch}): {name}{more}",
+                    self.trainer.step,
+                )
+
+    def check_score(self, score: Score) -> None:
+        """Look at what the network gives on other images, which weights and statistics may spoil unseen in training.
+
+        Raises:
+            NonFiniteLossError: the score's loss is not finite.
+        """
+        loss = score.values.get(LOSS.name, 0.0)
+        if not math.isfinite(loss):
+            raise self.error(
+                f"the loss is not finite when the network is scored after step {self.trainer.step} (epoch "
+                f"{self.trainer.epoch}): {loss} on {score.count} images",
+                self.trainer.step,
+            )
+
+    def error(self, what: str, bad: int) -> NonFiniteLossError:
+        """What happened, where the last good state is, what to do.
+
+        Args:
+            what: happened.
+            bad: number of steps behind the first state that leads there.
+        """
+        trainer, solver = self.trainer, self.trainer.cfg.SOLVER
+        latest = trainer.folder / "latest"
+        earlier = previous(latest)
+        remedies = f"a lower SOLVER.LR than {solver.LR:g}" + (" or SOLVER.AMP off" if solver.AMP != "off" else "")
+        if latest.is_file() and self.saved_at < bad:
+            left = f"{latest} holds the last good state; go on from it by --resume with {remedies}"
+        elif earlier.is_file():
+            left = (
+                f"{latest} leads there again, and {earlier} holds the last good state; copy {earlier.name} over "
+                f"{latest.name} and go on by --resume with {remedies}"
+            )
+        else:
+            left = f"No good state is saved; start again with {remedies}, or with SOLVER.WARMUP_EPOCHS"
+        return NonFiniteLossError(f"{what}. {left}")
+
+    def _check_losses(self) -> None:
         unchecked, self.unchecked = self.unchecked, []
         if not unchecked:
             return
@@ -201,11 +264,10 @@ class NonFiniteGuard(Hook):
             terms = ", ".join(f"{name} {value.item():g}" for name, value in output.losses.items())
             index = output.batch.get("index")
             images = "" if index is None else f"; images {index.tolist()}"
-            latest = self.trainer.folder / "latest"
-            saved = f"{latest} holds the last good state; " if latest.is_file() else ""
-            raise NonFiniteLossError(
+            raise self.error(
                 f"the loss is not finite at step {step} (epoch {self.trainer.epoch}): {terms}; learning rate "
-                f"{rate:g}{images}. {saved}a lower SOLVER.LR, SOLVER.WARMUP_EPOCHS or SOLVER.AMP off may help"
+                f"{rate:g}{images}",
+                step - 1,
             )
 
 
@@ -355,10 +417,12 @@ class Evaluate(Hook):
 
     state_kind: ClassVar[Any] = {"scores": [[NUMBER]], "best_fingerprint": int}
 
-    def __init__(self, trainer: BaseTrainer, weight_average: WeightAverage | None, clock: Clock) -> None:
+    def __init__(
+        self, trainer: BaseTrainer, weight_average: WeightAverage | None, clock: Clock, guard: NonFiniteGuard
+    ) -> None:
         super().__init__(trainer)
         self.weight_average = weight_average
-        self.clock = clock
+        self.clock, self.guard = clock, guard
         self.on_batch: Callable[[], None] | None = None
         self.scores: list[tuple[float, ...]] = []  # of each evaluation all values, the headline first
         self.prefix = "val" if trainer.test_loader is not None else "test"
@@ -382,6 +446,7 @@ class Evaluate(Hook):
             return
         start = time.perf_counter()
         score = self.score(trainer.deployed, trainer.val_loader)
+        self.guard.check_score(score)
         for measure in trainer.task.measures:
             trainer.row[f"{self.prefix}_{measure.column}"] = score.values[measure.name]
         if self.weight_average is not None:
@@ -520,6 +585,15 @@ def _as_dict(score: Score, epoch: int, split: str) -> dict[str, Any]:
     return {**score.values, "epoch": epoch, "images": score.count, "split": SPLITS[split]}
 
 
+def _valid(value: Any) -> Any:
+    """``value`` as JSON can say it: ``None`` for a number that is infinite or NaN."""
+    if isinstance(value, dict):
+        return {key: _valid(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_valid(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Writers(Hook):
     """Gives each epoch's line to the log writers and keeps ``results.json`` up to date."""
 
@@ -573,14 +647,15 @@ class Writers(Hook):
         content = {"status": status, **{k: v for k, v in self.trainer.results.items() if k != "status"}}
         self.trainer.results["status"] = status
         content |= {"epochs": self.trainer.epoch - 1, "steps": self.trainer.step}
-        write_atomically(self.trainer.folder / "results.json", json.dumps(content, indent=1) + "\n")
+        text = json.dumps(_valid(content), indent=1, allow_nan=False)
+        write_atomically(self.trainer.folder / "results.json", text + "\n")
 
     def close(self) -> None:
-        if self.writers and self.trainer.results.get("status") == "running":
-            with contextlib.suppress(DiskFullError):  # which may be why the run stopped
+        with ExitStack() as stack:  # all are closed, whatever goes wrong
+            for writer in self.writers:
+                stack.callback(writer.close)
+            if self.writers and self.trainer.results.get("status") == "running":
                 self._write_results("stopped")
-        for writer in self.writers:
-            writer.close()
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
@@ -603,9 +678,10 @@ class Checkpoints(Hook):
 
     def save_latest(self) -> None:
         """Save the run as it stands; a state behind a loss that is not finite is never saved."""
-        self.guard.check()
+        self.guard.check_state()
         state, path = self.trainer.state_dict(), self.trainer.folder / "latest"
         distributed.on_first_process(lambda: save_checkpoint(state, path, keep_previous=True))
+        self.guard.saved_at = self.trainer.step
 
     def epoch_done(self) -> None:
         trainer, finished = self.trainer, self.trainer.epoch - 1
@@ -769,8 +845,8 @@ def default_hooks(trainer: BaseTrainer) -> list[Hook]:
     """The hooks of a run, in the order in which they are called."""
     meters, clock = Meters(trainer), Clock(trainer)
     average = WeightAverage(trainer) if trainer.cfg.SOLVER.EMA_DECAY else None
-    evaluation = Evaluate(trainer, average, clock)
     guard = NonFiniteGuard(trainer)
+    evaluation = Evaluate(trainer, average, clock, guard)
     checkpoints = Checkpoints(trainer, evaluation, guard)
     stop = StopSignals(trainer, checkpoints)
     evaluation.on_batch = stop.check

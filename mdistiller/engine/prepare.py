@@ -28,6 +28,7 @@ from mdistiller.contract import contract_of
 from mdistiller.dataset import Loader
 from mdistiller.messages import say, warn
 from mdistiller.options import options_of
+from mdistiller.registry import RunError
 
 from .batch import to_batch
 from .config.experiment import flatten
@@ -41,7 +42,7 @@ FOLDER = "prepared"  # below LOG.PREFIX
 MESSAGE_EVERY = 30  # seconds
 
 
-class PreparationError(RuntimeError):
+class PreparationError(RunError):
     """The stage before training left numbers that are not finite."""
 
 

@@ -19,12 +19,17 @@ from mdistiller.registry import InputError, distiller_dict, open_dataset
 from .build import build_distiller, build_networks, build_student, build_teacher, teacher_checkpoint
 from .cfg import experiment_name
 from .config.node import convert, read_yaml
+from .cfg import experiment_name, show_cfg
 from .folder.checkpoint import remove_leftovers, write_atomically
 from .folder.run_folder import (
+    CHANGES,
     alone_in,
+    changed_settings,
     check_folder,
     clear_folder,
     environment,
+    holds_run,
+    keep_changes,
     make_folder,
     run_folder,
     write_environment,
@@ -38,7 +43,12 @@ from .trainer import BaseTrainer, trainer_dict
 
 
 def run(
-    cfg: Any, *, resume: bool = False, overwrite: bool = False, hooks: Iterable[Hook | type[Hook]] = ()
+    cfg: Any,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    hooks: Iterable[Hook | type[Hook]] = (),
+    show: bool = False,
 ) -> dict[str, Any]:
     """Train, evaluate and write the run's folder.
 
@@ -49,6 +59,7 @@ def run(
         resume: go on where the folder's ``latest`` stands; from the start where there is none.
         overwrite: delete what an earlier run left in the folder.
         hooks: further hooks, see :func:`~mdistiller.engine.hooks.add_hooks`.
+        show: print the configuration, once it is clear that the folder may be used.
 
     Returns:
         What ``results.json`` holds.
@@ -60,6 +71,8 @@ def run(
     folder = run_folder(cfg)
     cfg = _with_layout(cfg, folder if resume else None)
     distributed.on_first_process(lambda: check_folder(folder, cfg, resume, overwrite))
+    if show:
+        show_cfg(cfg)
     trainer, facts = build_run(cfg)
     add_hooks(trainer, hooks)
     with ExitStack() as stack:
@@ -67,6 +80,7 @@ def run(
         def enter() -> bool:
             make_folder(folder)
             stack.enter_context(alone_in(folder))
+            remove_leftovers(folder)
             return check_folder(folder, cfg, resume, overwrite, quiet=True)  # again: another run may have been faster
 
         resumed = distributed.on_first_process(enter)
@@ -74,7 +88,8 @@ def run(
             trainer.resume()
             with distributed.same_error():
                 _check_rest(trainer, facts, folder)
-        distributed.on_first_process(lambda: _begin(folder, cfg, trainer, resumed, overwrite))
+        if not trainer.finished:  # else what the run was made with stays what stands there
+            facts |= distributed.on_first_process(lambda: _begin(folder, cfg, trainer, resumed, overwrite))
         trainer.results.update(facts)
         return trainer.train()
 
@@ -95,13 +110,18 @@ def _with_layout(cfg: Any, folder: Path | None) -> Any:
     return cfg
 
 
-def _begin(folder: Path, cfg: Any, trainer: BaseTrainer, resumed: bool, overwrite: bool) -> None:
-    """What stands in the folder before the first step."""
-    if overwrite:
+def _begin(folder: Path, cfg: Any, trainer: BaseTrainer, resumed: bool, overwrite: bool) -> dict[str, Any]:
+    """What stands in the folder before the first step; returns what ``results.json`` says of it."""
+    if overwrite or not holds_run(folder):
         clear_folder(folder)
-    remove_leftovers(folder)
+    if resumed:
+        keep_changes(folder, cfg, trainer.epoch)
+    else:
+        (folder / CHANGES).unlink(missing_ok=True)
     write_atomically(folder / "config.yaml", cfg.dump())
     write_environment(folder / "environment.json", environment(cfg, trainer.precision.device), resumed)
+    changed = changed_settings(folder, cfg)
+    return {"changed_settings": changed} if changed else {}
 
 
 def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:

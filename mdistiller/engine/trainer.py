@@ -117,6 +117,11 @@ class BaseTrainer:
         return deployed_network(self.distiller)
 
     @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.epoch > self.cfg.SOLVER.EPOCHS
+
+    @property
     def steps_per_epoch(self) -> int:
         return len(self.train_loader)
 
@@ -137,16 +142,28 @@ class BaseTrainer:
             prepare(self)
         try:
             self._call("before_train")
-            while self.epoch <= self.cfg.SOLVER.EPOCHS:
+            while not self.finished:
                 self.run_epoch()
             self._call("after_train")
         except BaseException as error:
             self.results["stopped_by"] = f"{type(error).__name__}: {error}"[:500]
+            for problem in self._close():
+                if not isinstance(error, type(problem)):  # else a disk that is full is still full
+                    warn(f"{type(problem).__name__} while the run was ending: {problem}")
             raise
-        finally:
-            for hook in self.hooks:
-                hook.close()
+        if problems := self._close():
+            raise problems[0]
         return self.results
+
+    def _close(self) -> list[Exception]:
+        """Close all hooks; what went wrong."""
+        problems = []
+        for hook in self.hooks:
+            try:
+                hook.close()
+            except Exception as problem:
+                problems.append(problem)
+        return problems
 
     def run_epoch(self) -> None:
         self.distiller.train()
@@ -261,14 +278,24 @@ class BaseTrainer:
                 continue
             for problem in problems:
                 warn(f"{problem}; going on from {path} instead")
-            epochs = f"{self.epoch - 1} epoch{'' if self.epoch == 2 else 's'}"
-            done = f"{epochs} and {self.step_in_epoch} of {self.steps_per_epoch} steps"
-            say(f"Resuming from {path}: {done} are done")
+            further, steps = divmod(self.step_in_epoch, self.steps_per_epoch)
+            done = f"{(epochs := self.epoch - 1 + further)} epoch{'' if epochs == 1 else 's'}"
+            more = f" and {steps} of {self.steps_per_epoch} steps" if steps else ""
+            say(f"Resuming from {path}: {done}{more} {'is' if epochs == 1 and not steps else 'are'} done")
+            self._say_changes(yaml.safe_load(state.get("config", "{}")))
             return
         raise CheckpointError(
             f"cannot resume: {'; and '.join(problems)}; start again by --overwrite, or name another folder with "
             "EXPERIMENT.NAME"
         )
+
+    def _say_changes(self, before: dict[str, Any]) -> None:
+        changes = [str(change) for change in changed_keys(before, self.cfg)[1]]
+        if self.finished:
+            say("; ".join(["all epochs are done and nothing is trained", *(f"without effect: {c}" for c in changes)]))
+        else:
+            for change in changes:
+                say(f"resuming although {change}")
 
     def load_state(self, state: dict[str, Any], source: str = "the state") -> None:
         """Take over a state; mdistiller's ``latest`` files (model, optimiser, epoch, best_acc) work too.
@@ -282,10 +309,11 @@ class BaseTrainer:
         """
         model = self._check_state(state, source)
         self.distiller.load_state_dict(model, strict=False)
+        # Weight decay and the like are the configuration's. The rate stays the last step's until the next one sets it.
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        saved = zip(state["optimizer"]["param_groups"], settings, strict=True)
-        # Weight decay and the like are the configuration's, as the learning rate is.
-        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": [group | own for group, own in saved]})
+        pairs = zip(state["optimizer"]["param_groups"], settings, strict=True)
+        groups = [group | own | {"lr": group.get("lr", own["lr"])} for group, own in pairs]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.epoch = state["epoch"] + 1
         self.step_in_epoch = state.get("step_in_epoch", 0)
         self.step = state.get("step", state["epoch"] * self.steps_per_epoch)
@@ -326,7 +354,7 @@ class BaseTrainer:
         if "config" in state:
             fatal, _ = changed_keys(_read_config(state["config"], source), self.cfg)
             if fatal:
-                raise CheckpointError(f"{source} belongs to another experiment: {', '.join(fatal)}")
+                raise CheckpointError(f"{source} belongs to another experiment: {', '.join(map(str, fatal))}")
         check_optimizer_fit(self.optimizer, state["optimizer"], source)
         if missing := self.scaler.state_dict().keys() - (state.get("scaler") or self.scaler.state_dict()).keys():
             raise CheckpointError(f"{source} cannot be resumed from: scaler lacks {', '.join(sorted(missing))}")

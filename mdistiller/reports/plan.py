@@ -130,6 +130,8 @@ def load_plan(path: str | Path, allow_plugins: bool = False) -> Plan:
 
 def _plan_from(tree: Any, allow_plugins: bool) -> Plan:
     _check_tree(tree)
+    if ".." in Path(tree["OUTPUT"]).parts:
+        raise InputError(f"OUTPUT {tree['OUTPUT']!r} must not lead out of the current folder; leave out '..'")
     plan = Plan(
         title=tree["TITLE"],
         output=Path(tree["OUTPUT"]),

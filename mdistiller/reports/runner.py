@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -20,12 +21,13 @@ import torch
 
 from mdistiller.engine.config.experiment import same_result
 from mdistiller.engine.config.node import read_yaml
+from mdistiller.engine.folder.run_folder import changed_settings, holds_run, make_folder
 from mdistiller.engine.forwards.precision import resolve_device
 from mdistiller.engine.hooks import StopRequested
 from mdistiller.engine.run import run
 from mdistiller.engine.task import task_of
 from mdistiller.files import file_sha256
-from mdistiller.registry import InputError
+from mdistiller.registry import InputError, RunError
 
 from .plan import Cell, Plan
 
@@ -45,11 +47,13 @@ def run_plan(
         What each run's ``results.json`` holds, by (method, pair, seed).
 
     Raises:
-        InputError: ``jobs`` is negative; or some runs failed: says which and where their messages are. The others
-            are kept.
+        InputError: ``jobs`` is negative, the plan's folder cannot be written to, or some runs could not start. The
+            message says which and where theirs are. The others are kept.
+        RunError: the same, where some runs failed after they had started.
     """
     if jobs < 0:
         raise InputError(f"the number of jobs must be 0 or more, got {jobs}")
+    make_folder(plan.output)
     teachers, cells = list(plan.teachers().values()), plan.cells()
     jobs = jobs or _default_jobs(cells[0])
     for stage in (teachers, cells):
@@ -77,6 +81,8 @@ def _same_run(cell: Cell) -> bool:
     """Whether what lies in the cell's folder was run, to its end or not, as the cell would be run now."""
     try:
         before = read_yaml(cell.folder / "config.yaml")
+        if changed_settings(cell.folder, cell.cfg):  # on the way; no one configuration gives such a run
+            return False
     except (OSError, InputError):
         return False
     if not isinstance(before, dict):
@@ -96,14 +102,15 @@ def _cores() -> int:
 
 
 def _run_all(cells: list[Cell], jobs: int, say: Callable[[str], None]) -> None:
-    failed, images, start = [], 0, time.perf_counter()
+    failed, images, start, kind = [], 0, time.perf_counter(), InputError
     if cells:
         say(f"{len(cells)} to run, {jobs} at a time; {cells[0].console} and its like say how each stands")
-    for number, (cell, seconds, problem) in enumerate(_in_processes(cells, jobs), start=1):
+    for number, (cell, seconds, problem, wrong_input) in enumerate(_in_processes(cells, jobs), start=1):
         place = f"[{number}/{len(cells)}] {cell.method}, {cell.pair}, seed {cell.seed}"
         if problem:
             failed.append(f"{cell.method}, {cell.pair}, seed {cell.seed}: {problem} ({cell.console})")
             say(f"{place}: failed: {problem}")
+            kind = kind if wrong_input else RunError
         else:
             results = finished_results(cell)
             images += results.get("images_seen", 0)
@@ -114,17 +121,17 @@ def _run_all(cells: list[Cell], jobs: int, say: Callable[[str], None]) -> None:
         rate = images / (time.perf_counter() - start)
         say(f"{len(cells) - len(failed)} runs, {jobs} side by side: {rate:,.0f} images a second, all together")
     if failed:
-        raise InputError("some runs failed:\n  " + "\n  ".join(sorted(failed)))
+        raise kind("some runs failed:\n  " + "\n  ".join(sorted(failed)))
 
 
 def _move_aside(folder: Path) -> None:
     """Keep a run that had other settings, beside its place."""
-    if (folder / "config.yaml").is_file():
+    if holds_run(folder):
         number = next(n for n in itertools.count(1) if not Path(f"{folder}_old{n}").exists())
         folder.rename(f"{folder}_old{number}")
 
 
-def _in_processes(cells: list[Cell], jobs: int) -> Iterable[tuple[Cell, float, str]]:
+def _in_processes(cells: list[Cell], jobs: int) -> Iterable[tuple[Cell, float, str, bool]]:
     if not cells:
         return
     threads = max(1, torch.get_num_threads() // jobs)  # as many as OMP_NUM_THREADS or the cores allow
@@ -134,12 +141,14 @@ def _in_processes(cells: list[Cell], jobs: int) -> Iterable[tuple[Cell, float, s
         try:
             for future in as_completed(futures):
                 try:
-                    seconds, problem = future.result()
+                    outcome = future.result()
                 except (OSError, BrokenExecutor) as error:  # its log cannot be written; its process was killed
-                    seconds, problem = 0.0, str(error)
-                yield futures[future], seconds, problem
-        except BaseException:  # Ctrl-C, SIGTERM: what runs saves its state, the rest is not begun
+                    outcome = 0.0, str(error), False
+                yield futures[future], *outcome
+        except BaseException as error:  # Ctrl-C, SIGTERM: what runs saves its state, the rest is not begun
             pool.shutdown(wait=True, cancel_futures=True)
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                print("stopped; call again to go on", file=sys.stderr)
             raise
 
 
@@ -167,13 +176,17 @@ def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _run_cell(cell: Cell) -> tuple[float, str]:
-    """Run one cell in a worker process, its output in ``cell.console``. Returns seconds and what went wrong."""
+def _run_cell(cell: Cell) -> tuple[float, str, bool]:
+    """Run one cell in a worker process, its output in ``cell.console``.
+
+    Returns:
+        Seconds; what went wrong, if anything; whether the user's input did.
+    """
     cell.console.parent.mkdir(parents=True, exist_ok=True)
     start, same = time.perf_counter(), _same_run(cell)
     if not same:
         _move_aside(cell.folder)
-    problem = ""
+    problem, wrong_input = "", False
     with (
         cell.console.open("a" if same else "w") as console,
         contextlib.redirect_stdout(console),
@@ -187,4 +200,5 @@ def _run_cell(cell: Cell) -> tuple[float, str]:
         except Exception as error:  # a failing run must not end the others
             traceback.print_exc()
             problem = str(error).split("\n")[0] or type(error).__name__
-    return time.perf_counter() - start, problem
+            wrong_input = isinstance(error, InputError)
+    return time.perf_counter() - start, problem, wrong_input

@@ -325,6 +325,23 @@ def test_a_runs_folder(project, name, tag, expected):
     assert experiment_name(load_config(options=[part for item in options.items() for part in item])) == expected
 
 
+@pytest.mark.parametrize("key", ["PROJECT", "NAME", "TAG"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("/tmp/x", "must lie below LOG.PREFIX"),
+        ("a/../../x", "must lie below LOG.PREFIX"),
+        ("a\nb", "must not hold line breaks"),
+        ("a\0b", "must not hold line breaks"),
+        ("<b>", "must not hold line breaks"),
+        ("a/" + 150 * "ä", "at most 200 bytes"),
+    ],
+)
+def test_names_that_no_folder_should_have_are_refused(key, value, message):
+    with pytest.raises(InputError, match=f"EXPERIMENT.{key} '.*{message}"):
+        load_config(options=[f"EXPERIMENT.{key}", value])
+
+
 # Everything below configs/; a name that begins with _ is that of a base or of a folder of bases
 
 FILES = [

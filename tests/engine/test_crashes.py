@@ -3,6 +3,7 @@
 Belongs here: a run that is killed, stopped by a signal, resumed under other settings, or whose files are damaged.
 """
 
+import errno
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from runs import TINY, make_trainer, same_state, teacher_file, tiny_config
 from mdistiller.engine import hooks
 from mdistiller.engine.folder.checkpoint import CheckpointError, DiskFullError, load_checkpoint, save_checkpoint
 from mdistiller.engine.folder.run_folder import alone_in
+from mdistiller.engine.folder.writers import Events
 from mdistiller.engine.run import run
 from mdistiller.registry import InputError
 
@@ -315,6 +317,83 @@ def test_the_seconds_of_a_broken_off_epoch_count(tmp_path):
     saved = clock.state_dict()["seconds"]["train"]
     time.sleep(0.02)
     assert clock.state_dict()["seconds"]["train"] == saved
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("name", ["metrics.csv", "worklog.txt", "events"])
+def test_a_disk_that_is_full_when_logs_are_written_costs_nothing(tmp_path, monkeypatch, capsys, name, error):
+    whole = make_trainer(tmp_path / "whole")
+    whole.train()
+    trainer = make_trainer(tmp_path / "struck", SOLVER__EPOCHS=3)
+    closed = []
+    monkeypatch.setattr(hooks.Console, "close", lambda hook: closed.append(hook))
+
+    def refuse(*_, **__):
+        if trainer.epoch == 2:
+            raise OSError(error, os.strerror(error))
+
+    with monkeypatch.context() as patch:
+        if name == "events":
+            patch.setattr(Events, "flush", refuse)
+        else:
+            opened = Path.open
+            patch.setattr(Path, "open", lambda path, *a, **k: (path.name == name and refuse()) or opened(path, *a, **k))
+        with pytest.raises(DiskFullError, match=r"no space left to write .* Free space and go on with --resume"):
+            trainer.train()
+    assert closed and "WARNING" not in capsys.readouterr().out
+    again = make_trainer(tmp_path / "struck")
+    again.train(resume=True)
+    assert same_state(dict(again.distiller.state_dict()), dict(whole.distiller.state_dict()))
+    for log in ("metrics.csv", "worklog.txt"):
+        assert (again.folder / log).read_bytes() == (whole.folder / log).read_bytes()
+
+
+def test_all_hooks_are_closed_and_the_first_error_is_the_one_that_counts(tmp_path, capsys):
+    class Closing(hooks.Hook):
+        def after_epoch(self):
+            raise RuntimeError("first")
+
+        def close(self):
+            raise ValueError("second")
+
+    trainer = make_trainer(tmp_path, SOLVER__EPOCHS=1)
+    handlers = signal.getsignal(signal.SIGINT)
+    hooks.add_hooks(trainer, [Closing])
+    with pytest.raises(RuntimeError, match="first"):
+        trainer.train()
+    assert "WARNING: ValueError while the run was ending: second" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) == handlers
+    assert json.loads((trainer.folder / "results.json").read_text())["stopped_by"] == "RuntimeError: first"
+
+
+def test_other_settings_of_latest_are_said(tmp_path, capsys):
+    for rate in (0.05, 0.02):
+        make_trainer(tmp_path / str(rate), SOLVER__EPOCHS=1, SOLVER__LR=rate).train()
+    mine, other = (tmp_path / name / "distill" / "default" / "latest" for name in ("0.05", "0.02"))
+    shutil.copy(other, mine)
+    make_trainer(tmp_path / "0.05", SOLVER__EPOCHS=2).train(resume=True)
+    assert "resuming although SOLVER.LR was 0.02, is 0.05" in capsys.readouterr().out
+
+
+def test_the_rate_of_an_epochs_last_step_is_saved_also_if_a_stop_comes_behind_it(tmp_path, capsys):
+    class Stop(hooks.Hook):
+        def after_step(self, output):
+            if self.trainer.step == 4:
+                raise KeyboardInterrupt
+
+    values = {"SOLVER__EPOCHS": 2, "SOLVER__LR_SCHEDULE": "cosine", "LOG__SAVE_EVERY_STEPS": 1}
+    whole = make_trainer(tmp_path / "whole", **values)
+    whole.train()
+    stopped = make_trainer(tmp_path / "parts", **values)
+    stopped.hooks.append(Stop(stopped))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    resumed = make_trainer(tmp_path / "parts", **values)
+    resumed.resume()
+    assert "latest: 1 epoch is done" in capsys.readouterr().out
+    groups = [trainer.optimizer.state_dict()["param_groups"] for trainer in (resumed, stopped)]
+    assert groups[0] == groups[1]
+    assert groups[0][0]["lr"] < 0.05
 
 
 def test_overwriting_spares_what_is_not_the_runs(tmp_path):

@@ -5,6 +5,7 @@ Belongs here: a property of the loop and its hooks that a whole run in this proc
 
 import copy
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import nn
 from mdistiller.distillers import Vanilla
 from mdistiller.engine.batch import to_batch
 from mdistiller.engine.folder.checkpoint import CheckpointError, load_checkpoint, load_weights
-from mdistiller.engine.hooks import Hook, NonFiniteLossError, TrainedTeacher
+from mdistiller.engine.hooks import Hook, NonFiniteLossError, TrainedTeacher, add_hooks
 from mdistiller.engine.task import Classification, Score
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import AverageMeter, accuracy, validate
@@ -226,6 +227,79 @@ def test_non_finite_loss_stops_and_names_step_terms_rate_and_images(tmp_path):
     trainer = make_trainer(tmp_path, SOLVER__LR=1e20)
     with pytest.raises(NonFiniteLossError, match=r"step [23] .*ce (nan|inf).*learning rate 1e\+20.*images \["):
         trainer.train()
+
+
+def non_finite_at(trainer, step):
+    """The trainer's loss becomes NaN at that step, whatever the weights are."""
+    run_step = trainer.run_step
+
+    def struck(batch):
+        output = run_step(batch)
+        return dataclasses.replace(output, total=output.total * float("nan")) if trainer.step + 1 == step else output
+
+    trainer.run_step = struck
+
+
+@pytest.mark.parametrize(
+    ("every", "left", "good"),
+    [(0, r"latest holds the last good state; go on", 4), (1, r"latest_previous holds the last good state; copy", 5)],
+)
+def test_the_message_names_the_last_good_state_after_what_happened(tmp_path, every, left, good):
+    """A state that was saved right before the bad step leads there again."""
+    trainer = make_trainer(tmp_path, LOG__SAVE_EVERY_STEPS=every)
+    non_finite_at(trainer, 7)
+    with pytest.raises(NonFiniteLossError, match=rf"(?s)^the loss is not finite at step 7 .*\. /.*{left}.*SOLVER\.LR"):
+        trainer.train()
+    name = "latest_previous" if every else "latest"
+    assert load_checkpoint(trainer.folder / name)["step"] == good
+
+
+@pytest.mark.parametrize("step", [4, 6], ids=["last of an epoch", "within one"])
+def test_weights_that_diverged_are_not_saved(tmp_path, step):
+    """The losses up to here are finite; the next one would not be."""
+
+    class Diverge(Hook):
+        def after_step(self, output):
+            if self.trainer.step == step:
+                with torch.no_grad():
+                    self.trainer.distiller.student.conv1.weight.mul_(1e30)
+
+    trainer = make_trainer(tmp_path, LOG__SAVE_EVERY_STEPS=2)
+    add_hooks(trainer, [Diverge])
+    with pytest.raises(
+        NonFiniteLossError, match=rf"after step {step} .*student\.conv1\.weight.*latest holds the last good"
+    ):
+        trainer.train()
+    assert load_checkpoint(trainer.folder / "latest")["step"] == step - 2
+
+
+def test_a_network_whose_score_is_not_finite_is_not_saved(tmp_path):
+    """Statistics that training itself does not read may be spoilt."""
+
+    class Spoil(Hook):
+        def after_epoch(self):
+            if self.trainer.epoch == 2:
+                self.trainer.distiller.student.bn1.running_var.fill_(float("nan"))
+
+    trainer = make_trainer(tmp_path)
+    add_hooks(trainer, [Spoil])
+    trainer.hooks.insert(0, trainer.hooks.pop(next(n for n, h in enumerate(trainer.hooks) if isinstance(h, Spoil))))
+    with pytest.raises(NonFiniteLossError, match=r"scored after step 8 \(epoch 2\): nan .*latest holds the last good"):
+        trainer.train()
+    assert load_checkpoint(trainer.folder / "latest")["epoch"] == 1
+    assert json.loads((trainer.folder / "results.json").read_text())["last"]["epoch"] == 1
+
+
+def test_results_are_valid_json_whatever_a_hook_measures(tmp_path):
+    class Measure(Hook):
+        def after_epoch(self):
+            self.trainer.results["mine"] = {"ratio": float("nan"), "all": [float("inf"), 1.0]}
+
+    trainer = make_trainer(tmp_path, SOLVER__EPOCHS=1)
+    add_hooks(trainer, [Measure])
+    trainer.train()
+    results = json.loads((trainer.folder / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["mine"] == {"ratio": None, "all": [None, 1.0]}
 
 
 def test_last_best_and_mean_of_last(tmp_path):

@@ -1,13 +1,17 @@
 """Where the numbers go, and that the clock tells waiting for data from training."""
 
+import errno
 import sys
+import threading
 import time
 import types
 
 import torch
 from runs import make_trainer, tiny_config
+from tensorboardX.record_writer import RecordWriter
 
 from mdistiller.engine import hooks
+from mdistiller.engine.folder import writers
 from mdistiller.engine.folder.writers import CsvWriter, TensorboardWriter, WandbWriter, WorklogWriter
 from mdistiller.engine.task import Classification
 
@@ -43,7 +47,7 @@ def test_worklog_has_mdistillers_form_and_keeps_small_rates(tmp_path):
 
 
 class Events:
-    """In place of tensorboardX's writer."""
+    """In place of the file."""
 
     def __init__(self, folder, purge_step=None):
         self.purge_step, self.scalars = purge_step, []
@@ -55,7 +59,7 @@ class Events:
 
 
 def test_tensorboard_frequency_and_resume(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Events))
+    monkeypatch.setattr(writers, "Events", Events)
     writer = TensorboardWriter(tmp_path, 2)
     writer.start([ROW], 4)
     for step in (5, 6):
@@ -71,6 +75,27 @@ def test_training_goes_on_without_tensorboard(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     make_trainer(tmp_path, SOLVER__EPOCHS=1).train()
     assert "pip install tensorboardX" in capsys.readouterr().out
+
+
+def test_training_goes_on_when_its_events_cannot_be_written(tmp_path, monkeypatch, capsys):
+    """With a thread between the run and the file, the run once waited for ever."""
+
+    def refuse(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    trainer = make_trainer(tmp_path, SOLVER__EPOCHS=2, LOG__TENSORBOARD_FREQ=1)
+    monkeypatch.setattr(RecordWriter, "write", refuse)
+    threads = threading.active_count()
+    assert trainer.train()["status"] == "finished"
+    assert threading.active_count() == threads
+    assert capsys.readouterr().out.count("WARNING: no more TensorBoard files") == 1
+
+
+def test_two_starts_in_one_second_write_two_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    for _ in range(2):
+        writers.Events(tmp_path).close()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 class FakeWandb(types.SimpleNamespace):

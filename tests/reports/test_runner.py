@@ -206,7 +206,8 @@ def test_sigterm_stops_the_runs_which_save_their_state(tmp_path):
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert err == 2 * "SIGTERM: finishing the step and saving; once more to leave at once\n"
+    noted = 2 * "SIGTERM: finishing the step and saving; once more to leave at once\n"
+    assert err == noted + "stopped; call again to go on\n"
     for folder, log in zip(folders, logs, strict=True):
         assert "stopped by SIGTERM; --resume goes on from" in log.read_text()
         assert (folder / "latest").is_file()
@@ -222,14 +223,32 @@ def test_a_cell_without_a_checkpoint_starts_anew(printed):
     assert (folder / "metrics.csv").read_text() == before
 
 
+def test_a_start_that_was_killed_before_config_yaml_does_not_block_its_cell(printed):
+    folder = folder_of("plain")
+    before = (folder / "metrics.csv").read_text()
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for name in (".lock", ".config.yaml.abc.tmp"):
+        (folder / name).touch()
+    assert ran(run_again()) == ["plain 0"]
+    assert (folder / "metrics.csv").read_text() == before
+
+
+def test_an_output_that_cannot_be_written_is_found_before_a_process_starts(printed, monkeypatch):
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", None)
+    Path("file").touch()
+    outcome = run_tool("reproduce", ["--plan", write_plan(OUTPUT="file/tiny")])
+    assert (outcome.code, "cannot write to file/tiny: Not a directory" in outcome.err) == (2, True)
+
+
 def test_a_failing_cell_is_reported_and_the_others_are_kept(printed):
     diverging = PLAIN | {"OPTIONS": PLAIN["OPTIONS"] | {"SOLVER.LR": 1e30}}
     impossible = PLAIN | {"OPTIONS": PLAIN["OPTIONS"] | {"DATASET.TRAIN_PER_CLASS": 500}}
     methods = {"diverging": diverging, "plain": PLAIN, "impossible": impossible, "KD": KD, "new": KD}
     outcome = run_tool("reproduce", ["--plan", write_plan(METHODS=methods, SEEDS=[0], CLAIMS=[]), "--jobs", 1])
-    assert outcome.code == 2
+    assert outcome.code == 1
     first, *reasons = outcome.err.splitlines()
-    assert first == "error: some runs failed:"
+    assert first == "stopped: some runs failed:"
     assert len(reasons) == 2
     assert "diverging, res20_res8, seed 0: the loss is not finite at step" in reasons[0]
     assert f"({folder_of('diverging')}.log)" in reasons[0]
@@ -263,7 +282,7 @@ def test_runs_side_by_side_share_the_threads_that_one_alone_would_take(printed, 
     monkeypatch.setattr(runner, "ProcessPoolExecutor", Noted)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     cells = load_plan(write_plan(SEEDS=[0, 1, 2, 3, 4, 5, 6], METHODS={"plain": PLAIN}, CLAIMS=[])).cells()
-    monkeypatch.setattr(runner, "_run_cell", lambda cell: (0.0, ""))
+    monkeypatch.setattr(runner, "_run_cell", lambda cell: (0.0, "", False))
     list(runner._in_processes(cells, jobs))
     assert [arguments[-1] for arguments in pools] == [(threads,)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from mdistiller.options import Option, options_of
 from mdistiller.registry import distiller_dict
@@ -10,6 +10,17 @@ from mdistiller.registry import distiller_dict
 from .node import ConfigNode, convert
 
 UNDECLARED = Option(None)  # a key that a method file of another project reads
+
+
+class Change(NamedTuple):
+    """A setting that differs between a run and what it is to go on with."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.old}, is {self.new}"
 
 
 def relevant_part(cfg: Any) -> ConfigNode:
@@ -32,7 +43,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def changed_keys(before: dict[str, Any], cfg: Any) -> tuple[list[str], list[str]]:
+def changed_keys(before: dict[str, Any], cfg: Any) -> tuple[list[Change], list[Change]]:
     """Compare the settings of a run with those that it is to go on with; keys that only one has do not count.
 
     Args:
@@ -40,7 +51,7 @@ def changed_keys(before: dict[str, Any], cfg: Any) -> tuple[list[str], list[str]
         cfg: those that it is to go on with.
 
     Returns:
-        The changes that make it another experiment, and the others, each as ``"KEY was A, is B"``.
+        The changes that make it another experiment, and the others.
     """
     before, options = flatten(before), options_of(cfg)
     fatal, harmless = [], []
@@ -49,7 +60,7 @@ def changed_keys(before: dict[str, Any], cfg: Any) -> tuple[list[str], list[str]
             before[key] = convert(before[key], value, key, "config.yaml")
         if key in before and before[key] != value:
             changes = fatal if options.get(key, UNDECLARED).fixed else harmless
-            changes.append(f"{key} was {before[key]}, is {value}")
+            changes.append(Change(key, before[key], value))
     return fatal, harmless
 
 

@@ -25,7 +25,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from mdistiller.files import DISK_FULL, StrPath, no_space
 from mdistiller.messages import say
-from mdistiller.registry import InputError
+from mdistiller.registry import InputError, RunError
 
 from .seal import fault, seal
 
@@ -46,8 +46,12 @@ class CheckpointError(InputError):
     """A checkpoint that is missing, damaged, not to be trusted or not of this model."""
 
 
-class DiskFullError(RuntimeError):
-    """No space is left for a file; what stood in its place before still does."""
+class SaveError(RunError):
+    """A run's file cannot be written; what stood in its place before still does."""
+
+
+class DiskFullError(SaveError):
+    """No space is left for it."""
 
 
 def save_checkpoint(obj: Any, path: StrPath, *, keep_previous: bool = False) -> None:
@@ -62,7 +66,7 @@ def save_checkpoint(obj: Any, path: StrPath, *, keep_previous: bool = False) -> 
         keep_previous: keep what ``path`` held before as :func:`previous` of it, to fall back on.
 
     Raises:
-        DiskFullError: says how much space is missing.
+        SaveError: see :func:`saving`.
     """
     buffer = io.BytesIO()
     torch.save(_on_cpu(obj), buffer)
@@ -86,17 +90,42 @@ def previous(path: StrPath) -> Path:
     return Path(f"{path}_previous")
 
 
+@contextmanager
+def saving(path: Path, needed: int = 0, kept: str = "what was saved before is intact") -> Iterator[None]:
+    """Around the writing of a run's file: an error of the file system becomes one that says what to do.
+
+    Args:
+        path: the file.
+        needed: bytes that are to be written; 0: not known.
+        kept: what is left if that fails.
+
+    Raises:
+        DiskFullError: says how much space is missing.
+        SaveError: the folder is gone, or refuses the file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise DiskFullError(f"{no_space(path, needed)}; {kept}. Free space and go on with --resume") from None
+        if not path.parent.is_dir():
+            raise SaveError(
+                f"cannot write {path}: its folder was deleted or renamed meanwhile; put the folder back and go on "
+                "with --resume, or start again"
+            ) from None
+        raise SaveError(f"cannot write {path}: {error.strerror or error}; {kept}") from None
+
+
 def write_atomically(path: StrPath, content: bytes | str, *, keep_previous: bool = False) -> None:
     """Replace the content of ``path``: temporary file in the same folder, fsync, read back, rename.
 
     Raises:
-        DiskFullError: says how much space is missing; ``path`` is as it was.
+        SaveError: see :func:`saving`; ``path`` is as it was.
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    kept = f"the {path.name} that was there is intact" if path.exists() else "nothing was there before"
+    with saving(path, len(data), kept), _temporary_beside(path) as (handle, temporary):
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -107,24 +136,40 @@ def write_atomically(path: StrPath, content: bytes | str, *, keep_previous: bool
         if keep_previous and path.exists():
             _link_over(path, previous(path))
         os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            kept = f"the {path.name} that was there is intact" if path.exists() else "nothing was there before"
-            raise DiskFullError(f"{no_space(path, len(data))}; {kept}. Free space and go on with --resume") from None
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # or a power cut may undo the rename
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Iterator[tuple[int, str]]:
+    """Handle and name of a new file in the same folder; it is removed after an error."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        os.fsync(folder)  # or a power cut may undo the rename
-    finally:
-        os.close(folder)
+        yield handle, temporary
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def append(path: Path, text: str) -> None:
+    """Write ``text`` behind what the file holds.
+
+    Raises:
+        SaveError: see :func:`saving`.
+    """
+    with saving(path, len(text.encode())), path.open("a", newline="") as file:
+        file.write(text)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files of writes that a crash interrupted."""
     for path in folder.glob(".*.tmp"):
-        path.unlink()
+        if path.is_file():
+            path.unlink()
 
 
 def _link_over(source: Path, target: Path) -> None:

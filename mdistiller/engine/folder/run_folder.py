@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import errno
 import json
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,23 @@ import torchvision
 
 import mdistiller
 from mdistiller.files import lock
-from mdistiller.messages import say
+from mdistiller.messages import say, warn
+from mdistiller.options import options_of
 from mdistiller.registry import InputError
 
 from ..cfg import experiment_name
-from ..config.experiment import changed_keys
+from ..config.experiment import UNDECLARED, Change, changed_keys
 from ..config.node import read_yaml
 from ..processes import distributed
 from ..utils import processor_name
 from .checkpoint import previous, write_atomically
+from .writers import csv_text
+
+LOCK, PROBE, EVENTS, CHANGES = ".lock", ".writable", "train.events", "changes.csv"
+CHECKPOINTS = ("latest", "latest_previous", "best", "epoch_*", "student_*")
+RUN_FILES = (  # config.yaml last: as long as anything is left of a run, the folder is a run's
+    *CHECKPOINTS, "metrics.csv", "worklog.txt", "results.json", "environment.json", CHANGES, "config.yaml",
+)  # fmt: skip
 
 
 def run_folder(cfg: Any) -> Path:
@@ -47,7 +57,7 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool, quiet: b
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     try:
-        filled = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
+        filled = folder.is_dir() and not all(_is_trace(path) for path in folder.iterdir())
     except OSError as error:
         raise _unusable(folder, error) from None
     if not filled:
@@ -59,10 +69,13 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool, quiet: b
         raise InputError(
             f"{folder} exists and is no run's folder (it holds no config.yaml); name another with EXPERIMENT.NAME"
         )
+    _check_kinds(folder)
+    if not holds_run(folder):
+        if not quiet:
+            say(f"{folder} holds a run that ended before it saved anything; starting from the beginning")
+        return False
     if resume:
-        changes = _check_same_experiment(folder, cfg)
-        for change in [] if quiet else changes:
-            say(f"resuming although {change}")
+        _check_same_experiment(folder, cfg)
         latest = folder / "latest"
         if latest.is_file() or previous(latest).is_file():
             return True
@@ -82,6 +95,28 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool, quiet: b
     return False
 
 
+def _is_trace(path: Path) -> bool:
+    """Whether a process that was killed may have left this file beside those of a run."""
+    return path.name in (LOCK, PROBE) or fnmatch(path.name, ".*.tmp")
+
+
+def _check_kinds(folder: Path) -> None:
+    """Refuse a folder where a run writes a file, and a file where it makes a folder."""
+    for path in (path for pattern in RUN_FILES for path in folder.glob(pattern)):
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is in the way: a run writes a file of that name; move it elsewhere")
+    for path in (folder / EVENTS, folder / EVENTS / "steps"):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is in the way: a run makes a folder of that name; move it elsewhere")
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a new start in the folder would lose anything: a checkpoint, an epoch's numbers, results."""
+    metrics = folder / "metrics.csv"
+    lines = metrics.is_file() and metrics.stat().st_size > 0
+    return lines or _is_finished(folder) or any(path for name in CHECKPOINTS for path in folder.glob(name))
+
+
 def _is_finished(folder: Path) -> bool:
     with suppress(OSError, ValueError, AttributeError):
         return json.loads((folder / "results.json").read_text()).get("status") == "finished"
@@ -97,21 +132,17 @@ def _check_place(folder: Path) -> None:
         raise _unusable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
-def _check_same_experiment(folder: Path, cfg: Any) -> list[str]:
-    """Refuse to resume another experiment; returns the changes that are allowed."""
+def _check_same_experiment(folder: Path, cfg: Any) -> None:
+    """Refuse to resume another experiment. The changes that are allowed are said by ``latest``'s reader."""
     content = read_yaml(folder / "config.yaml")
     if not isinstance(content, dict):
         raise InputError(f"{folder / 'config.yaml'} holds no configuration; replace the run by --overwrite")
-    fatal, harmless = changed_keys(content, cfg)
+    fatal, _ = changed_keys(content, cfg)
     if fatal:
         raise InputError(
-            f"{folder} holds another experiment and cannot be resumed as this one: {', '.join(fatal)}; "
+            f"{folder} holds another experiment and cannot be resumed as this one: {', '.join(map(str, fatal))}; "
             "give the settings that it was begun with, or name another folder with EXPERIMENT.NAME"
         )
-    return harmless
-
-
-LOCK = ".lock"
 
 
 @contextmanager
@@ -121,34 +152,67 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process trains there.
     """
-    with (folder / LOCK).open("w") as file:
+    try:
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    with file:
         if not lock(file):
             raise InputError(f"another process is training in {folder}; name another folder with EXPERIMENT.NAME")
         try:
             yield
         finally:
-            with suppress(PermissionError):  # Windows removes no file that is open
-                (folder / LOCK).unlink(missing_ok=True)
-
-
-RUN_FILES = (
-    "latest", "latest_previous", "best", "epoch_*", "student_*", "metrics.csv", "worklog.txt", "results.json",
-    "config.yaml", "environment.json",
-)  # fmt: skip
+            with suppress(OSError):  # Windows removes no file that is open; the folder may be gone
+                (folder / LOCK).unlink()
 
 
 def clear_folder(folder: Path) -> None:
     """Delete what a run writes; notes of others and folders below it stay."""
+    shutil.rmtree(folder / EVENTS, ignore_errors=True)
     for pattern in RUN_FILES:
         for path in folder.glob(pattern):
             path.unlink()
-    shutil.rmtree(folder / "train.events", ignore_errors=True)
+
+
+def keep_changes(folder: Path, cfg: Any, epoch: int) -> None:
+    """Before ``config.yaml`` is written anew for a run that goes on: what changes goes to ``changes.csv``.
+
+    Args:
+        folder: the run's.
+        cfg: the settings from now on.
+        epoch: the one from which on they count.
+    """
+    _, changes = changed_keys(read_yaml(folder / "config.yaml"), cfg)
+    rows = _changes(folder)
+    latest = {row["key"]: row for row in rows}
+    new = [{"epoch": str(epoch), **{name: str(value) for name, value in c._asdict().items()}} for c in changes]
+    new = [row for row in new if latest.get(row["key"]) != row]  # a kill may have come before config.yaml was written
+    if new:
+        write_atomically(folder / CHANGES, csv_text(("epoch", *Change._fields), [*rows, *new]))
+
+
+def changed_settings(folder: Path, cfg: Any) -> list[str]:
+    """The keys that changed on a resume and decide a run's result, as ``changes.csv`` has them."""
+    options = options_of(cfg)
+    keys = dict.fromkeys(row["key"] for row in _changes(folder))
+    return [key for key in keys if options.get(key, UNDECLARED).decides_result]
+
+
+def _changes(folder: Path) -> list[dict[str, str]]:
+    path = folder / CHANGES
+    if not path.is_file():
+        return []
+    with suppress(OSError, ValueError, csv.Error), path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+        if all(set(row) == {"epoch", *Change._fields} for row in rows):
+            return rows
+    raise InputError(f"{path} does not hold the changes of a run's settings; move it elsewhere")
 
 
 def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        probe = folder / PROBE
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -163,9 +227,11 @@ def write_environment(path: Path, environment: dict[str, Any], resumed: bool) ->
     """Where the run is going on; where it ran before a resume is kept under ``"earlier"``."""
     earlier: list[Any] = []
     if resumed:
-        with suppress(OSError, ValueError):
+        try:
             before = json.loads(path.read_text())
             earlier = [*before.pop("earlier", []), before]
+        except (OSError, ValueError, TypeError, AttributeError):
+            warn(f"{path} does not say any more where the run was before")
     write_atomically(path, json.dumps({**environment, "earlier": earlier}, indent=1) + "\n")
 
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import itertools
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mdistiller.messages import say
+from mdistiller.messages import say, warn
 
 from ..task import Measure
-from .checkpoint import write_atomically
+from .checkpoint import DiskFullError, append, saving, write_atomically
 
 Row = dict[str, float]
 
@@ -49,17 +53,21 @@ class CsvWriter(Writer):
         if set(row) - set(self.columns):
             self._rewrite()  # a column more, at the first evaluation
         else:
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns, restval="").writerow(row)
+            append(self.path, csv_text(self.columns, [row], header=False))
 
     def _rewrite(self) -> None:
         self.columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns, restval="")
-        if self.columns:
-            writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.path, text.getvalue())
+        write_atomically(self.path, csv_text(self.columns, self.rows, header=bool(self.columns)))
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], header: bool = True) -> str:
+    """Lines of a CSV file; a cell is empty where a row has no such value."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 class WorklogWriter(Writer):
@@ -79,14 +87,12 @@ class WorklogWriter(Writer):
         write_atomically(self.path, "".join(map(self.render, rows)))
 
     def write_epoch(self, row: Row) -> None:
-        with self.path.open("a") as file:
-            file.write(self.render(row))
+        append(self.path, self.render(row))
 
     def finish(self, results: dict[str, Any]) -> None:
         if "best" in results:
             best = self.headline.text(results["best"][self.headline.name])
-            with self.path.open("a") as file:
-                file.write(f"best_{self.headline.column}\t{best}")
+            append(self.path, f"best_{self.headline.column}\t{best}")
 
     def render(self, row: Row) -> str:
         line = "-" * 25
@@ -94,45 +100,98 @@ class WorklogWriter(Writer):
         return "\n".join([line, f"epoch: {row['epoch']}", f"lr: {row['lr']:.6g}", *named, line]) + "\n"
 
 
+class Events:
+    """One file of TensorBoard's, written at once.
+
+    tensorboardX's own writer leaves that to a thread, and once the thread has met an error, whoever writes waits for
+    ever.
+
+    Args:
+        folder: made where it is missing.
+        purge_step: whatever earlier files of the folder hold from this step on does not count.
+
+    Raises:
+        ImportError: tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        import tensorboardX  # noqa: F401  before its parts, which may be there still when it is gone
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+        from tensorboardX.summary import scalar
+
+        self.event, self.scalar = Event, scalar
+        folder.mkdir(parents=True, exist_ok=True)
+        names = (f"events.out.tfevents.{second}.{socket.gethostname()}" for second in itertools.count(int(time.time())))
+        self.file = RecordWriter(str(next(folder / name for name in names if not (folder / name).exists())))
+        self._write(file_version="brain.Event:2")
+        if purge_step is not None:
+            self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._write(step=step, summary=self.scalar(name, value))
+
+    def _write(self, **values: Any) -> None:
+        self.file.write(self.event(wall_time=time.time(), **values).SerializeToString())
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
 class TensorboardWriter(Writer):
     """``train.events``: each epoch's values by epoch; in ``steps`` below it loss and rate every ``frequency`` steps.
 
     Two folders, since a resume discards what lies behind its point, and that is counted in epochs for the one and in
-    steps for the other.
+    steps for the other. On a full disk, the run stops; after any other failure it goes on without these files.
     """
 
     def __init__(self, folder: Path, frequency: int) -> None:
         self.folder, self.frequency = folder, frequency
-        self.events: Any = None
-        self.steps: Any = None
+        self.events: Events | None = None
+        self.steps: Events | None = None
 
     def start(self, rows: list[Row], step: int) -> None:
         try:
-            from tensorboardX import SummaryWriter
+            with self._dispensable():
+                self.events = Events(self.folder, len(rows) + 1 if rows else None)
+                if self.frequency:
+                    self.steps = Events(self.folder / "steps", step + 1 if step else None)
         except ImportError:
             say("no TensorBoard files: tensorboardX is not installed (pip install tensorboardX)")
-            return
-        self.events = SummaryWriter(str(self.folder), purge_step=len(rows) + 1 if rows else None)
-        if self.frequency:
-            self.steps = SummaryWriter(str(self.folder / "steps"), purge_step=step + 1 if step else None)
 
     def write_step(self, step: int, loss: Tensor, rate: float) -> None:
         if self.steps is not None and step % self.frequency == 0:
-            self.steps.add_scalar("step/train_loss", loss.item(), step)
-            self.steps.add_scalar("step/lr", rate, step)
+            with self._dispensable():
+                self.steps.add_scalar("step/train_loss", loss.item(), step)
+                self.steps.add_scalar("step/lr", rate, step)
 
     def write_epoch(self, row: Row) -> None:
         if self.events is None:
             return
-        for key, value in row.items():
-            if key != "epoch":
-                self.events.add_scalar(key, value, row["epoch"])
-        self.events.flush()
+        with self._dispensable():
+            for key, value in row.items():
+                if key != "epoch":
+                    self.events.add_scalar(key, value, row["epoch"])
+            self.events.flush()
 
     def close(self) -> None:
-        for events in (self.events, self.steps):
-            if events is not None:
-                events.close()
+        with self._dispensable(), ExitStack() as stack:
+            for events in filter(None, (self.events, self.steps)):
+                stack.callback(events.close)
+
+    @contextmanager
+    def _dispensable(self) -> Iterator[None]:
+        try:
+            with saving(self.folder):
+                yield
+        except (DiskFullError, ImportError):
+            raise
+        except Exception as error:
+            warn(f"no more TensorBoard files, the run goes on without them: {error}")
+            self.events = self.steps = None
 
 
 class WandbWriter(Writer):
@@ -144,7 +203,7 @@ class WandbWriter(Writer):
 
     def start(self, rows: list[Row], step: int) -> None:
         experiment = self.cfg.EXPERIMENT
-        try:
+        with self._dispensable():
             import wandb
 
             self.run = wandb.init(
@@ -154,21 +213,30 @@ class WandbWriter(Writer):
                 dir=str(self.folder),
                 config=_plain(self.cfg),
             )
-        except Exception as error:  # any of its failures: no network, no account, no package
-            say(f"LOG.WANDB is on, but wandb failed; going on without it: {error}")
 
     def write_epoch(self, row: Row) -> None:
         if self.run is not None:
-            self.run.log({"current lr": row["lr"], **row})
+            with self._dispensable():
+                self.run.log({"current lr": row["lr"], **row})
 
     def finish(self, results: dict[str, Any]) -> None:
         if self.run is not None and "best" in results:
-            for which in ("best", "last"):
-                self.run.summary[f"{which}_{self.headline.column}"] = results[which][self.headline.name]
+            with self._dispensable():
+                for which in ("best", "last"):
+                    self.run.summary[f"{which}_{self.headline.column}"] = results[which][self.headline.name]
 
     def close(self) -> None:
         if self.run is not None:
-            self.run.finish()
+            with self._dispensable():
+                self.run.finish()
+
+    @contextmanager
+    def _dispensable(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # any of its failures: no network, no account, no package
+            say(f"LOG.WANDB is on, but wandb failed; going on without it: {error}")
+            self.run = None
 
 
 def _plain(node: Any) -> Any:

@@ -17,9 +17,8 @@ from mdistiller.plugins import hooks_of, load_methods
 from mdistiller.registry import InputError, distiller_dict, open_dataset
 
 from .build import build_distiller, build_networks, build_student, build_teacher, teacher_checkpoint
-from .cfg import experiment_name
-from .config.node import convert, read_yaml
 from .cfg import experiment_name, show_cfg
+from .config.node import convert, read_yaml
 from .folder.checkpoint import remove_leftovers, write_atomically
 from .folder.run_folder import (
     CHANGES,

@@ -187,8 +187,6 @@ REFUSED = [
     ("train", f"{PLAIN} SOLVER.AMP fp16", "SOLVER.AMP fp16 needs a GPU; on the CPU use SOLVER.AMP bf16"),
     ("train", f"{PLAIN} DATASET.LABEL_SMOOTHING 1", "DATASET.LABEL_SMOOTHING must be at least 0 and below 1, got 1"),
     ("train", f"{PLAIN} DATASET.RANDOM_ERASING 2", "DATASET.RANDOM_ERASING must be at least 0 and at most 1, got 2"),
-    ("train", f"{KD} DISTILLER.TYPE MDR DATASET.MIXUP_ALPHA 1", "DATASET.MIXUP_ALPHA 1.0: labels become shares",
-     "method MDR reads class numbers; methods that take shares: AT, CTKD, DCD, DIST"),
     ("train", f"{VRM} VRM.METRIC cosine VRM.RELATION gram", "VRM.METRIC cosine compares unit edges", "choose mse"),
     ("train", f"{VRM} VRM.RELATION angle VRM.EDGE_NORM False", "VRM.RELATION angle", "EDGE_NORM must be True"),
     ("train", f"{VRM} VRM.LOCATION pooled VRM.VERTEX_WEIGHT 1", "VRM.VERTEX_WEIGHT compares predictions", "logits"),

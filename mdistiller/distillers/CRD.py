@@ -158,6 +158,8 @@ class ContrastMemory(nn.Module):
 class CRD(Distiller):
     """Cross-entropy on the labels plus :func:`nce_loss` from the student's side and from the teacher's."""
 
+    mixed_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, num_data: int) -> None:
         super().__init__(student, teacher)
         feat, nce = cfg.CRD.FEAT, cfg.CRD.NCE

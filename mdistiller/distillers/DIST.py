@@ -16,7 +16,8 @@ hence distance 1 and no gradient, which with ``EPS`` alone would be huge.
 What the paper leaves open; these are our readings:
 
 - columns are those of the process's own batch, as in the authors' code; with ``GATHER`` those of all processes'
-  batches, with gradient;
+  batches, with gradient; with ``COLUMN_GROUP`` n, those of n images after the other, which is what n images on each of
+  several devices give (the authors' ImageNet: 8 devices with 32 each);
 - ``RELATION`` kl (Tab. 9): with rows only it is KD; columns are taken as they stand, not normalised to sum 1;
 - ``L_ta`` has the student's ``TAU`` and ``EPS``, but not the factor ``TAU ** 2``; with mixed labels ``(B, C)`` the
   target is the likeliest class. Its rows are divided by their sums, which changes nothing but what ``EPS`` weighs: as
@@ -64,6 +65,7 @@ DEFAULTS = {
     "RELATION": Option("pearson", "distance of rows and of columns", one_of=RELATIONS),
     "EPS": Option(EPS, "added to the product of two vectors' norms", at_least=0),
     "GATHER": Option(False, "columns of the images of all processes, not only of the own ones"),
+    "COLUMN_GROUP": Option(0, "images of a column of L_intra, in groups one after the other; 0: all", at_least=0),
 }
 PLUS_DEFAULTS = {
     **DEFAULTS,
@@ -112,7 +114,12 @@ def cosine_distance(a: Tensor, b: Tensor, dim: int = -1, eps: float = EPS) -> Te
 
 
 def dist_loss(
-    logits_s: Tensor, logits_t: Tensor, tau: float, relation: str = "pearson", eps: float = EPS
+    logits_s: Tensor,
+    logits_t: Tensor,
+    tau: float,
+    relation: str = "pearson",
+    eps: float = EPS,
+    column_group: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Inter-class and intra-class loss (Eq. 8, 9), without the factor ``tau ** 2``.
 
@@ -124,6 +131,8 @@ def dist_loss(
         tau: temperature above 0.
         relation: ``"pearson"``; ``"cosine"``; ``"kl"``, the divergence of the student from the teacher.
         eps: see :func:`pearson_distance`.
+        column_group: length of a column: the samples fall into groups of so many in their order, the last of which may
+            be smaller, and the second loss is the mean over the groups; 0: all samples are one column.
 
     Returns:
         Two scalars ``()``: the means over samples and over classes. Zero for equal logits, but for ``eps``.
@@ -133,12 +142,14 @@ def dist_loss(
     """
     require_one_shape("dist_loss", logits_s, logits_t)
     z_s, z_t = (_samples(at_least_float32(z)) / tau for z in (logits_s, logits_t.detach()))
+    length = column_group or len(z_s)
     if relation == "kl":
         total = F.kl_div(z_s.log_softmax(1), z_t.log_softmax(1), reduction="sum", log_target=True)
-        return total / z_s.shape[0], total / z_s.shape[1]
+        return total / z_s.shape[0], total / (z_s.shape[1] * -(-len(z_s) // length))
     distance = pearson_distance if check_choice("relation", relation, RELATIONS) == "pearson" else cosine_distance
     p_s, p_t = z_s.softmax(1), z_t.softmax(1)
-    return distance(p_s, p_t, 1, eps).mean(), distance(p_s, p_t, 0, eps).mean()
+    columns = [distance(s, t, 0, eps).mean() for s, t in zip(p_s.split(length), p_t.split(length), strict=True)]
+    return distance(p_s, p_t, 1, eps).mean(), torch.stack(columns).mean()
 
 
 def acclimation_loss(
@@ -292,7 +303,7 @@ class DIST(Distiller):
         super().__init__(student, teacher)
         own = cfg[self.section]
         self.tau, self.eps = own.TAU, own.EPS
-        self.relation, self.gather = own.RELATION, own.GATHER
+        self.relation, self.gather, self.column_group = own.RELATION, own.GATHER, own.COLUMN_GROUP
         self.ce_weight, self.inter_weight, self.intra_weight = own.CE_WEIGHT, own.INTER_WEIGHT, own.INTRA_WEIGHT
         self.factor = self.tau**2 if own.TAU_SQUARED else 1.0
 
@@ -308,7 +319,7 @@ class DIST(Distiller):
         logits = logits_student, logits_teacher.detach()
         if self.gather:
             logits = tuple(gather_with_gradient(z) for z in logits)
-        inter, intra = dist_loss(*logits, self.tau, self.relation, self.eps)
+        inter, intra = dist_loss(*logits, self.tau, self.relation, self.eps, self.column_group)
         return {
             "loss_ce": self.ce_weight * ce,
             "loss_inter": self.inter_weight * self.factor * inter,

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, require_one_shape, require_same_images, zs_norm
+from mdistiller.functional.mixing import class_numbers
 from mdistiller.options import Option, weight
 
 from ._base import Distiller, register_distiller
@@ -49,7 +50,7 @@ def dkd_loss(
     Args:
         logits_student: ``(B, K)`` raw scores, K at least 2; gradient flows.
         logits_teacher: ``(B, K)`` raw scores; gradient flows where they carry one.
-        target: ``(B,)`` class numbers.
+        target: ``(B,)`` class numbers, or ``(B, K)`` shares of mixed labels, of which the largest counts.
         alpha: weight of :func:`tckd_loss`.
         beta: weight of :func:`nckd_loss`, which is 0 for two classes.
         temperature: T > 0.
@@ -63,6 +64,7 @@ def dkd_loss(
     """
     require_one_shape("dkd_loss", logits_student, logits_teacher)
     require_same_images("dkd_loss", logits_student, target)
+    target = class_numbers(target)
     student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher)
     if logit_stand:
         student, teacher = zs_norm(student), zs_norm(teacher)
@@ -118,6 +120,7 @@ def _others(logits: Tensor, target: Tensor) -> Tensor:
 class DKD(Distiller):
     """Cross-entropy on the labels plus :func:`dkd_loss` on the logits."""
 
+    mixed_labels = True
     standardises_logits = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:

@@ -58,7 +58,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, draws, require_one_shape, spatial_mean, unit
-from mdistiller.functional.mixing import share_quantiles, smaller_shares
+from mdistiller.functional.mixing import class_numbers, share_quantiles, smaller_shares
 from mdistiller.models.facts import NetworkFacts
 from mdistiller.options import Option, weight
 from mdistiller.registry import InputError, check_choice
@@ -317,6 +317,8 @@ class MDR(Distiller):
     Without :meth:`prepare` the teacher's SMs are as initialised: random projections of its stages.
     """
 
+    mixed_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
         self.own = own = cfg.MDR
@@ -514,7 +516,7 @@ class MDR(Distiller):
         losses = [mixed_cross_entropy(stage, target, positives) for stage in logits]
         return torch.stack(losses).sum(), [
             *smp,
-            *((stage[:count].argmax(1) == target).float().mean() for stage in logits),
+            *((stage[:count].argmax(1) == class_numbers(target)).float().mean() for stage in logits),
         ]
 
     # What it is built of
@@ -561,7 +563,7 @@ def mixed_cross_entropy(logits: Tensor, target: Tensor, positives: Positives) ->
 
     Args:
         logits: ``(N + M, C)``, anchors first; gradient flows.
-        target: ``(N,)`` class numbers of the anchors.
+        target: ``(N,)`` class numbers of the anchors, or their shares ``(N, C)``.
         positives: says of each the anchor, the partner and the anchor's share.
 
     Returns:

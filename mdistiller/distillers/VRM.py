@@ -205,6 +205,8 @@ class VRM(Distiller):
     Relations and vertices whose weight is 0 are not computed.
     """
 
+    mixed_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
         own = cfg.VRM

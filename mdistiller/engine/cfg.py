@@ -185,6 +185,9 @@ OPTIONS |= {
     "SOLVER.ALPHA": resumable(0.99, "RMSProp: decay of the squared gradients", at_least=0, below=1),
     "SOLVER.EPS": resumable(1e-8, "of AdamW and RMSProp", above=0),
     "SOLVER.WEIGHT_DECAY": resumable(0.0001, "of all weights", at_least=0),
+    "SOLVER.NO_DECAY": Option("none", "what WEIGHT_DECAY leaves out. norm_bias: biases and all parameters of one "
+                              "dimension, such as BatchNorm's; model: also those of the network's no_weight_decay()",
+                              one_of=("none", "norm_bias", "model")),
     "SOLVER.LR_SCHEDULE": resumable("step", "how the rate falls", one_of=("step", "cosine", "exponential")),
     "SOLVER.LR_DECAY_STAGES": resumable([150, 180, 210], "step: the epochs after which the rate falls"),
     "SOLVER.LR_DECAY_RATE": resumable(0.1, "step: factor at a stage; exponential: in LR_DECAY_EPOCHS epochs", above=0),

@@ -44,14 +44,45 @@ def _nesterov(solver: Any) -> bool:
 
 
 def parameter_groups(cfg: Any, distiller: nn.Module) -> list[dict[str, Any]]:
-    """What the method trains, in groups without repeats; ``lr_scale`` is a group's rate as a share of ``SOLVER.LR``."""
+    """What the method trains, in groups without repeats; ``lr_scale`` is a group's rate as a share of ``SOLVER.LR``.
+
+    With ``SOLVER.NO_DECAY`` each group is followed by another of the same settings without weight decay, which holds
+    the parameters that :func:`without_decay` names.
+    """
     groups = [dict(group) for group in distiller.parameter_groups(cfg)]
     seen: set[int] = set()
     for group in groups:
         group["params"] = [p for p in group["params"] if not (id(p) in seen or seen.add(id(p)))]
         group["lr_scale"] = group.get("lr", cfg.SOLVER.LR) / cfg.SOLVER.LR
     _check_nothing_frozen(distiller, groups)
-    return groups
+    if cfg.SOLVER.NO_DECAY == "none":
+        return groups
+    named = without_decay(distiller, cfg.SOLVER.NO_DECAY)
+    split = []
+    for group in groups:
+        exempt = [p.ndim <= 1 or id(p) in named for p in group["params"]]
+        for decays, more in ((True, {}), (False, {"weight_decay": 0.0})):
+            params = [p for p, leave_out in zip(group["params"], exempt, strict=True) if leave_out != decays]
+            split += [{**group, "params": params, **more}] if params else []
+    return split
+
+
+def without_decay(distiller: nn.Module, rule: str) -> set[int]:
+    """Ids of the parameters that ``SOLVER.NO_DECAY`` leaves out beside those of one dimension or none.
+
+    Args:
+        distiller: the method with its networks.
+        rule: ``"norm_bias"``: what is called ``bias``; ``"model"``: also what a network names by its method
+            ``no_weight_decay()``, names relative to itself, as timm's networks do.
+    """
+    found = {id(p) for name, p in distiller.named_parameters() if name.split(".")[-1] == "bias"}
+    if rule == "model":
+        for module in distiller.modules():
+            names = getattr(module, "no_weight_decay", tuple)()
+            if names:
+                own = dict(module.named_parameters())
+                found |= {id(own[name]) for name in names if name in own}
+    return found
 
 
 def _check_nothing_frozen(distiller: nn.Module, groups: list[dict[str, Any]]) -> None:

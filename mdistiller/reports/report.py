@@ -40,13 +40,17 @@ class Report:
 
 
 def write_report(plan: Plan, results: Results) -> Report:
-    """Write ``table.md``, ``table.csv`` and, where matplotlib is installed, ``curves.png`` into the plan's output
-    folder."""
+    """Write ``table.md``, ``table.csv`` and, with matplotlib, ``curves.png`` into the plan's output folder.
+
+    The table shows training times only where all runs had the same machine, threads, torch and code.
+    """
     rows = summarize(plan, results)
     verdicts = check_claims(plan, rows)
     write_atomically(plan.output / "table.csv", to_csv(rows))
     images = next(iter(results.values()))["last"]["images"]
-    parts = [render(rows), *(sentence for _, sentence in verdicts)]
+    origin = _origin(plan)
+    same = all(len(values) == 1 for fact, values in origin.items() if fact != "day")
+    parts = [render(rows, seconds=same), *(sentence for _, sentence in verdicts)]
     if plan.how_to_read:
         parts.append(plan.how_to_read.format(images=images, image_points=100 / images).rstrip())
     names, missing = "table.md, table.csv", ""
@@ -57,22 +61,20 @@ def write_report(plan: Plan, results: Results) -> Report:
         missing = f"No curves.png: {error}\n\n"
     files = f"{missing}Tables, curves and every run: {plan.output}/ ({names})"
     holds = all(verdict for verdict, _ in verdicts)
-    report = Report(plan.title, "\n\n".join(parts), provenance(plan), files, holds)
+    provenance = "Measured " + ", ".join(" / ".join(sorted(values)) for values in origin.values()) + "."
+    report = Report(plan.title, "\n\n".join(parts), provenance, files, holds)
     write_atomically(plan.output / "table.md", f"# {plan.title}\n\n{report.text}\n")
     return report
 
 
-def provenance(plan: Plan) -> str:
-    """One line on when, on what machine and with what software the plan's runs were made.
-
-    Read from the ``environment.json`` of each run; where runs differ, every value is given.
-    """
+def _origin(plan: Plan) -> dict[str, set[str]]:
+    """When, on what machine and with what software the plan's runs were made, as their ``environment.json`` say."""
     found: dict[str, set[str]] = {}
     for cell in plan.cells():
         facts = json.loads((cell.folder / "environment.json").read_text())
         for key, value in _facts(facts).items():
             found.setdefault(key, set()).add(value)
-    return "Measured " + ", ".join(" / ".join(sorted(values)) for values in found.values()) + "."
+    return found
 
 
 def _facts(environment: dict) -> dict[str, str]:

@@ -13,7 +13,8 @@ from mdistiller.engine.task import Classification, Measure
 from .plan import Plan
 
 Results = dict[tuple[str, str, int], dict[str, Any]]
-COLUMNS = ("method", "pair", "last-epoch {}", "std", "n", "training [s]", "images seen")  # {}: the headline
+SECONDS = "training [s]"
+COLUMNS = ("method", "pair", "last-epoch {}", "std", "n", SECONDS, "images seen")  # {}: the headline
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class Summary:
         pair: teacher-student pair.
         values: the headline after the last epoch, by seed.
         seconds: training time of each run: data and a method's stage before training included, the latter also where
-            its result came from another run's file; evaluation not.
-        images_seen: images that went through the student in each run, every view and every copy counted.
+            its result came from another run's file; evaluation not. Empty for a teacher.
+        images_seen: images that went through the student in each run, every view and every copy counted; 0 for a
+            teacher.
         headline: name, unit and direction of ``values``.
     """
 
@@ -47,16 +49,17 @@ class Summary:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def cells(self) -> tuple[str, ...]:
-        seconds = statistics.fmean(self.seconds)
+        seconds = f"{statistics.fmean(self.seconds):.1f}" if self.seconds else ""
         return (
             self.method, self.pair, self.headline.text(self.mean), self.headline.text(self.std),
-            str(len(self.values)), f"{seconds:.1f}", f"{self.images_seen:,}",
+            str(len(self.values)), seconds, f"{self.images_seen:,}" if self.images_seen else "",
         )  # fmt: skip
 
 
 def summarize(plan: Plan, results: Results) -> list[Summary]:
-    """One row for each method and pair, in the plan's order."""
-    rows = []
+    """One row for each pair's teachers, where the runs have one, and one for each method and pair, in the plan's
+    order."""
+    rows = [row for pair in plan.pairs for row in _teachers(plan, results, pair)]
     for method in plan.methods:
         for pair in plan.pairs:
             runs = [results[method, pair, seed] for seed in plan.seeds]
@@ -66,14 +69,36 @@ def summarize(plan: Plan, results: Results) -> list[Summary]:
     return rows
 
 
+def _teachers(plan: Plan, results: Results, pair: str) -> list[Summary]:
+    """The networks that teach a pair's students, as scored before the first step; each file counts once."""
+    found: dict[str, dict[Any, float]] = {}
+    for method in plan.methods:
+        for seed in plan.seeds:
+            teacher = results[method, pair, seed].get("teacher", {})
+            if plan.headline.name in teacher:
+                found.setdefault(teacher["name"], {})[teacher.get("sha256")] = teacher[plan.headline.name]
+    return [
+        Summary(f"teacher ({name})", pair, list(values.values()), [], 0, plan.headline)
+        for name, values in found.items()
+    ]
+
+
 def columns(rows: list[Summary]) -> tuple[str, ...]:
     """The table's head."""
     return tuple(column.format(rows[0].headline.title) for column in COLUMNS)
 
 
-def render(rows: list[Summary]) -> str:
-    """The table in Markdown, columns aligned so that it reads well as plain text too."""
+def render(rows: list[Summary], seconds: bool = True) -> str:
+    """The table in Markdown, columns aligned so that it reads well as plain text too.
+
+    Args:
+        rows: of :func:`summarize`.
+        seconds: with the training times, which only compare where all runs had the same machine and code.
+    """
     lines = [columns(rows), *(row.cells() for row in rows)]
+    if not seconds:
+        place = COLUMNS.index(SECONDS)
+        lines = [line[:place] + line[place + 1 :] for line in lines]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     aligned = [
         [

@@ -548,7 +548,7 @@ def test_a_teacher_without_a_convolution_needs_names():
 
 def assert_losses_are_the_oracles(method, values, batch=3, maps=((2, 2, 1), (3, 2, 1))):
     """All named losses, from given logits and last maps, of the shapes ``maps``; returns their names."""
-    classes, target = 4, [1, 3, 0][:batch]
+    classes, target = 4, [1, 3, 0, 2, 1, 1, 3][:batch]
     torch.manual_seed(0)
     student, teacher = (Outputs(classes, [shape[0]]) for shape in maps)
     if method == "DIST_PLUS" and values.get("ACCLIMATE") != "none":
@@ -565,7 +565,8 @@ def assert_losses_are_the_oracles(method, values, batch=3, maps=((2, 2, 1), (3, 
 
     def loops(logits_s, logits_t, map_s, map_t):
         relation, factor = RELATIONS[options.RELATION], options.TAU**2 if options.TAU_SQUARED else 1
-        inter, intra = oracle.dist_loss(logits_s, constant(logits_t), options.TAU, options.EPS, relation)
+        given = options.TAU, options.EPS, relation, options.COLUMN_GROUP
+        inter, intra = oracle.dist_loss(logits_s, constant(logits_t), *given)
         losses = {
             "loss_ce": options.CE_WEIGHT * cross_entropy(logits_s, target),
             "loss_inter": options.INTER_WEIGHT * factor * inter,
@@ -601,6 +602,9 @@ OF_LOGITS = [
     {"TAU": 3.0, "TAU_SQUARED": False, "EPS": 1e-3},
     {"RELATION": "cosine"},
     {"RELATION": "kl"},
+    {"COLUMN_GROUP": 3},
+    {"COLUMN_GROUP": 3, "RELATION": "kl"},
+    {"COLUMN_GROUP": 64},
 ]
 OF_ALL = [
     ({"CHANNEL_WEIGHT": 0.3, "SPATIAL_WEIGHT": 4.0, "ACCLIMATE_WEIGHT": 2.0}, "channel spatial acclimation"),
@@ -614,7 +618,7 @@ OF_ALL = [
 @pytest.mark.parametrize("method", ["DIST", "DIST_PLUS"])
 @pytest.mark.parametrize("values", OF_LOGITS, ids=str)
 def test_losses_from_given_outputs(values, method):
-    for batch in (1, 3):
+    for batch in (1, 3, 7):
         assert_losses_are_the_oracles(method, values, batch)
 
 

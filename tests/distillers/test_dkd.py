@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_data import assert_golden_gradients, case_tensors, loss_cases
-from method_cases import build, make_batch
+from method_cases import CLASSES, build, make_batch
 from oracles import dkd as oracle
 from oracles.compare import assert_agree
 
@@ -144,6 +144,17 @@ def test_wrong_configurations(values, message):
 
 
 # The method
+
+
+def test_under_smoothed_labels_only_the_cross_entropy_changes():
+    batch, values = make_batch("DKD"), {"DKD.WARMUP": 0}
+    smoothed = 0.9 * F.one_hot(batch["target"], CLASSES).float() + 0.1 / CLASSES
+    logits, hard = build("DKD", values)(**batch, epoch=1)
+    _, soft = build("DKD", values)(**{**batch, "target": smoothed}, epoch=1)
+    assert torch.equal(soft["loss_kd"], hard["loss_kd"])
+    expected = F.cross_entropy(logits, batch["target"], label_smoothing=0.1)
+    torch.testing.assert_close(soft["loss_ce"], expected)
+    assert abs(soft["loss_ce"] - hard["loss_ce"]) > 1e-3
 
 
 def test_the_weight_rises_over_the_warmup():

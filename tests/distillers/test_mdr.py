@@ -385,6 +385,8 @@ def test_labels_are_mixed_as_the_images():
         share[target[positives.partner[row]]] += 1 - positives.share[row].double()
         rows.append(-(share * logits[4 + row].log_softmax(0)).sum())
     torch.testing.assert_close(mixed_cross_entropy(logits, target, positives), sum(rows) / 16, rtol=1e-6, atol=1e-6)
+    shares = F.one_hot(target, 3).double()
+    torch.testing.assert_close(mixed_cross_entropy(logits, shares, positives), sum(rows) / 16, rtol=1e-6, atol=1e-6)
 
 
 # At the edges
@@ -727,6 +729,16 @@ def test_the_first_phase_learns_what_it_is_trained_on(training, augment):
     assert all(torch.equal(before[k], v) for k, v in mdr.teacher.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in mdr.teacher_modules.parameters())
     assert not any(p.grad is not None for p in mdr.student.parameters())
+
+
+def test_the_first_phase_takes_shares_of_classes():
+    numbers, shares = with_keys(SM_EPOCHS=1), with_keys(SM_EPOCHS=1)
+    batch = make_batch("MDR")
+    facts = []
+    for mdr, target in ((numbers, batch["target"]), (shares, F.one_hot(batch["target"], CLASSES).float())):
+        facts.append(mdr.prepare(lambda epoch, target=target: [{**batch, "target": target}], contextlib.nullcontext))
+    assert facts[0]["accuracy"] == facts[1]["accuracy"]
+    assert facts[0]["loss"] == pytest.approx(facts[1]["loss"])
 
 
 def test_the_first_phase_repeats_itself_and_does_not_depend_on_the_student():

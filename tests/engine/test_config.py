@@ -427,6 +427,8 @@ def test_the_recipe_on_cifar100(paths):
         if path.parent.name == "mlkd":  # its authors' recipe
             shuffle_from_resnet = path.stem in ("res32x4_shuv1", "res32x4_shuv2")
             rate, epochs = (0.01, 960 if shuffle_from_resnet else 480) if light else (0.025, 240)
+        if path.parent.name == "mdr":  # its paper names no exception
+            rate = 0.05
         assert rate == solver.LR, short(path)
         fixed = (solver.WEIGHT_DECAY, solver.MOMENTUM, solver.BATCH_SIZE, solver.TYPE)
         assert fixed == (5e-4, 0.9, 64, "SGD"), short(path)
@@ -438,18 +440,21 @@ def test_the_recipe_on_cifar100(paths):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("dist/r34_r18", (100, 256, 0.1, "SGD", 1e-4, "step", 0.0, 0.0, 0)),
-        ("dist_plus_b2/r50_r18", (450, 768, 0.048, "RMSProp", 1e-5, "exponential", 0.1, 0.9999, 2)),
-        ("dist_plus_b3/r50_r18", (300, 1024, 5e-4, "AdamW", 5e-2, "cosine", 0.1, 0.0, 2)),
+        ("crd/r34_r18", (100, 256, 0.1, "SGD", 1e-4, "step", 0.0, 0.0, 0, False, "none")),
+        ("dist/r34_r18", (100, 256, 0.1, "SGD", 1e-4, "step", 0.0, 0.0, 0, True, "norm_bias")),
+        ("dist_plus/r34_r18", (100, 256, 0.1, "SGD", 1e-4, "step", 0.0, 0.0, 0, True, "norm_bias")),
+        ("dist_plus_b2/r50_r18", (450, 768, 0.048, "RMSProp", 1e-5, "exponential", 0.1, 0.9999, 2, False, "norm_bias")),
+        ("dist_plus_b3/r50_r18", (300, 1024, 5e-4, "AdamW", 5e-2, "cosine", 0.1, 0.0, 2, False, "model")),
     ],
-    ids=["B1", "B2", "B3"],
+    ids=["B1", "B1 of DIST", "B1 of DIST+", "B2", "B3"],
 )
 def test_the_strategies_of_dist_plus(name, expected):
-    """Tab. 2."""
+    """Tab. 2, and what the authors' trainers do besides."""
     cfg = config(CONFIGS / "imagenet" / f"{name}.yaml")
     solver, data = cfg.SOLVER, cfg.DATASET
     found = (solver.EPOCHS, solver.BATCH_SIZE, solver.LR, solver.TYPE, solver.WEIGHT_DECAY, solver.LR_SCHEDULE)
-    assert (*found, data.LABEL_SMOOTHING, solver.EMA_DECAY, data.RANDAUGMENT) == expected
+    found += (data.LABEL_SMOOTHING, solver.EMA_DECAY, data.RANDAUGMENT, solver.NESTEROV, solver.NO_DECAY)
+    assert found == expected
     assert bool(data.RANDOM_ERASING) == bool(data.RANDAUGMENT)
     assert bool(data.MIXUP_ALPHA and data.CUTMIX_ALPHA and data.COLOR_JITTER) == (solver.TYPE == "AdamW")
 

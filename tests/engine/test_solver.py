@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from runs import tiny_config
+from runs import make_trainer, teacher_file, tiny_config
 from torch import nn
 
 from mdistiller.distillers import Vanilla
+from mdistiller.engine.folder.checkpoint import CheckpointError
 from mdistiller.engine.solver import build_optimizer, learning_rate
 from mdistiller.registry import InputError
 
@@ -73,6 +74,67 @@ def test_groups_keep_their_share_of_the_rate_and_no_parameter_comes_twice(tmp_pa
     first, second = optimizer.param_groups
     assert (first["lr"], first["lr_scale"], second["lr_scale"]) == (0.01, pytest.approx(0.1), 1.0)
     assert len(second["params"]) == 1
+
+
+class NamesItsOwn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(2, 3))
+        self.table_without_name = nn.Parameter(torch.ones(2, 3))
+        self.norm = nn.BatchNorm2d(4)
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.head = nn.Linear(4, 2)
+
+    def no_weight_decay(self):
+        return {"table", "of_another_version"}
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSProp"])
+def test_what_weight_decay_leaves_out(tmp_path, kind):
+    class Two(Vanilla):
+        def parameter_groups(self, cfg):
+            head = list(self.student.head.parameters())
+            return [{"params": head, "lr": 0.01}, {"params": list(self.student.parameters()), "weight_decay": 0.3}]
+
+    def decays(method=Two, **values):
+        student = NamesItsOwn()
+        optimizer = build_optimizer(
+            tiny_config(tmp_path, SOLVER__TYPE=kind, SOLVER__LR=0.1, SOLVER__WEIGHT_DECAY=0.2, **values),
+            method(nn.Sequential(student) if method is Vanilla else student),
+        )
+        names = {id(p): name for name, p in student.named_parameters()}
+        return [
+            (group["lr"], group["weight_decay"], [names[id(p)] for p in group["params"]])
+            for group in optimizer.param_groups
+        ]
+
+    tables, norm = ["table", "table_without_name"], ["norm.weight", "norm.bias", "conv.bias"]
+    assert decays() == [
+        (0.01, 0.2, ["head.weight", "head.bias"]),
+        (0.1, 0.3, [*tables, "norm.weight", "norm.bias", "conv.weight", "conv.bias"]),
+    ]
+    assert decays(SOLVER__NO_DECAY="norm_bias") == [
+        (0.01, 0.2, ["head.weight"]), (0.01, 0.0, ["head.bias"]),
+        (0.1, 0.3, [*tables, "conv.weight"]), (0.1, 0.0, norm),
+    ]  # fmt: skip
+    assert decays(Vanilla, SOLVER__NO_DECAY="model") == [
+        (0.1, 0.2, ["table_without_name", "conv.weight", "head.weight"]), (0.1, 0.0, ["table", *norm, "head.bias"]),
+    ]  # fmt: skip
+
+
+def test_weight_decay_leaves_out_the_same_in_dot_and_after_a_resume(tmp_path):
+    values = {"SOLVER__NO_DECAY": "norm_bias", "SOLVER__LR": 0.1, "SOLVER__WEIGHT_DECAY": 0.5}
+    for more in (
+        {},
+        {"DISTILLER__TYPE": "KD", "DISTILLER__TEACHER_CKPT": teacher_file(tmp_path), "SOLVER__TRAINER": "dot"},
+    ):
+        trainer = make_trainer(tmp_path, **values, **more)
+        state = trainer.state_dict()
+        for group in trainer.optimizer.param_groups:
+            assert {p.ndim > 1 for p in group["params"]} == {bool(group["weight_decay"])}
+        make_trainer(tmp_path, **values, **more).load_state(state)
+        with pytest.raises(CheckpointError, match=r"SOLVER\.NO_DECAY was norm_bias, is none"):
+            make_trainer(tmp_path, **{**values, "SOLVER__NO_DECAY": "none"}, **more).load_state(state)
 
 
 @pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("linear", 4.0), ("sqrt", 2.0)])

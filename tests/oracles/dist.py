@@ -53,12 +53,18 @@ def columns(matrix: Matrix) -> list[list[Any]]:
 
 
 def dist_loss(
-    logits_s: Matrix, logits_t: Matrix, tau: float, eps: float = EPS, relation: Any = pearson_distance
+    logits_s: Matrix, logits_t: Matrix, tau: float, eps: float = EPS, relation: Any = pearson_distance, group: int = 0
 ) -> tuple[Any, Any]:
-    """Eq. 8 and 9, without a factor tau^2: inter-class over the images, intra-class over the classes."""
+    """Eq. 8 and 9, without a factor tau^2: inter-class over the images, intra-class over the classes.
+
+    With ``group``, each device of several has so many images, in their order, and its own loss; intra-class is the mean
+    over the devices.
+    """
     y_s, y_t = probabilities(logits_s, tau), probabilities(logits_t, tau)
     inter = mean([relation(s, t, eps) for s, t in zip(y_s, y_t, strict=True)])
-    intra = mean([relation(s, t, eps) for s, t in zip(columns(y_s), columns(y_t), strict=True)])
+    starts = range(0, len(y_s), group or len(y_s))
+    devices = [(columns(y_s[a : a + starts.step]), columns(y_t[a : a + starts.step])) for a in starts]
+    intra = mean([mean([relation(s, t, eps) for s, t in zip(*own, strict=True)]) for own in devices])
     return inter, intra
 
 

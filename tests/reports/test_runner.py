@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -117,7 +118,11 @@ def results_of(method: str, seed: int = 0) -> dict:
 def test_what_is_printed_and_written(printed):
     top1 = {method: [results_of(method, seed)["last"]["top1"] for seed in (0, 1)] for method in ("plain", "KD")}
     with (OUTPUT / "table.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        teacher, *rows = csv.DictReader(file)
+    scored = results_of("KD")["teacher"]["top1"]
+    assert (teacher["method"], teacher["last-epoch top-1 [%]"], teacher["n"], teacher["images seen"]) == (
+        "teacher (resnet8)", f"{scored:.2f}", "1", ""
+    )  # fmt: skip
     assert [(row["method"], row["pair"], row["n"]) for row in rows] == [(m, "res20_res8", "2") for m in top1]
     for row in rows:
         a, b = top1[row["method"]]
@@ -323,10 +328,25 @@ def test_several_plans_make_one_page_that_says_where_it_was_measured(printed):
         "# Measured results", f"## {PLAN['TITLE']}", "## Again"
     ]  # fmt: skip
     assert "reproduce.py --plan plan.yaml again.yaml --report docs/page.md" in page
-    assert page.count("| KD     | res20_res8 |") == 2
+    assert len(re.findall(r"^\| KD +\| res20_res8 \|", page, re.MULTILINE)) == 2
+    assert page.count("training [s]") == 2
     environment = json.loads((folder_of("KD") / "environment.json").read_text())
     assert page.count(f"Measured on {environment['started'][:10]}, on {environment['processor']}, ") == 2
     assert str(OUTPUT) not in page.replace("--report docs/page.md", "")  # nothing of the reader's machine
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("threads", 64), ("git", "f" * 40), ("torch", "2.0.0"), ("device", "cuda:0")]
+)
+def test_seconds_of_several_machines_or_versions_are_not_shown(printed, key, value):
+    environment = folder_of("KD", 1) / "environment.json"
+    before = environment.read_text()
+    environment.write_text(json.dumps(json.loads(before) | {key: value}))
+    try:
+        outcome = run_tool("reproduce", ["--plan", write_plan(CLAIMS=[])])
+    finally:
+        environment.write_text(before)
+    assert outcome.code == 0 and "images seen" in outcome.out and "training [s]" not in outcome.out
 
 
 def test_no_plan_runs_when_one_is_wrong(printed):

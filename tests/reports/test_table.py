@@ -53,6 +53,27 @@ def test_a_stage_before_training_counts_as_training():
     assert [row.seconds for row in summarize(plan, results)] == 2 * [[12.0] * 3] + 2 * [[5.0] * 3]
 
 
+def test_each_pair_has_a_row_for_its_teacher():
+    def result(method, pair, seed):
+        run = {"last": {"top1": 50.0}, "seconds": {"train": 1.0}, "images_seen": 1200}
+        scores = {"p": 90.0, "q": 80.0 + seed}  # one file for all seeds, and one for each
+        teacher = {"name": "resnet20", "sha256": f"{scores[pair]}", "top1": scores[pair]}
+        return run if method == "plain" else run | {"teacher": teacher}
+
+    plan = make_plan()
+    rows = summarize(plan, {(m, p, s): result(m, p, s) for m in ("KD", "plain") for p in "pq" for s in (0, 1, 2)})
+    assert [(row.method, row.pair, row.values) for row in rows[:2]] == [
+        ("teacher (resnet20)", "p", [90.0]), ("teacher (resnet20)", "q", [80.0, 81.0, 82.0])
+    ]  # fmt: skip
+    assert render(rows).splitlines()[2].split("|")[3:8] == [" " * 16 + "90.00 ", " 0.00 ", "   1 ", " " * 14, " " * 13]
+    assert [row.method for row in rows[2:]] == ["KD", "KD", "plain", "plain"]
+
+
+def test_the_seconds_can_be_left_out():
+    assert "training [s]" not in render(ROWS, seconds=False)
+    assert render(ROWS, seconds=False).splitlines()[3].replace(" ", "") == "|plain|p|80.00|0.00|1|1,200|"
+
+
 ROWS = [row("KD", [90.0, 92.0, 97.0], seconds=(10.0, 11.0, 12.4)), row("plain", [80.0])]
 
 

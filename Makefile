@@ -16,9 +16,10 @@ evidence: .venv/installed-plots
 		configs/plans/evidence_shapes.yaml configs/plans/shapes_gap.yaml configs/plans/acclimation.yaml \
 		configs/plans/precision.yaml
 
-# What is made from the code: the pages of methods and options, the picture of the parts.
+# What is made from the code: the pages of methods and options, the picture of the parts, README's table of the papers.
 pages: .venv/installed-dev
 	for page in methods.md options.md pictures/inside.svg; do $(BIN)/python tools/list.py --page docs/$$page || exit 1; done
+	$(BIN)/python tools/list.py --page README.md
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto

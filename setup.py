@@ -20,7 +20,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["mdistiller", "mdistiller.*"]),
-    package_data={"mdistiller": ["py.typed"]},
+    package_data={"mdistiller": ["py.typed", "reports/tables/*.yaml"]},
     install_requires=(root / "requirements.txt").read_text().split(),
     extras_require={
         "plots": ["matplotlib"],

@@ -5,6 +5,7 @@ python tools/list.py options [SOLVER KD ...]
 python tools/list.py --page docs/methods.md
 python tools/list.py --page docs/options.md
 python tools/list.py --page docs/pictures/inside.svg
+python tools/list.py --page README.md
 """
 
 import argparse
@@ -23,6 +24,7 @@ from mdistiller.models import ModelEntry
 from mdistiller.registry import MODEL_FAMILIES, Registry
 from mdistiller.reports.methods import write_methods_page
 from mdistiller.reports.options import COLUMNS, option_rows, write_options_page
+from mdistiller.reports.readme import write_readme_table
 from mdistiller.reports.structure import draw
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +82,9 @@ def methods_page(path: Path) -> None:
     write_methods_page(path, measured / "step.json", measured / "memory.json", ROOT / "tests" / "golden", command)
 
 
-PAGES = Registry("page", {"methods": methods_page, "options": write_options_page, "inside": draw})
+PAGES = Registry(
+    "page", {"methods": methods_page, "options": write_options_page, "inside": draw, "README": write_readme_table}
+)
 LISTS = (methods, models, datasets, options, configs, plans)
 SECTIONS = Registry("section", {rows.__name__: rows for rows in LISTS})
 
@@ -92,7 +96,7 @@ def main() -> None:
         "--page",
         type=Path,
         metavar="FILE",
-        help="instead: write what is made from the code: methods.md, options.md, inside.svg",
+        help="instead: write what is made from the code: methods.md, options.md, inside.svg, README.md",
     )
     args = parser.parse_args()
     if args.page:

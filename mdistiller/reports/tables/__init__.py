@@ -7,14 +7,14 @@ A table has ``id``, ``paper``, ``number``, ``where`` (main or supplement), ``cap
 ``direction`` (whether ``higher`` or ``lower`` is better), ``conditions``, ``columns``, ``rows``, and perhaps
 ``derived_rows`` (printed differences) and ``notes``.
 
-- A column has mostly ``teacher, student, teacher_acc, student_acc``; ``metric`` where a table mixes several; and what its
-  paper varies (:data:`COLUMN_KEYS`). Names of networks are mdistiller's on CIFAR-100 and torchvision's on ImageNet.
-- A row has ``method``, one name over all files (``printed_as`` where the paper has another), and ``values``, one for each
-  column, ``null`` for none; ``ours`` marks the paper's own method, ``retrained_teacher`` its dagger.
-- A doubt has ``col`` (number of the column, or ``student``), ``printed``, ``note`` and ``status``: ``confirmed`` (a lost
-  decimal point, and another table has the number), ``likely`` (the same without a second source), ``split`` (cells that
-  ran together), ``name`` (a label), ``inconsistent`` (two documents disagree), ``suspicious`` (legible and implausible),
-  ``rounding``, ``wrong_in_paper_or_ocr`` (to be treated as missing).
+- A column has mostly ``teacher, student, teacher_acc, student_acc``; ``metric`` where a table mixes several; and what
+  its paper varies (:data:`COLUMN_KEYS`). Networks have mdistiller's names on CIFAR-100, torchvision's on ImageNet.
+- A row has ``method``, one name over all files (``printed_as`` where the paper has another), and ``values``, one for
+  each column, ``null`` for none; ``ours`` marks the paper's own method, ``retrained_teacher`` its dagger.
+- A doubt has ``col`` (number of the column, or ``row`` for all), ``printed``, ``note`` and ``status``: ``confirmed`` (a
+  lost decimal point, and another table has the number), ``likely`` (the same without a second source), ``split`` (cells
+  that ran together), ``name`` (a label), ``inconsistent`` (two documents disagree), ``suspicious`` (legible and
+  implausible), ``rounding``, ``wrong_in_paper_or_ocr`` (to be treated as missing).
 - ``differs``: another paper has another number for a known reason.
 
 ``measured.yaml`` lists this library's own results, see :class:`Measured`.
@@ -31,7 +31,7 @@ from typing import Any
 
 import yaml
 
-from mdistiller.registry import InputError, suggestion
+from mdistiller.registry import InputError, check_choice, suggestion
 
 FOLDER = Path(__file__).parent
 PAPERS = ("vrm", "mdr", "dist_plus", "dcd")
@@ -40,12 +40,12 @@ DOUBTS = (
 )  # fmt: skip
 TEXTS = {"id", "paper", "number", "where", "caption", "dataset", "metric", "conditions"}
 COLUMN_KEYS = {
-    "teacher", "student", "teacher_acc", "student_acc", "metric", "direction", "setting", "measure", "aggregate", "field",
-    "strategy", "transfer_to", "detector", "teacher_kind", "teacher_note", "note",
+    "teacher", "student", "teacher_acc", "student_acc", "metric", "direction", "setting", "measure", "aggregate",
+    "field", "strategy", "transfer_to", "detector", "teacher_kind", "teacher_note", "note",
 }  # fmt: skip
 ROW_KEYS = {
-    "method", "printed_as", "venue", "family", "config", "student", "detector_kind", "role", "values", "std", "uncertain",
-    "doubts", "differs", "ours", "retrained_teacher",
+    "method", "printed_as", "venue", "family", "config", "student", "detector_kind", "role", "values", "std",
+    "uncertain", "doubts", "differs", "ours", "retrained_teacher",
 }  # fmt: skip
 MEASURED_KEYS = {"dataset", "method", "teacher", "student", "top1", "config", "device", "commit"}
 
@@ -147,11 +147,8 @@ def _check_row(where: str, row: dict[str, Any], columns: int) -> None:
             raise InputError(f"{where}: {key} has {len(row[key])} entries, the table {columns} columns")
     for doubt in row.get("doubts", []):
         _check_keys(where, doubt, {"col", "printed", "status", "note"}, set())
-        if doubt["status"] not in DOUBTS:
-            raise InputError(
-                f"{where}: no status {doubt['status']!r} of a doubt; {suggestion(doubt['status'], DOUBTS)}"
-            )
-        if doubt["col"] not in (*range(columns), "student"):
+        check_choice(f"{where}, status of a doubt", doubt["status"], DOUBTS)
+        if doubt["col"] not in (*range(columns), "row"):
             raise InputError(f"{where}: a doubt about column {doubt['col']} of {columns}")
 
 

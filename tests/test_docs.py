@@ -43,6 +43,7 @@ README, CONTRIBUTING, CHANGELOG = (
 )
 DOCS = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 BOTH = README + CONTRIBUTING + "".join(DOCS.values())
+OWN = DOCS[ROOT / "docs" / "own.md"]
 # The files of CONTRIBUTING's walk-through: a line that holds nothing but `path`: and below it the content.
 WALK_THROUGH = dict(re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```", CONTRIBUTING, re.MULTILINE | re.DOTALL))
 METHOD_FILE, DATASET_FILE = "mdistiller/distillers/MYKD.py", "mdistiller/dataset/stripes.py"
@@ -62,12 +63,12 @@ def commands(text: str) -> list[str]:
 
 
 def table(*heading: str) -> list[list[str]]:
-    """The rows of README's table whose heading begins so."""
-    for lines in re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE):
+    """The rows of the table in README or docs/runs.md whose heading begins so."""
+    for lines in re.findall(r"(?:^\|.*\n)+", README + DOCS[ROOT / "docs" / "runs.md"], re.MULTILINE):
         header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()]
         if header[: len(heading)] == list(heading):
             return rows
-    raise AssertionError(f"README has no table with heading {heading}")
+    raise AssertionError(f"there is no table with heading {heading}")
 
 
 def names_in(cell: str) -> list[str]:
@@ -142,11 +143,14 @@ def walk_through_folder(tmp_path, monkeypatch):
 # Code
 
 
-@pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
-def test_python_in_readme_runs(number, tables_restored):
+PROGRAMS = blocks(README, "python") + blocks(OWN, "python")
+
+
+@pytest.mark.parametrize("number", range(len(PROGRAMS)))
+def test_python_in_readme_and_for_own_things_runs(number, tables_restored):
     registered = set(distiller_dict)
-    code = blocks(README, "python")[number]
-    exec(compile(code, f"README.md, python block {number}", "exec", dont_inherit=True), {"__name__": "readme"})
+    code = compile(PROGRAMS[number], f"python block {number}", "exec", dont_inherit=True)
+    exec(code, {"__name__": "readme"})
     load_config()  # makes room for its section
     for method in set(distiller_dict) - registered:
         assert_trains(method)
@@ -300,14 +304,15 @@ def test_relative_links_resolve():
 
 def test_demo_table_has_the_rows_and_columns_of_the_plan():
     plan = yaml.safe_load((ROOT / "configs" / "plans" / "demo.yaml").read_text())
-    rows = table(*(column.format("top-1 [%]") for column in COLUMNS))
+    teacher, *rows = table(*(column.format("top-1 [%]") for column in COLUMNS))
+    assert teacher[0] == "teacher (resnet20)"
     assert [row[0] for row in rows] == list(plan["METHODS"])
     assert {int(row[COLUMNS.index("n")]) for row in rows} == {len(plan["SEEDS"])}
 
 
 def test_method_table_is_complete():
     """A new method needs a row in README's table, and a name there must be registered."""
-    rows = table("method", "what the student minimises")
+    rows = table("method", "paper", "loss")
     assert sorted(name for row in rows for name in names_in(row[0])) == sorted(distiller_dict)
 
 
@@ -324,6 +329,24 @@ def test_table_of_a_runs_files(tmp_path):
     mdistiller.engine.run.run(load_config(options=[str(part) for item in options.items() for part in item]))
     found = {re.sub(r"_[12]$", "_N", path.name) for path in (tmp_path / "distill" / "default").iterdir()}
     assert found == {name for row in table("file") for name in names_in(row[0])}
+
+
+def test_readme_is_short_enough_to_be_read():
+    assert len(README.split()) <= 1800
+
+
+def test_pictures_are_small():
+    for path in (ROOT / "docs" / "pictures").iterdir():
+        assert path.stat().st_size < 150_000, path.name
+
+
+def test_the_citation_file():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["license"]) == (mdistiller.__version__, "MIT")
+    assert all(entry["authors"] and entry["title"] and entry["year"] for entry in citation["references"])
+    titles = {entry["title"] for entry in citation["references"]}
+    cited = re.findall(r"title=\{(.*?)\}, ?\n? *(?:booktitle|journal)", blocks(README, "bibtex")[0])
+    assert len(cited) >= 5 and {title.replace("{", "").replace("}", "") for title in cited} <= titles
 
 
 # Packaging

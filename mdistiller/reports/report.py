@@ -11,7 +11,7 @@ from mdistiller.engine.folder.checkpoint import write_atomically
 from mdistiller.registry import InputError
 
 from .plan import Plan
-from .plots import learning_curves
+from .plots import accuracies, learning_curves
 from .table import Results, check_claims, render, summarize, to_csv
 
 
@@ -40,7 +40,7 @@ class Report:
 
 
 def write_report(plan: Plan, results: Results) -> Report:
-    """Write ``table.md``, ``table.csv`` and, with matplotlib, ``curves.png`` into the plan's output folder.
+    """Write ``table.md``, ``table.csv`` and, with matplotlib, two pictures into the plan's output folder.
 
     The table shows training times only where all runs had the same machine, threads, torch and code.
     """
@@ -56,7 +56,8 @@ def write_report(plan: Plan, results: Results) -> Report:
     names, missing = "table.md, table.csv", ""
     try:
         learning_curves(plan, plan.output / "curves.png")
-        names += ", curves.png"
+        accuracies(rows, plan.title, plan.output / "accuracies.svg")
+        names += ", curves.png, accuracies.svg"
     except InputError as error:
         missing = f"No curves.png: {error}\n\n"
     files = f"{missing}Tables, curves and every run: {plan.output}/ ({names})"

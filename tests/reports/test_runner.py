@@ -13,6 +13,7 @@ import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -141,6 +142,8 @@ def test_what_is_printed_and_written(printed):
     assert table.startswith("# Tiny: 40 images, two epochs\n\n| method ")
     assert table.partition("\n\n")[2].strip() in printed
     assert (OUTPUT / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    picture = ElementTree.parse(OUTPUT / "accuracies.svg")
+    assert picture.getroot().tag.endswith("svg")
     for method, seed in CELLS:
         assert "[EVAL] Epoch 2/2" in folder_of(method, seed).with_name(f"seed{seed}.log").read_text()
 
@@ -310,7 +313,7 @@ def test_a_claim_decides_the_exit_code(printed, top1, code, sentence):
 
 
 def test_without_matplotlib_there_are_still_tables(printed, monkeypatch):
-    for name in ("table.md", "table.csv", "curves.png"):
+    for name in ("table.md", "table.csv", "curves.png", "accuracies.svg"):
         (OUTPUT / name).unlink()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     outcome = run_tool("reproduce", ["--plan", write_plan(CLAIMS=[])])

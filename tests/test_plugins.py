@@ -345,9 +345,7 @@ def test_settings_read_in_a_branch_or_at_the_top_of_the_tree(tmp_path):
 def test_shares_of_classes_are_refused_for_a_file_that_reads_class_numbers(tmp_path):
     tree = {"DISTILLER": {"TYPE": "HintPlus", "PLUGINS": [str(write(tmp_path, "hints", FEATURE))]}}
     path = config_file(tmp_path, {**tree, "HintPlus": FEATURE_SETTINGS})
-    message = (
-        r"DATASET\.MIXUP_ALPHA 1\.0: labels become shares .* method HintPlus reads class numbers"
-    )
+    message = r"DATASET\.MIXUP_ALPHA 1\.0: labels become shares .* method HintPlus reads class numbers"
     with pytest.raises(InputError, match=message):
         load_config(path, ["DATASET.MIXUP_ALPHA", 1], allow_plugins=True)
 

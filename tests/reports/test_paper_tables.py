@@ -53,7 +53,10 @@ DOUBT = {"col": 0, "printed": "1", "status": "likely", "note": "n"}
         ({"caption": None}, "caption must be text"),
         ({"columns": [{"taecher": "a"}]}, r"column 0: .*unknown \['taecher'\]"),
         ({"rows": [{"method": "KD", "values": [1.0, 2.0]}]}, "row KD: values has 2 entries, the table 1 columns"),
-        ({"rows": [{"method": "KD", "values": [1.0], "doubts": [DOUBT | {"status": "maybe"}]}]}, "named 'maybe'"),
+        (
+            {"rows": [{"method": "KD", "values": [1.0], "doubts": [DOUBT | {"status": "maybe"}]}]},
+            "status of a doubt: no 'maybe'",
+        ),
         ({"rows": [{"method": "KD", "values": [1.0], "doubts": [DOUBT | {"col": 3}]}]}, "a doubt about column 3 of 1"),
     ],
 )

@@ -55,7 +55,7 @@ DOUBT = {"col": 0, "printed": "1", "status": "likely", "note": "n"}
         ({"rows": [{"method": "KD", "values": [1.0, 2.0]}]}, "row KD: values has 2 entries, the table 1 columns"),
         (
             {"rows": [{"method": "KD", "values": [1.0], "doubts": [DOUBT | {"status": "maybe"}]}]},
-            "status of a doubt: no 'maybe'",
+            "doubt: no 'maybe'",
         ),
         ({"rows": [{"method": "KD", "values": [1.0], "doubts": [DOUBT | {"col": 3}]}]}, "a doubt about column 3 of 1"),
     ],

@@ -28,7 +28,7 @@ import mdistiller.bench.commands
 import mdistiller.dataset
 import mdistiller.engine.build
 import mdistiller.engine.run
-import mdistiller.reports
+import mdistiller.reports.methods
 from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import CFG, load_config
 from mdistiller.engine.config.experiment import flatten

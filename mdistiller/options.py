@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mdistiller.registry import InputError, Registry, dataset_dict, distiller_dict, suggestion
 
 Role = Literal["result", "data", "speed", "place", "ignored"]
+MANY, WIDEST = 10**6, 2**16  # epochs or images, and channels: more is a slip of the pen
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 
 
@@ -38,6 +39,7 @@ class Option:
         varies: with any value but 0, an image differs from epoch to epoch.
         is_weight: it weights a term of the loss.
         code: which code a value names, if the option names code; see ``mdistiller/consent.py``.
+        when: whether a run of a configuration reads it; without, each run of its section does.
     """
 
     default: Any
@@ -53,6 +55,7 @@ class Option:
     varies: bool = False
     is_weight: bool = False
     code: Callable[[Any], list[str]] | None = None
+    when: Callable[[Any], bool] | None = None
 
     @property
     def fixed(self) -> bool:
@@ -63,6 +66,9 @@ class Option:
     def decides_result(self) -> bool:
         """Runs with different values are different runs."""
         return self.role in ("result", "data")
+
+    def is_read(self, cfg: Any) -> bool:
+        return self.role != "ignored" and (self.when is None or self.when(cfg))
 
     @property
     def bounds(self) -> dict[str, float]:
@@ -92,14 +98,20 @@ class Option:
             return value
         entries = value if isinstance(value, (list, tuple)) else [value]
         within = all(BOUNDS[name](entry, bound) for entry in entries for name, bound in self.bounds.items())
+        within = within and not any(isinstance(entry, int) and abs(entry) >= 2**63 for entry in entries)
         if not within or (self.holds is not None and not self.holds[0](value)):
-            raise InputError(f"{key} must be {self.allowed}, got {value}")
+            raise InputError(f"{key} must be {self.allowed or 'below 2**63'}, got {value}")
         return value
 
 
 def weight(default: float, help: str = "") -> Option:
     """The weight of a term of the loss, 0 or more."""
     return Option(default, help, at_least=0, is_weight=True)
+
+
+def are_texts(value: Any) -> bool:
+    """A list of texts."""
+    return isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value)
 
 
 def dead(default: Any, help: str) -> Option:
@@ -139,7 +151,8 @@ def options_of_method(method: type) -> dict[str, Option]:
 
 def options_of_dataset(dataset: type) -> dict[str, Option]:
     """The options of a data set's section ``DATASET.<NAME>``; plain values have the role ``data``."""
-    return options_in(dataset.defaults, f"DATASET.{dataset.name.upper()}.", role="data")
+    found = options_in(dataset.defaults, f"DATASET.{dataset.name.upper()}.", role="data")
+    return {key: replace(option, when=lambda cfg: dataset.name == cfg.DATASET.TYPE) for key, option in found.items()}
 
 
 def options_of(cfg: Any) -> dict[str, Option]:

@@ -51,9 +51,10 @@ def suggestion(name: str, allowed: Iterable[str]) -> str:
     """``"closest: A, B"``, and everything allowed where that is short or nothing is close."""
     allowed = sorted(allowed)
     near = closest(name, allowed)
-    parts = ["closest: " + ", ".join(near)] if near else []
+    between = "; " if any("," in known for known in allowed) else ", "
+    parts = ["closest: " + between.join(near)] if near else []
     if not near or len(near) < len(allowed) <= SHORT_LIST:
-        parts.append("known: " + (", ".join(allowed) or "none"))
+        parts.append("known: " + (between.join(allowed) or "none"))
     return "; ".join(parts)
 
 

@@ -33,9 +33,24 @@ KD = f"--cfg configs/digits/kd/res20_res8.yaml {TINY} DISTILLER.TEACHER resnet8"
 VRM = f"--cfg configs/digits/vrm/res20_res8.yaml {TINY} DISTILLER.TEACHER resnet14 DISTILLER.TEACHER_CKPT resnet14"
 FIRST = Path("output/digits/first")
 
+LISTED = """
+from mdistiller.distillers import Vanilla, register_distiller
+from mdistiller.options import Option
+
+@register_distiller("LISTED", {"SHARPNESS": Option(3.0, "of the listing")})
+class Listed(Vanilla):
+    pass
+"""
 PLAN = "TITLE: a\nOUTPUT: output/a\nSEEDS: [0]\nPAIRS: {p: }\n"
 YAML_FILES = {
+    "plain.py": "",
+    "listed.py": LISTED,
     "broken.yaml": "SOLVER: [1",
+    "solver_only.yaml": "SOLVER: {LR: 0.1}",
+    "empty_base.yaml": "_BASE_:",
+    "deep.yaml": "SOLVER: {LR: " + "[" * 3000 + "]" * 3000 + "}",
+    "digits.yaml": "SOLVER: {LR: 1" + "0" * 5000 + "}",
+    "hex.yaml": "SOLVER: {LR: 0x1" + "0" * 5000 + "}",
     "list.yaml": "- SOLVER",
     "twice.yaml": "SOLVER: {LR: 0.1}\nDATASET: {TYPE: digits}\nSOLVER: {EPOCHS: 2}",
     "cycle_a.yaml": "_BASE_: cycle_b.yaml",
@@ -54,6 +69,9 @@ YAML_FILES = {
     "plan_method.yaml": PLAN + "METHODS: {M: {CFG: c}}",
     "plan_config.yaml": PLAN + "METHODS: {M: {CONFIG: 'configs/{pair}.yaml'}}",
     "plan_braces.yaml": PLAN + "METHODS: {M: {CONFIG: c}}\nHOW_TO_READ: '{n}'",
+    "plan_bomb.yaml": PLAN + "METHODS: {M: {CONFIG: c}}\nHOW_TO_READ: '{images:x>99999999999}'",
+    "plan_no_name.yaml": PLAN + "METHODS: {'': {CONFIG: c}}",
+    "plan_option.yaml": PLAN + "METHODS: {M: {CONFIG: configs/digits/vanilla/res8.yaml}}\nOPTIONS: {SOLVER.LRX: 1}",
     "plan_same_folder.yaml": PLAN + "METHODS: {'M, 2': &same {CONFIG: configs/digits/vanilla/res8.yaml}, M 2: *same}",
 }
 
@@ -65,6 +83,10 @@ def workspace(tmp_path_factory):
     (place / "configs").symlink_to(ROOT / "configs", target_is_directory=True)
     for name, text in YAML_FILES.items():
         (place / name).write_text(text)
+    (place / "tower").mkdir()
+    for floor in range(52):
+        (place / "tower" / f"{floor}.yaml").write_text(f"_BASE_: {floor + 1}.yaml")
+    os.mkfifo(place / "pipe")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         succeed("train", f"{PLAIN} EXPERIMENT.NAME first LOG.SAVE_CHECKPOINT_FREQ 1")
@@ -118,7 +140,7 @@ def snapshot() -> dict[str, tuple[int, bytes]]:
     for folder, _, names in os.walk("."):
         found[folder] = (0, b"")
         for path in (Path(folder) / name for name in names):
-            found[str(path)] = (path.stat().st_mtime_ns, path.read_bytes())
+            found[str(path)] = (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
     return found
 
 
@@ -139,6 +161,18 @@ REFUSED = [
     ("train", "SOLVER.LR nan", "SOLVER.LR takes a finite number (default 0.05), got 'nan'"),
     ("train", "LOG.WANDB 3", "LOG.WANDB takes True or False"),
     ("train", "--resume --overwrite", "not allowed with argument"),
+    ("train", "", "no configuration is given: nothing says what to train; for example: python tools/train.py --cfg"),
+    ("train", "SOLVER.LR 0.1", "nothing says what to train"),
+    ("train", "--cfg solver_only.yaml", "solver_only.yaml names neither data nor networks: nothing says"),
+    ("train", "--cfg empty_base.yaml", "empty_base.yaml names neither data nor networks: nothing says"),
+    ("train", "configs/digits/kd/res20_res8.yaml", "a configuration file is named by --cfg configs/digits/kd/res20_re"),
+    ("train", "--cfg list.yaml --cfg twice.yaml", "--cfg is given twice, list.yaml and twice.yaml; give it once"),
+    ("train", "--cfg ''", "'' is no path"),
+    ("train", "--cfg pipe", "cannot read pipe: it is no regular file"),
+    ("train", "--cfg deep.yaml", "cannot read deep.yaml: its lists or keys are nested too deeply"),
+    ("train", "--cfg digits.yaml", "cannot read digits.yaml: "),
+    ("train", "--cfg hex.yaml", "SOLVER.LR takes a finite number (default 0.05), got a number of very many digits"),
+    ("train", "--cfg tower/0.yaml", "tower/0.yaml builds on more than 50 files"),
     ("train", "--forward", "unrecognized arguments: --forward"),
     # files
     ("train", "--cfg configs/digits/kd/res20_res9.yaml", "no config file configs/digits/kd/res20_res9.yaml; in",
@@ -174,11 +208,16 @@ REFUSED = [
     # values
     ("train", "SOLVER.LR -1", "SOLVER.LR must be above 0, got -1"),
     ("train", "SOLVER.BATCH_SIZE -1", "SOLVER.BATCH_SIZE must be at least 1, got -1"),
-    ("train", "SOLVER.EPOCHS 0", "SOLVER.EPOCHS must be at least 1, got 0"),
+    ("train", "SOLVER.EPOCHS 0", "SOLVER.EPOCHS must be at least 1 and at most 1000000, got 0"),
     ("train", "SOLVER.WEIGHT_DECAY -0.1", "SOLVER.WEIGHT_DECAY must be at least 0, got -0.1"),
     ("train", "SOLVER.MOMENTUM 1", "SOLVER.MOMENTUM must be at least 0 and below 1, got 1.0"),
     ("train", "SOLVER.BETAS '[0.9]'", "SOLVER.BETAS must be two numbers"),
     ("train", "DATASET.TRAIN_FRACTION 0", "DATASET.TRAIN_FRACTION must be above 0"),
+    ("train", f"{PLAIN} SOLVER.LR_DECAY_STAGES '[30, -2, 10]'", "SOLVER.LR_DECAY_STAGES must be rising, at least 1"),
+    ("train", f"{PLAIN} SOLVER.LR_SCHEDULE cosine SOLVER.LR_MIN 3", "SOLVER.LR_MIN must be at most SOLVER.LR 0.05"),
+    ("train", f"{PLAIN} SOLVER.DEVICE meta", "SOLVER.DEVICE 'meta' cannot be used here"),
+    ("train", f"{PLAIN} EXPERIMENT.NAME /tmp/x", "the run's folder digits/tmp/x must lie below LOG.PREFIX"),
+    ("train", f"{KD} DISTILLER.TEACHER_CKPT nowhere KD.LOSS.KD_WEIGHT -1", "KD.LOSS.KD_WEIGHT must be at least 0"),
     ("train", "EXPERIMENT.SEED -1", "EXPERIMENT.SEED must be at least 0"),
     ("train", "SOLVER.EPOCHS 5 SOLVER.WARMUP_EPOCHS 5", "SOLVER.WARMUP_EPOCHS is 5, which leaves nothing"),
     ("train", "EXPERIMENT.TAG ''", "EXPERIMENT.NAME and EXPERIMENT.TAG are both empty"),
@@ -254,9 +293,16 @@ REFUSED = [
     ("eval", "-m resnet8 -d digits -c resnet14 -bs 0", "DATASET.TEST.BATCH_SIZE must be at least 1, got 0"),
     ("eval", "-m resnet8 -d digits -c resnet14 SOLVER.DEVICE", "'SOLVER.DEVICE' has no value"),
     ("eval", "-m resnet14 -d digits -c resnet14 --against-ckpt resnet8", "--against-ckpt without --against would"),
-    ("list", "model", "no section named 'model'; closest: models"),
+    ("list", "model", "no list named 'model'; closest: models"),
+    ("list", "methods VRMM", "nothing in the list of methods fits 'VRMM'; closest: VRM"),
+    ("list", "options broken.py", "no method file "),
+    ("list", "options plain.py", "plain.py declares no options (DEFAULTS)"),
+    ("list", "--page docs/methods.md methods", "--page writes a page and lists nothing"),
     ("list", "--page nowhere/page.md", "--page: cannot write nowhere/page.md: there is no folder nowhere"),
     ("views", "-d digits -o configs", "-o: cannot write configs: it is a folder; name a file in it"),
+    ("list", "--page /proc/options.md", "--page: cannot write /proc/options.md: "),
+    ("list", "--page pipe", "--page: cannot write pipe: it is no regular file"),
+    ("bench", "train --variants bf17", "no variant named 'bf17'; closest: bf16; known: bf16; bf16, cached tea"),
     ("bench", "step --json nowhere/a.json", "--json: cannot write nowhere/a.json: there is no folder nowhere"),
     ("reproduce", "--plan configs/plans/demo.yaml --report list.yaml/a.md", "there is no folder list.yaml"),
     ("reproduce", "", "the following arguments are required: --plan"),
@@ -273,6 +319,9 @@ REFUSED = [
     ("reproduce", "--plan plan_method.yaml", "METHODS: 'M' must", "hold CONFIG"),
     ("reproduce", "--plan plan_config.yaml", "M, p: no config file configs/p.yaml"),
     ("reproduce", "--plan plan_braces.yaml", "HOW_TO_READ may hold {images} and {image_points}"),
+    ("reproduce", "--plan plan_bomb.yaml", "HOW_TO_READ may hold {images} and {image_points}"),
+    ("reproduce", "--plan plan_no_name.yaml", "METHODS: '' must be a name and hold CONFIG"),
+    ("reproduce", "--plan plan_option.yaml", "M, p: OPTIONS: unknown config key 'SOLVER.LRX'"),
     ("reproduce", "--plan plan_same_folder.yaml", "'M, 2' and 'M 2' on p share the folder output/a/M_2/p/seed0"),
 ]  # fmt: skip
 
@@ -290,6 +339,17 @@ def test_bad_input_ends_with_one_message_and_changes_nothing(tool, command, frag
     for fragment in fragments:
         assert fragment in outcome.err
     assert snapshot() == before
+
+
+def test_options_that_this_run_does_not_read_are_taken_and_named():
+    out = succeed("train", f"{PLAIN} EXPERIMENT.NAME unread VRM.ALPHA 1 SOLVER.LR_MIN 0.1 SOLVER.BATCH_SIZE 500")
+    assert "without effect here: VRM.ALPHA (DISTILLER.TYPE is NONE), SOLVER.LR_MIN (given the other settings)\n" in out
+    assert "SOLVER.BATCH_SIZE is 500: all 40 training images are one batch\n" in out
+    config = out[out.index("CONFIG") : out.index("Epoch 1")]
+    assert "EPOCHS: 2\n" in config and config.count("\n") < 50
+    assert not re.search("TEACHER|SHAPES|BETAS|VIEW_STRONG|RANDAUGMENT|DOT|VRM", config)
+    assert re.search(r"\| [\d,]+ images/s\| \d:\d\d:\d\d left\n", out)
+    assert re.search(r"Last: .*\| \d:\d\d:\d\d in all\| everything in output/digits/unread\n", out)
 
 
 def test_a_real_process_ends_with_code_2_and_without_a_traceback():
@@ -485,8 +545,8 @@ def test_cifar100_from_files_with_a_committed_config():
 
 
 def test_list_names_everything_there_is():
-    out = succeed("list", "")
-    words = set(re.split(r"\s+", out))
+    out = succeed("list", "methods models datasets options configs plans")
+    words = set(re.split(r"[\s(),]+", out))
     for table in (distiller_dict, dataset_dict, cifar_model_dict, tiny_imagenet_model_dict, imagenet_model_dict):
         assert set(table) <= words
     for path in ("cifar100/kd/res32x4_res8x4.yaml", "digits/vanilla/res8.yaml", "plans/demo.yaml"):
@@ -494,3 +554,37 @@ def test_list_names_everything_there_is():
     assert not any("/_" in word for word in words)  # bases
     assert succeed("list", "datasets models").startswith("DATA SET")
     assert "`" not in succeed("list", "methods")  # docstrings without their markup
+    assert "MLKD (KD_ours)  logit " in out  # one row for a method
+
+
+def test_an_overview_fits_a_page_and_says_how_to_see_more():
+    out = succeed("list", "")
+    assert out.count("\n") < 60 and max(map(len, out.splitlines())) <= 100
+    for kind in ("methods", "models", "datasets", "options", "configs", "plans"):
+        assert f"{kind.upper()}: python tools/list.py {kind} [" in out
+    assert "KD_TWO_VIEWS" in out and "resnet32x4" in out and "configs/cifar100/ (" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "first"),
+    [
+        ("methods kd", {"KD"}),  # which is called so
+        ("methods KD vrm", {"KD", "VRM"}),
+        ("methods kd_ours", {"MLKD"}),
+        ("methods contrastive", {"CRD", "DCD"}),
+        ("datasets digits cifar100", {"digits", "cifar100"}),
+        (
+            "configs digits kd res8",
+            {"configs/digits/kd/res20_res8.yaml", "configs/digits/kd_two_views/res20_res8.yaml"},
+        ),
+    ],
+)
+def test_lists_are_chosen_by_words(command, first):
+    found = {line.split()[0] for line in succeed("list", command).split("\n")[1:] if line}
+    assert found == first if "configs" not in command else first <= found
+
+
+def test_options_of_a_method_file():
+    out = succeed("list", "options listed.py")
+    assert out.splitlines()[1].split()[:3] == ["LISTED.SHARPNESS", "3.0", "of"]
+    assert succeed("list", "options LISTED") == out

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from method_cases import weights
 
 from mdistiller.distillers._base import Distiller, register_distiller
+from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import CFG, load_config
 from mdistiller.engine.config.experiment import changed_keys, flatten, same_result
+from mdistiller.engine.config.node import ConfigNode
 from mdistiller.options import OPTIONS, Option, dead, options_in, options_of, weight
 from mdistiller.registry import InputError, Registry, distiller_dict
+from mdistiller.reports.options import all_options
 
 ODD = (lambda number: number % 2 == 1, "odd")
 
@@ -72,6 +76,73 @@ def test_the_tree_holds_the_defaults_of_all_options():
     assert not any(isinstance(value, Option) for value in flat.values())
     for key, option in options_of(CFG).items():
         option.check(key, option.default)
+
+
+def is_taken(key, option, word):
+    """Whether ``KEY word`` on a command line passes the option's own checks."""
+    node = ConfigNode({"KEY": option.default})
+    try:
+        node.merge_from_list(["KEY", word])
+        option.check(key, node["KEY"])
+    except InputError:
+        return False
+    return True
+
+
+# Whose value may be below 0: logarithms of a temperature, and the strength of a reversed gradient.
+SIGNED = {"DCD.INIT_THETA", "CTKD.DECAY_MAX", "CTKD.DECAY_MIN"}
+CHECKED = {
+    key: option
+    for key, option in all_options().items()
+    if option.role != "ignored" and (option.one_of is not None or not isinstance(option.default, str))  # names, paths
+}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "words"),
+    [
+        ((int, float, bool), ["nothing", "", "nan", "inf", "1e400", "None", "{}", "[]", "[1]", "'1", "1,5", "1 2"]),
+        ((int,), ["2.5", "1e30", "0x", "True"]),
+        ((bool,), ["2", "-1", "0.5"]),
+        ((str,), ["nothing", "", "None", "5", "[]", "-1"]),
+        ((list, tuple), ["5", "-1", "{}", "[[1]]", "[-1]", "[None]", "True"]),
+    ],
+    ids=["numbers", "whole numbers", "switches", "choices", "lists"],
+)
+def test_nonsense_is_refused_by_the_declaration(kinds, words):
+    options = {key: option for key, option in CHECKED.items() if type(option.default) in kinds}
+    assert options
+    assert [(key, word) for key, option in options.items() for word in words if is_taken(key, option, word)] == []
+
+
+def test_numbers_are_bounded_below_and_sizes_above():
+    """A weight, a rate or a temperature may be as large as one likes: a loss that is not finite ends the run."""
+    numbers = {key: option for key, option in CHECKED.items() if type(option.default) in (int, float)}
+    assert {key for key, option in numbers.items() if is_taken(key, option, "-1")} == SIGNED
+    widths = [key for key in numbers if key.split(".")[-1] in ("DIM", "FEAT_DIM", "SM_WIDTH", "EPOCHS", "IMAGE_SIZE")]
+    assert len(widths) >= 5
+    assert [key for key in widths if is_taken(key, numbers[key], "1e9")] == []
+
+
+@pytest.mark.parametrize("word", ["a\nb", "a\0b", "\x1b[31m", "\udcff", "~nobody_of_that_name/x"])
+def test_texts_that_no_name_can_hold(word):
+    for key in (key for key, option in all_options().items() if option.default == "" and option.one_of is None):
+        with pytest.raises(InputError, match=key):
+            CFG.clone().merge_from_list([key, word])
+
+
+def test_a_users_folder_may_be_written_as_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg = load_config(options=["LOG.PREFIX", "~/out", "DISTILLER.TEACHER_CKPT", "~", "DATASET.ROOT", "~/data/~"])
+    found = (cfg.LOG.PREFIX, cfg.DISTILLER.TEACHER_CKPT, cfg.DATASET.ROOT)
+    assert found == (f"{tmp_path}/out", str(tmp_path), f"{tmp_path}/data/~")
+
+
+def test_a_tree_that_nobody_checked_is_checked_before_the_method_is_built():
+    cfg = CFG.clone()
+    cfg.merge_from_list(["DISTILLER.TYPE", "DKD", "DKD.T", "-4"])
+    with pytest.raises(InputError, match=r"DKD\.T must be above 0, got -4"):
+        build_distiller(cfg, torch.nn.Identity(), torch.nn.Identity())
 
 
 def merged(**values):

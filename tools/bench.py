@@ -3,7 +3,6 @@
 python tools/bench.py step --methods VRM --cfg configs/digits/vrm/res20_res8.yaml
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from mdistiller.bench.commands import COMMANDS, TRAIN_VARIANTS, Settings, check, render, run_command
 from mdistiller.bench.profile import draw
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.cli import allow_plugins_option, check_output, command
+from mdistiller.engine.cli import Parser, allow_plugins_option, check_output, command, user_path
 from mdistiller.engine.utils import pyplot
 from mdistiller.registry import InputError
 
@@ -22,11 +21,9 @@ ABOUT = "\n".join(f"  {name:8} {function.__doc__}" for name, function in COMMAND
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__}\nWhat can be timed:\n{ABOUT}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(f"{__doc__}\nWhat can be timed:\n{ABOUT}")
     parser.add_argument("what", choices=COMMANDS)
-    parser.add_argument("--cfg", default="", metavar="FILE", help="configuration with networks, data, precision")
+    parser.add_argument("--cfg", type=user_path, metavar="FILE", help="configuration with networks, data, precision")
     allow_plugins_option(parser)
     parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="default: all that have a teacher")
     parser.add_argument(
@@ -36,8 +33,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps in a sample; default: 3")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU; default: 1")
     parser.add_argument("--compile", action="store_true", help="teacher: compiled, too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="profile: also draw the parts there, as PNG")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="also write everything there")
+    parser.add_argument("--picture", type=user_path, metavar="FILE", help="profile: also draw the parts there, as PNG")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="settings, as for tools/train.py")
     args = parser.parse_args()
     for option in ("json", "picture"):

@@ -20,14 +20,14 @@ from mdistiller.dataset import build_loaders, open_dataset
 from mdistiller.dataset.subsets import check_class_numbers
 from mdistiller.engine.build import build_student, build_teacher, load_network, model_table
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.cli import command
+from mdistiller.engine.cli import Parser, command, user_path
 from mdistiller.engine.forwards.precision import Precision
 from mdistiller.engine.task import task_of
 from mdistiller.registry import InputError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("-m", "--model", required=True, help="a name that tools/list.py shows")
     parser.add_argument(
         "-c",
@@ -70,6 +70,7 @@ def network(cfg: Any, checkpoint: str, option: str) -> nn.Module:
     model_table(cfg)[name]  # an unknown name comes from the command line here, not from a key of the configuration
     if checkpoint in ("", "pretrain"):
         return build_teacher(cfg, num_classes, option)
+    checkpoint = user_path(checkpoint)
     model = build_student(cfg, num_classes)
     load_network(model, checkpoint, f"model {name}", cfg, "name the data set that it was trained on with -d")
     return model

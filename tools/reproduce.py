@@ -3,30 +3,28 @@
 python tools/reproduce.py --plan configs/plans/demo.yaml
 """
 
-import argparse
 import contextlib
 import shlex
 import sys
-from pathlib import Path
 
-from mdistiller.engine.cli import allow_plugins_option, check_output, command
+from mdistiller.engine.cli import Parser, allow_plugins_option, check_output, command, user_path
 from mdistiller.reports import load_plan, run_plan
 from mdistiller.reports.report import write_page, write_report
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", required=True, nargs="+", metavar="FILE", help="see configs/plans/")
+    parser = Parser(__doc__)
+    parser.add_argument("--plan", type=user_path, required=True, nargs="+", metavar="FILE", help="see configs/plans/")
     parser.add_argument(
         "--jobs", type=int, default=0, help="runs side by side; default: one a core on a CPU, one on a GPU"
     )
     allow_plugins_option(parser)
-    parser.add_argument("--report", metavar="FILE", help="write all tables to one Markdown page as well")
+    parser.add_argument("--report", type=user_path, metavar="FILE", help="also write all tables to one Markdown page")
     args = parser.parse_args()
     plans = [load_plan(path, args.allow_plugins) for path in args.plan]  # all are checked before the first one runs
     if args.report:
         with contextlib.suppress(OSError):  # check_output says what is wrong
-            Path(args.report).parent.mkdir(parents=True, exist_ok=True)
+            args.report.parent.mkdir(parents=True, exist_ok=True)
         check_output(args.report, "--report")
     reports = []
     for plan in plans:

@@ -4,17 +4,15 @@ python tools/train.py --cfg configs/digits/kd/res20_res8.yaml [--resume | --over
 torchrun --nproc_per_node 2 tools/train.py --cfg configs/digits/kd/res20_res8.yaml [KEY VALUE ...]
 """
 
-import argparse
-
-from mdistiller.engine.cfg import load_config
-from mdistiller.engine.cli import allow_plugins_option, command
+from mdistiller.engine.cfg import load_run
+from mdistiller.engine.cli import Parser, allow_plugins_option, command, user_path
 from mdistiller.engine.processes import distributed
 from mdistiller.engine.run import run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg", default="", metavar="FILE", help="configuration; see configs/ and tools/list.py")
+    parser = Parser(__doc__)
+    parser.add_argument("--cfg", type=user_path, metavar="FILE", help="configuration; see configs/ and tools/list.py")
     allow_plugins_option(parser)
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="go on with the run in the folder")
@@ -28,7 +26,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     distributed.start()
     with distributed.same_error():
-        cfg = load_config(args.cfg, args.opts, allow_plugins=args.allow_plugins)
+        cfg = load_run(args.cfg, args.opts, args.allow_plugins)
     run(cfg, resume=args.resume, overwrite=args.overwrite, show=True)
 
 

@@ -2,86 +2,159 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mdistiller.dataset import DataSet, Split
 from mdistiller.dataset.randaugment import TRANSFORMS, transform_images
 from mdistiller.dataset.views import Draws, apply_view
 
-CELL = 64  # pixels that a side of an image takes on the sheet, rounded to whole multiples of its own
-GAP = 3
+CELL, LARGEST = 64, 96  # pixels a side on the sheet: small images by whole multiples, large ones made smaller
+GAP, MARGIN = 3, 12
+TITLE, LABEL, CAPTION = 20, 15, 12  # sizes of letters
+HEAD = TITLE + 2 * MARGIN
+PAGE = math.sqrt(2)  # sides of a sheet of paper
+CLASSES = 100  # at most so many are shown
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1 - 2**-24)  # of the ranges of magnitudes; draws stay below 1
 
+Cell = tuple[Tensor | None, str]  # an image (3, H, W) uint8, and what stands below it
 
-def contact_sheet(rows: Sequence[tuple[str, Tensor]], title: str) -> Image.Image:
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Cell]]], title: str, group: int = 0) -> Image.Image:
     """One line of images for each row, behind its name.
 
     Args:
-        rows: names and ``(n, 3, H, W)`` uint8 images, all of one size; the numbers may differ.
+        rows: names and cells; all images are of one size, the numbers may differ.
         title: written above.
+        group: so many cells belong together; a wider gap follows.
     """
-    _, _, height, width = rows[0][1].shape
-    zoom = max(1, CELL // height)
-    high, wide = height * zoom + GAP, width * zoom + GAP
-    margin = 12 + max(int(ImageDraw.ImageDraw(Image.new("RGB", (1, 1))).textlength(name)) for name, _ in rows)
-    size = (margin + wide * max(len(images) for _, images in rows), 22 + high * len(rows))
-    sheet = Image.new("RGB", size, "white")
+    side = cell_side(rows)
+    tops = [HEAD]
+    for _, cells in rows:
+        tops.append(tops[-1] + side + (CAPTION + 6 if any(caption for _, caption in cells) else GAP))
+    margin = 2 * MARGIN + max(math.ceil(_font(LABEL).getlength(name)) for name, _ in rows)
+    columns = range(max(len(cells) for _, cells in rows))
+    lefts = [margin + x * (side + GAP) + (x // group * 3 * GAP if group else 0) for x in columns]
+    width = max(lefts[-1] + side, MARGIN + math.ceil(_font(TITLE).getlength(title))) + MARGIN
+    sheet = Image.new("RGB", (width, tops[-1] + MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((6, 5), title, fill="black")
-    for line, (name, images) in enumerate(rows):
-        top = 22 + line * high
-        pen.text((6, top + high // 2 - 6), name, fill="black")
-        for column, image in enumerate(images):
-            cell = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-            cell = cell.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-            sheet.paste(cell, (margin + column * wide, top))
+    pen.text((MARGIN, MARGIN), title, fill="black", font=_font(TITLE))
+    for (name, cells), top in zip(rows, tops, strict=False):
+        pen.text((MARGIN, top + side // 2), name, fill="black", font=_font(LABEL), anchor="lm")
+        for left, (image, caption) in zip(lefts, cells, strict=False):
+            if image is not None:
+                picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+                way = Image.Resampling.BOX if image.shape[-1] > side else Image.Resampling.NEAREST
+                sheet.paste(picture.resize((side, side), way), (left, top))
+            pen.text((left, top + side + 1), _fitting(caption, 2 * side), fill="black", font=_font(CAPTION))
     return sheet
 
 
-def view_sheet(dataset: DataSet, split: Split, count: int = 12, epochs: int = 3, seed: int = 0) -> Image.Image:
-    """``count`` images spread over the split as they are, and each view of them in the first epochs."""
+def cell_side(rows: Sequence[tuple[str, Sequence[Cell]]]) -> int:
+    """Pixels that an image takes on the sheet."""
+    size = next(image.shape[-1] for _, cells in rows for image, _ in cells if image is not None)
+    return min(size * max(1, CELL // size), LARGEST)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _fitting(caption: str, room: int) -> str:
+    """As much of a caption as the room holds."""
+    whole = caption
+    while _font(CAPTION).getlength(caption) > room:
+        whole = whole[:-1]
+        caption = f"{whole}…"
+    return caption
+
+
+def view_sheet(dataset: DataSet, split: Split, count: int = 8, epochs: int = 2, seed: int = 0) -> Image.Image:
+    """``count`` images spread over the split as they are, and each view of them in the first epochs.
+
+    A view that shows what stands there already is named there.
+    """
     index = _spread(split, count)
     images = split.images.take(index)
-    rows = [("as it is", images.pixels())]
-    for name, view in dataset.views.items():
+    names, pictures = [["as it is"]], [images.pixels()]
+    for name in sorted(dataset.views, key=lambda name: name == "strong"):  # the strongest last
         for epoch in range(1, epochs + 1):
-            drawn = Draws.of_view(name, seed, epoch, index)
-            rows.append((f"{name}, epoch {epoch}", apply_view(view, images, drawn)))
-    return contact_sheet(rows, f"{dataset.name}: views, seed {seed}")
+            found = apply_view(dataset.views[name], images, Draws.of_view(name, seed, epoch, index))
+            same = next((row for row, shown in enumerate(pictures) if torch.equal(shown, found)), None)
+            if same is None:
+                names.append([name if epoch == 1 else f"{name}, epoch {epoch}"])
+                pictures.append(found)
+            elif name not in names[same]:
+                names[same].append(name)
+    labels = split.targets[index].tolist()
+    rows = [(" = ".join(name), [(image, "") for image in shown]) for name, shown in zip(names, pictures, strict=True)]
+    classes = [(image, dataset.classes[label]) for image, label in zip(pictures[0], labels, strict=True)]
+    return contact_sheet([(rows[0][0], classes), *rows[1:]], f"{dataset.name}: views (seed {seed})")
 
 
-def operation_sheet(dataset: DataSet, split: Split, count: int = 3) -> Image.Image:
-    """RandAugment's operations on ``count`` images at five strengths; what has no strength is shown as often."""
-    images = split.images.take(_spread(split, count)).pixels().repeat_interleave(len(LEVELS), 0)
-    level = torch.tensor(LEVELS).repeat(count)
-    rows = [("as it is", images)]
+def operation_sheet(dataset: DataSet, split: Split, count: int = 2) -> Image.Image:
+    """RandAugment's operations on ``count`` images at five strengths, which stand below; once where all look alike."""
+    images = split.images.take(_spread(split, count)).pixels()
+    rows = []
     for position, transform in enumerate(TRANSFORMS):
-        found = transform_images(images, torch.full((len(images),), position), level)
-        rows.append((f"{transform.name} {transform.low:g} .. {transform.high:g}", found))
-    return contact_sheet(rows, f"{dataset.name}: RandAugment's operations, {count} images at five strengths each")
+        cells: list[Cell] = []
+        for image in images:
+            found = transform_images(
+                image.expand(len(LEVELS), -1, -1, -1), torch.full((len(LEVELS),), position), torch.tensor(LEVELS)
+            )
+            if all(torch.equal(found[0], other) for other in found[1:]):
+                cells += [(found[0], "all the same"), *[(None, "")] * (len(LEVELS) - 1)]
+            else:
+                span = transform.high - transform.low
+                cells += [(f, f"{transform.low + level * span:.3g}") for f, level in zip(found, LEVELS, strict=True)]
+        rows.append((transform.name, cells))
+    return contact_sheet(rows, f"{dataset.name}: RandAugment's operations by strength", group=len(LEVELS))
 
 
 def class_sheet(dataset: DataSet, split: Split, count: int = 2, classes_in_row: int = 10) -> Image.Image:
-    """The first ``count`` images of each class, side by side; a row holds ``classes_in_row`` classes."""
-    rows = []
-    for first in range(0, dataset.num_classes, classes_in_row):
-        names = range(first, min(first + classes_in_row, dataset.num_classes))
-        found = [split.images.take((split.targets == label).nonzero()[:count, 0]).pixels() for label in names]
-        rows.append((f"{names[0]} .. {names[-1]}", torch.cat(found)))
-    return contact_sheet(rows, f"{dataset.name}: {count} images of each class")
+    """The first ``count`` images of each class with its name; a row holds ``classes_in_row`` classes."""
+    shown, rows = min(dataset.num_classes, CLASSES), []
+    for first in range(0, shown, classes_in_row):
+        numbers, cells = range(first, min(first + classes_in_row, shown)), []
+        for label in numbers:
+            found = split.images.take((split.targets == label).nonzero()[:count, 0]).pixels()
+            cells += [(image, "" if place else dataset.classes[label]) for place, image in enumerate(found)]
+            cells += [(None, "")] * (count - len(found))
+        rows.append((f"{numbers[0]} to {numbers[-1]}", cells))
+    of_all = f" of the first {shown}" if shown < dataset.num_classes else f", {shown}"
+    return contact_sheet(rows, f"{dataset.name}: classes{of_all}", group=count)
 
 
-def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Sheets below each other."""
-    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
-    top = 0
+def page(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Sheets on one picture, line by line, as wide as brings its sides nearest to those of a sheet of paper."""
+    widths = {
+        sum(sheet.width for sheet in sheets[a:b]) for a in range(len(sheets)) for b in range(a + 1, len(sheets) + 1)
+    }
+    widest = max(sheet.width for sheet in sheets)
+    return min((_in_lines(sheets, width) for width in sorted(widths) if width >= widest), key=_far_from_paper)
+
+
+def _far_from_paper(picture: Image.Image) -> float:
+    return abs(math.log(max(picture.size) / min(picture.size) / PAGE))
+
+
+def _in_lines(sheets: Sequence[Image.Image], width: int) -> Image.Image:
+    lines: list[list[Image.Image]] = [[]]
     for sheet in sheets:
-        whole.paste(sheet, (0, top))
-        top += sheet.height
+        if sum(s.width for s in lines[-1]) + sheet.width > width:
+            lines.append([])
+        lines[-1].append(sheet)
+    heights = [max(sheet.height for sheet in line) for line in lines]
+    whole = Image.new("RGB", (width, sum(heights)), "white")
+    for number, line in enumerate(lines):
+        left = 0
+        for sheet in line:
+            whole.paste(sheet, (left, sum(heights[:number])))
+            left += sheet.width
     return whole
 
 

@@ -72,8 +72,10 @@ class InFiles:
             try:
                 with Image.open(path) as image:
                     yield image.convert("RGB")
-            except OSError as error:
-                raise InputError(f"cannot read the image {path}: {error}; fetch it again or delete it") from None
+            except Exception as error:  # Pillow's decoders raise what they like
+                raise InputError(
+                    f"cannot read the image {path}: {error}; fetch it again, or delete it where its class has others"
+                ) from None
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class Folder(DataSet):
         **rotations((RandomResizedCrop(), HorizontalFlip())),
         "test": (ResizeAndCentreCrop(),),
     }
+    sorting = "move those of each class into a folder of their own"
     below_root = ""  # the folder below DATASET.ROOT that holds the splits
     test_folders: ClassVar[tuple[str, ...]] = ("test", "val")  # the first that is there is used
 
@@ -91,7 +92,9 @@ class Folder(DataSet):
             raise InputError(f"there is no folder {folder}: {self.wanted(folder)}")
         found = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
         if not found:
-            raise InputError(f"{folder} holds no folder: {self.wanted(folder)}")
+            flat = any(entry.suffix.lower() in IMG_EXTENSIONS for entry in folder.iterdir())
+            problem = f"the images lie in {folder} itself; {self.sorting}" if flat else f"{folder} holds no folder"
+            raise InputError(f"{problem}: {self.wanted(folder)}")
         return found
 
     def wanted(self, folder: Path) -> str:

@@ -22,6 +22,10 @@ class ImageNet(Folder):
     num_classes = 1000
     below_root = "imagenet"
     test_folders = ("val",)
+    sorting = (
+        "the validation archive is flat, and valprep.sh (https://github.com/soumith/imagenetloader.torch), run in that "
+        "folder, sorts it into the classes' folders"
+    )
 
     def class_folders(self, folder: Path) -> tuple[str, ...]:
         found = super().class_folders(folder)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.functional import draws
-from mdistiller.options import Option
+from mdistiller.options import MANY, Option
 
 from .base import DataSet, Split, register_dataset
 from .randaugment import RandAugment
@@ -52,8 +52,8 @@ class Shapes(DataSet):
         **rotations((RandomCrop(), HorizontalFlip())),
     }
     defaults: ClassVar[dict[str, Option]] = {
-        "TRAIN_SIZE": Option(20_000, "training images", at_least=num_classes, role="data"),
-        "TEST_SIZE": Option(2_000, "test images", at_least=num_classes, role="data"),
+        "TRAIN_SIZE": Option(20_000, "training images", at_least=num_classes, at_most=MANY, role="data"),
+        "TEST_SIZE": Option(2_000, "test images", at_least=num_classes, at_most=MANY, role="data"),
     }
 
     def load(self) -> tuple[Split, Split]:

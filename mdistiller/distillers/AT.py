@@ -1,4 +1,4 @@
-"""AT: look where the teacher looks.
+"""AT: attention transfer, match spatial attention maps.
 
 Zagoruyko, Komodakis. Paying More Attention to Attention: Improving the Performance of Convolutional Neural Networks
 via Attention Transfer. ICLR 2017. arXiv:1612.03928.
@@ -31,7 +31,7 @@ from ._base import register_distiller
 from ._common import STAGES, FeatureDistiller, feature_losses, pick_pairs, stage_pairs
 
 DEFAULTS = {
-    "P": Option(2, "power of the activations in an attention map", at_least=1),
+    "P": Option(2, "power of the activations in an attention map", at_least=1, at_most=64),
     "STAGES": STAGES,
     "LOSS": feature_losses(1000.0),
 }
@@ -88,7 +88,7 @@ def at_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], p: int) -> Tensor:
 
 @register_distiller("AT", DEFAULTS, paper=PAPER, family="feature")
 class AT(FeatureDistiller):
-    """Cross-entropy on the labels plus :func:`at_loss` on the stages' maps."""
+    """Squared distance of spatial attention maps, stage by stage (:func:`at_loss`)."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher, cfg)

@@ -1,4 +1,4 @@
-"""CRD: tell the pair of an image's two embeddings from pairs with other images, by noise-contrastive estimation.
+"""CRD: a contrastive loss (NCE) of the image's embeddings by student and teacher, with negatives from memory banks.
 
 Tian, Krishnan, Isola. Contrastive Representation Distillation. ICLR 2020. arXiv:1910.10699. Shapes: B images of N, D
 embedding, K negatives of each.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32
 from mdistiller.functional.gather import gather_rows
-from mdistiller.options import Option, dead
+from mdistiller.options import MANY, WIDEST, Option, dead
 
 from ._base import Distiller, register_distiller
 from ._common import feature_losses
@@ -35,13 +35,13 @@ from ._common import feature_losses
 DEFAULTS = {
     "MODE": Option("exact", "the positive. exact: the image; relax: any of its class", one_of=("exact", "relax")),
     "FEAT": {
-        "DIM": Option(128, "entries of an embedding", at_least=1),
+        "DIM": Option(128, "entries of an embedding", at_least=1, at_most=WIDEST),
         "STUDENT_DIM": dead(256, "the student says it"),
         "TEACHER_DIM": dead(256, "the teacher says it"),
     },
     "LOSS": feature_losses(0.8),
     "NCE": {
-        "K": Option(16384, "negatives of each image", at_least=1),
+        "K": Option(16384, "negatives of each image", at_least=1, at_most=MANY),
         "MOMENTUM": Option(0.5, "what an entry of a bank keeps of itself", at_least=0, below=1),
         "TEMPERATURE": Option(0.07, "divides the similarities", above=0),
     },
@@ -156,7 +156,7 @@ class ContrastMemory(nn.Module):
 
 @register_distiller("CRD", DEFAULTS, paper=PAPER, family="feature")
 class CRD(Distiller):
-    """Cross-entropy on the labels plus :func:`nce_loss` from the student's side and from the teacher's."""
+    """Contrastive loss with memory banks of both networks' embeddings (:func:`nce_loss`)."""
 
     mixed_labels = True
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.options import Option, weight
+from mdistiller.options import MANY, Option, weight
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
@@ -29,10 +29,10 @@ from .KD import kd_loss
 
 DEFAULTS = {
     "T_START": Option(1.0, "lowest temperature", above=0),
-    "T_END": Option(20.0, "width of the temperatures' range"),
-    "DECAY_MAX": Option(0.0, "lambda before the first epoch"),
-    "DECAY_MIN": Option(-1.0, "lambda from epoch DECAY_LOOPS on"),
-    "DECAY_LOOPS": Option(10, "epochs in which lambda falls", at_least=0),
+    "T_END": Option(20.0, "width of the temperatures' range", above=0),
+    "DECAY_MAX": Option(0.0, "lambda before the first epoch", at_most=0),
+    "DECAY_MIN": Option(-1.0, "lambda from epoch DECAY_LOOPS on", at_most=0),
+    "DECAY_LOOPS": Option(10, "epochs in which lambda falls", at_least=0, at_most=MANY),
     "LOSS": {"CE_WEIGHT": weight(0.1, "of the cross-entropy"), "KD_WEIGHT": weight(0.9, "of kd_loss")},
 }
 PAPER = "Li et al., AAAI 2023, arXiv:2211.16231"
@@ -81,7 +81,7 @@ class _ScaledGradient(torch.autograd.Function):
 
 @register_distiller("CTKD", DEFAULTS, paper=PAPER, family="logit")
 class CTKD(Distiller):
-    """Cross-entropy on the labels plus :func:`~mdistiller.distillers.KD.kd_loss` at a learned temperature."""
+    """KD at a temperature learned adversarially, from easy to hard (a curriculum)."""
 
     mixed_labels = True
     standardises_logits = True

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, require_one_shape
 from mdistiller.functional.gather import gather_with_gradient
-from mdistiller.options import Option, weight
+from mdistiller.options import WIDEST, Option, weight
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
@@ -49,7 +49,7 @@ DEFAULTS = {
     "ALPHA": Option(0.5, "share of the consistency term in it", at_least=0),
     "LAMBDA": weight(0.0, "of KD; DCD+KD: 1"),
     "TEMPERATURE": Option(4.0, "KD's", above=0),
-    "FEAT_DIM": Option(128, "entries of an embedding", at_least=1),
+    "FEAT_DIM": Option(128, "entries of an embedding", at_least=1, at_most=WIDEST),
     "LEARN_TEMPERATURE": Option(True, "learn theta"),
     "INIT_THETA": Option(1.0, "tau = exp(theta), 2.718"),
     "MAX_TAU": Option(10.0, "bound of tau", above=0),
@@ -105,7 +105,10 @@ def bounded_scale(theta: Tensor, max_tau: float) -> Tensor:
 
 @register_distiller("DCD", DEFAULTS, paper=PAPER, family="feature")
 class DCD(Distiller):
-    """Cross-entropy on the labels plus :func:`dcd_loss` on projected features, and KD where ``LAMBDA`` is not 0."""
+    """Contrastive loss and consistency loss on projected features of the batch (:func:`dcd_loss`).
+
+    KD is added where ``LAMBDA`` is not 0.
+    """
 
     mixed_labels = True
 

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from mdistiller.functional import at_least_float32, require_one_shape, require_same_images, same_size
 from mdistiller.functional.gather import gather_with_gradient
 from mdistiller.functional.mixing import class_numbers
-from mdistiller.options import Option, weight
+from mdistiller.options import Option, are_texts, weight
 from mdistiller.registry import InputError, check_choice
 
 from ._base import Distiller, register_distiller
@@ -75,7 +75,9 @@ PLUS_DEFAULTS = {
     "ACCLIMATE": Option("nontarget", "what the teacher learns from; none: it stays", one_of=ACCLIMATIONS),
     "ACCLIMATE_WEIGHT": weight(1.0, "of L_ta"),
     "ACCLIMATE_LR": Option(0.0, "the teacher's learning rate; 0: a hundredth of SOLVER.LR", at_least=0),
-    "ACCLIMATE_MODULES": Option([], "modules of the teacher; empty: its last convolution and its classifier"),
+    "ACCLIMATE_MODULES": Option(
+        [], "modules of the teacher; empty: its last convolution and its classifier", holds=(are_texts, "names")
+    ),
 }
 PAPER = "Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, arXiv:2205.10536"
 PLUS_PAPER = "Huang et al., DIST+: Knowledge Distillation from A Stronger Adaptive Teacher"
@@ -295,7 +297,7 @@ def _angular_distance(a: Tensor, b: Tensor, dim: int, eps: float) -> Tensor:
 
 @register_distiller("DIST", DEFAULTS, paper=PAPER, family="relation")
 class DIST(Distiller):
-    """Cross-entropy on the labels plus both terms of :func:`dist_loss`."""
+    """Pearson correlation of predictions between classes and within classes (:func:`dist_loss`)."""
 
     mixed_labels = True
 
@@ -329,7 +331,7 @@ class DIST(Distiller):
 
 @register_distiller("DIST_PLUS", PLUS_DEFAULTS, paper=PLUS_PAPER, family="relation")
 class DISTPlus(DIST):
-    """DIST plus both terms of :func:`feature_relation_loss`, from a teacher that is acclimated.
+    """DIST plus Pearson correlation of feature maps over channels and positions; the teacher's last layers are trained.
 
     The teacher stays in eval mode. Only the parameters that are acclimated take part in autograd, so that the pass
     through the rest of it keeps nothing for a backward pass.

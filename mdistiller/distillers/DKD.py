@@ -1,4 +1,4 @@
-"""DKD: the teacher's confidence in the target class and its distribution over the others, weighted apart.
+"""DKD: KD's divergence taken apart into target class against the rest, and among the non-target classes.
 
 Zhao, Cui, Song, Qiu, Liang. Decoupled Knowledge Distillation. CVPR 2022. arXiv:2203.08679. Equations are the paper's.
 Shapes: B images, K classes.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, require_one_shape, require_same_images, zs_norm
 from mdistiller.functional.mixing import class_numbers
-from mdistiller.options import Option, weight
+from mdistiller.options import MANY, Option, weight
 
 from ._base import Distiller, register_distiller
 from ._common import wants_standardised_logits, warmup
@@ -31,7 +31,7 @@ DEFAULTS = {
     "ALPHA": weight(1.0, "of the target class's term"),
     "BETA": weight(8.0, "of the other classes' term"),
     "T": Option(4.0, "the temperature", above=0),
-    "WARMUP": Option(20, "epochs in which ALPHA and BETA rise linearly", at_least=0),
+    "WARMUP": Option(20, "epochs in which ALPHA and BETA rise linearly", at_least=0, at_most=MANY),
 }
 PAPER = "Zhao et al., CVPR 2022, arXiv:2203.08679"
 
@@ -118,7 +118,7 @@ def _others(logits: Tensor, target: Tensor) -> Tensor:
 
 @register_distiller("DKD", DEFAULTS, paper=PAPER, family="logit")
 class DKD(Distiller):
-    """Cross-entropy on the labels plus :func:`dkd_loss` on the logits."""
+    """Decoupled KD: target-class and non-target-class divergence, weighted apart (:func:`dkd_loss`)."""
 
     mixed_labels = True
     standardises_logits = True

@@ -70,7 +70,7 @@ def hint_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
 
 @register_distiller("FITNET", DEFAULTS, paper=PAPER, family="feature")
 class FitNet(FeatureDistiller):
-    """Cross-entropy on the labels plus :func:`hint_loss`, summed over the hints."""
+    """Mean squared error of hint maps behind a regressor (:func:`hint_loss`)."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher, cfg)

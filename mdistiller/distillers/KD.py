@@ -64,7 +64,7 @@ def kd_loss(
 
 @register_distiller("KD", DEFAULTS, paper=PAPER, family="logit")
 class KD(Distiller):
-    """Cross-entropy on the labels plus :func:`kd_loss` on the logits."""
+    """KL divergence of the softened class distributions (:func:`kd_loss`)."""
 
     mixed_labels = True
     standardises_logits = True

@@ -143,7 +143,7 @@ def relation(v: Tensor, before: Tensor) -> Tensor:
 
 @register_distiller("KDSVD", DEFAULTS, paper=PAPER, family="feature")
 class KDSVD(FeatureDistiller):
-    """Cross-entropy on the labels plus :func:`kdsvd_loss` on the stages' maps."""
+    """Correlation between singular vectors of successive stages' maps (:func:`kdsvd_loss`)."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher, cfg)

@@ -60,7 +60,7 @@ from torch import Tensor, nn
 from mdistiller.functional import at_least_float32, draws, require_one_shape, spatial_mean, unit
 from mdistiller.functional.mixing import class_numbers, share_quantiles, smaller_shares
 from mdistiller.models.facts import NetworkFacts
-from mdistiller.options import Option, weight
+from mdistiller.options import MANY, WIDEST, Option, weight
 from mdistiller.registry import InputError, check_choice
 
 from ._base import Distiller, register_distiller
@@ -91,13 +91,13 @@ DEFAULTS = {
     "TIES": Option("deep", "which of stages with equal ranks is taken", one_of=("deep", "shallow")),
     "STAGE_REDUCTION": Option("sum", "over the stages of a positive", one_of=REDUCTIONS),
     "MU_GRADIENT": Option(True, "the gradient passes through the student's mu"),
-    "SM_WIDTH": Option(128, "entries of an embedding; ImageNet: 1280", at_least=1),
-    "SM_HIDDEN": Option(0, "width of the SMs' hidden layer; 0: as SM_WIDTH", at_least=0),
+    "SM_WIDTH": Option(128, "entries of an embedding; ImageNet: 1280", at_least=1, at_most=WIDEST),
+    "SM_HIDDEN": Option(0, "width of the SMs' hidden layer; 0: as SM_WIDTH", at_least=0, at_most=WIDEST),
     "SM_TRAINING": Option("ce", "of the teacher's SMs; none: neither network has any", one_of=SM_TRAININGS),
-    "SM_EPOCHS": Option(60, "of that training", at_least=0),
+    "SM_EPOCHS": Option(60, "of that training", at_least=0, at_most=MANY),
     "SM_LR": Option(0.05, "its learning rate", above=0),
     "SM_LR_DECAY_STAGES": Option([30, 45], "epochs after which the rate falls", at_least=0),
-    "SM_LR_DECAY_RATE": Option(0.1, "factor at each", above=0),
+    "SM_LR_DECAY_RATE": Option(0.1, "factor at each", above=0, at_most=1),
     "SM_MOMENTUM": Option(0.9, "of SGD", at_least=0, below=1),
     "SM_WEIGHT_DECAY": Option(5e-4, "of SGD", at_least=0),
 }
@@ -312,7 +312,7 @@ def mixed(image: Tensor, index: Tensor, epoch: int, seed: int, quantiles: Tensor
 
 @register_distiller("MDR", DEFAULTS, paper=PAPER, family="relation")
 class MDR(Distiller):
-    """Cross-entropy on the anchors, KD on anchors and positives, and the relations of positives and anchors.
+    """KD, and angles and lengths between images, at the stage that tells them apart best in the teacher.
 
     Without :meth:`prepare` the teacher's SMs are as initialised: random projections of its stages.
     """

@@ -131,7 +131,7 @@ def mlkd_losses(
 
 @register_distiller("MLKD", DEFAULTS, section="KD", paper=PAPER, family="logit")
 class MLKD(Distiller):
-    """Cross-entropy on both views plus :func:`mlkd_losses` on their logits."""
+    """Multi-level logit KD: image, batch and class level, several temperatures, two views."""
 
     mixed_labels = True
     standardises_logits = True

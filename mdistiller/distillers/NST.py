@@ -1,4 +1,4 @@
-"""NST: give the student's channels the distribution over positions that the teacher's have.
+"""NST: match the channels' activation patterns by maximum mean discrepancy (MMD): neuron selectivity transfer.
 
 Huang, Wang. Like What You Like: Knowledge Distill via Neuron Selectivity Transfer. 2017. arXiv:1707.01219.
 
@@ -84,7 +84,7 @@ def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
 
 @register_distiller("NST", DEFAULTS, paper=PAPER, family="feature")
 class NST(FeatureDistiller):
-    """Cross-entropy on the labels plus :func:`nst_loss` on the stages' maps."""
+    """Neuron selectivity transfer: MMD between the channels' activation patterns (:func:`nst_loss`)."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher, cfg)

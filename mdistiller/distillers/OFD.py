@@ -1,4 +1,4 @@
-"""OFD: match the teacher's maps before the ReLU, where they will matter behind it.
+"""OFD: match the teacher's feature maps before the ReLU, cut off at a negative margin, by a partial L2 distance.
 
 Heo, Kim, Yun, Park, Kwak, Choi. A Comprehensive Overhaul of Feature Distillation. ICCV 2019. arXiv:1904.01866. Shapes:
 B images, maps ``(B, C, H, W)``.
@@ -114,7 +114,7 @@ class Connectors(nn.Module):
 
 @register_distiller("OFD", DEFAULTS, paper=PAPER, family="feature")
 class OFD(Distiller):
-    """Cross-entropy on the labels plus :func:`ofd_loss` on the stages' maps."""
+    """Partial L2 distance of feature maps before the ReLU, with a margin (:func:`ofd_loss`)."""
 
     mixed_labels = True
 

@@ -1,4 +1,4 @@
-"""PKT: the batch, seen from each image, is as near or far for the student as for the teacher.
+"""PKT: probabilistic knowledge transfer, match conditional distributions of cosine similarities within a batch.
 
 Passalis, Tefas. Learning Deep Representations with Probabilistic Knowledge Transfer. ECCV 2018. arXiv:1803.10837.
 Shapes: B images, D entries of an embedding.
@@ -66,7 +66,7 @@ def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
 
 @register_distiller("PKT", DEFAULTS, paper=PAPER, family="relation")
 class PKT(FeatureDistiller):
-    """Cross-entropy on the labels plus :func:`pkt_loss` on the pooled features."""
+    """KL divergence of the batch's cosine-similarity distributions (:func:`pkt_loss`)."""
 
     def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:
         return pkt_loss(features_student["pooled_feat"], features_teacher["pooled_feat"])

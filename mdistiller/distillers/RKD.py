@@ -1,4 +1,4 @@
-"""RKD: keep the distances between images, and the angles in the triangles that they form.
+"""RKD: match the distances between images' embeddings, and the angles in the triangles that they form.
 
 Park, Kim, Lu, Cho. Relational Knowledge Distillation. CVPR 2019. arXiv:1904.05068. Shapes: B images, D entries of an
 embedding, the pooled features.
@@ -111,7 +111,7 @@ def rkd_loss(
 
 @register_distiller("RKD", DEFAULTS, paper=PAPER, family="relation")
 class RKD(FeatureDistiller):
-    """Cross-entropy on the labels plus :func:`rkd_loss` on the pooled features."""
+    """Distances and angles between the images' embeddings (:func:`rkd_loss`)."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher, cfg)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, channel_mean_square, require_one_shape
-from mdistiller.options import Option, dead, weight
+from mdistiller.options import MANY, WIDEST, Option, dead, weight
 
 from ._base import Distiller, register_distiller
 from ._common import preact_maps, warmup
@@ -32,12 +32,12 @@ from ._common import preact_maps, warmup
 DEFAULTS = {
     "CE_WEIGHT": weight(1.0, "of the cross-entropy"),
     "REVIEWKD_WEIGHT": weight(1.0, "of hcl_loss"),
-    "WARMUP_EPOCHS": Option(20, "epochs in which REVIEWKD_WEIGHT rises linearly", at_least=0),
+    "WARMUP_EPOCHS": Option(20, "epochs in which REVIEWKD_WEIGHT rises linearly", at_least=0, at_most=MANY),
     "SHAPES": dead([1, 8, 16, 32], "the student's maps say it"),
     "OUT_SHAPES": dead([1, 8, 16, 32], "the teacher's maps say it"),
     "IN_CHANNELS": dead([64, 128, 256, 256], "the student's maps say it"),
     "OUT_CHANNELS": dead([64, 128, 256, 256], "the teacher's maps say it"),
-    "MAX_MID_CHANNEL": Option(512, "bound of the fusions' width", at_least=1),
+    "MAX_MID_CHANNEL": Option(512, "bound of the fusions' width", at_least=1, at_most=WIDEST),
     "STU_PREACT": Option(False, "take the student's maps before their activation too"),
 }
 PAPER = "Chen et al., CVPR 2021, arXiv:2104.09044"
@@ -133,7 +133,7 @@ class ABF(nn.Module):
 
 @register_distiller("REVIEWKD", DEFAULTS, paper=PAPER, family="feature")
 class ReviewKD(Distiller):
-    """Cross-entropy on the labels plus :func:`hcl_loss` on fused levels."""
+    """Knowledge review: fused stages, compared by a hierarchical context loss (:func:`hcl_loss`)."""
 
     mixed_labels = True
 

@@ -1,4 +1,4 @@
-"""SP: images that are alike for the teacher are alike for the student.
+"""SP: similarity-preserving KD, match the similarities between the images of a batch.
 
 Tung, Mori. Similarity-Preserving Knowledge Distillation. ICCV 2019. arXiv:1907.09682. Shapes: B images.
 
@@ -75,7 +75,7 @@ def sp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
 
 @register_distiller("SP", DEFAULTS, paper=PAPER, family="relation")
 class SP(FeatureDistiller):
-    """Cross-entropy on the labels plus :func:`sp_loss` on the last maps (Eq. 4)."""
+    """Distance of the batch's pairwise similarity matrices (:func:`sp_loss`, Eq. 4)."""
 
     def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:
         return sp_loss([features_student["feats"][-1]], [features_teacher["feats"][-1]])

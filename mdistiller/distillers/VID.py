@@ -1,4 +1,4 @@
-"""VID: maximise the information that the student's features hold about the teacher's.
+"""VID: maximise a variational lower bound on the mutual information of the teacher's and the student's features.
 
 Ahn, Hu, Damianou, Lawrence, Dai. Variational Information Distillation for Knowledge Transfer. CVPR 2019.
 arXiv:1904.05835. Shapes: B images, C channels, H, W positions.
@@ -70,7 +70,7 @@ def vid_loss(regressor: nn.Module, log_scale: Tensor, f_s: Tensor, f_t: Tensor, 
 
 @register_distiller("VID", DEFAULTS, paper=PAPER, family="feature")
 class VID(FeatureDistiller):
-    """Cross-entropy on the labels plus :func:`vid_loss`, summed over the stages."""
+    """Variational bound on mutual information, stage by stage (:func:`vid_loss`)."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher, cfg)

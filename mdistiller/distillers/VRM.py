@@ -69,7 +69,7 @@ from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, graphs, zs_norm
 from mdistiller.functional.graphs import Comparison, Rules, compare_graphs, edge_uncertainty, in_working_precision
-from mdistiller.options import Option, weight
+from mdistiller.options import MANY, Option, weight
 from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
@@ -84,7 +84,7 @@ DEFAULTS = {
     "VERTEX_WEIGHT": weight(0.0, "of the vertices themselves"),
     "CE_WEIGHT": weight(1.0, "of the real view's cross-entropy"),
     "CE_VIRTUAL_WEIGHT": weight(1.0, "of the virtual view's cross-entropy"),
-    "WARMUP": Option(0, "epochs in which ALPHA and BETA rise linearly", at_least=0),
+    "WARMUP": Option(0, "epochs in which ALPHA and BETA rise linearly", at_least=0, at_most=MANY),
     "LOCATION": Option("logits", "what the vertices are made of", one_of=("logits", "pooled")),
     "TEMPERATURE": Option(4.0, "of the predictions", above=0),
     "ZSNORM": Option(True, "standardise the logits first"),
@@ -199,7 +199,7 @@ class Adaptor(nn.Module):
 
 @register_distiller("VRM", DEFAULTS, paper=PAPER, family="relation")
 class VRM(Distiller):
-    """Cross-entropy on both views plus the distance of the virtual relations of their predictions.
+    """Relations between images and between classes, across a real and a virtual (strong) view.
 
     The weak view is the paper's real one, the strong view its virtual one. The frozen teacher takes both in one pass.
     Relations and vertices whose weight is 0 are not computed.
@@ -321,7 +321,7 @@ class VRM(Distiller):
 
 @register_distiller("VRM_ONE_VIEW", DEFAULTS, section="VRM", paper=PAPER, family="relation")
 class VRMOneView(VRM):
-    """VRM without virtual views (Tab. 4's first rows): cross-entropy on one weak view, and the relations within it.
+    """VRM on one weak view, without virtual ones: relations within it (Tab. 4's first rows).
 
     The paper's has no pruning: ``VRM.PRUNE_PERCENTILE 100``; only between samples: ``VRM.BETA 0``.
     """

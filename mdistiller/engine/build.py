@@ -18,6 +18,7 @@ from mdistiller.models._registration import COLLECTIONS, TEACHER_RELEASE, public
 from mdistiller.registry import MODEL_FAMILIES, InputError, Registry, UnknownName, open_dataset
 
 from .added_kd import add_kd
+from .cfg import check_values
 from .config.node import ConfigNode
 from .folder.checkpoint import CheckpointError, check_weights, load_weights, not_a_folder
 from .forwards.precision import hard_coded_cuda_explained, resolve_device
@@ -208,7 +209,12 @@ def build_distiller(
         teacher: see :func:`build_teacher`; methods without one are not given any.
         num_data: number of training images.
         networks: see :func:`build_networks`.
+
+    Raises:
+        InputError: a value out of its range; ``cfg`` may have been put together without
+            :func:`~mdistiller.engine.cfg.load_config`, and constructors check no ranges.
     """
+    check_values(cfg)
     method = distiller_dict[cfg.DISTILLER.TYPE]
     available = {"student": student, "teacher": teacher, "cfg": cfg, "num_data": num_data, **(networks or {})}
     contract = contract_of(method)

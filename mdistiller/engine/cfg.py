@@ -8,8 +8,9 @@ the global tree, works too.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
 
@@ -18,13 +19,23 @@ from mdistiller.contract import contract_of
 from mdistiller.dataset import dataset_dict, open_dataset
 from mdistiller.dataset.fields import chosen_recipes
 from mdistiller.distillers import distiller_dict
+from mdistiller.functional.gather import this_process
 from mdistiller.messages import say
-from mdistiller.options import OPTIONS, Option, options_of, options_of_dataset, options_of_method, weight
+from mdistiller.options import (
+    MANY,
+    OPTIONS,
+    Option,
+    are_texts,
+    options_of,
+    options_of_dataset,
+    options_of_method,
+    weight,
+)
 from mdistiller.plugins import load_methods, method_file
 from mdistiller.registry import InputError, suggestion
 
 from .config.experiment import UNDECLARED, flatten, relevant_part
-from .config.node import SWITCH
+from .config.node import SWITCH, sections_of
 from .config.node import ConfigNode as CN
 from .forwards.cache import check_cacheable
 from .task import task_of
@@ -64,7 +75,8 @@ class ConfigTree(CN):
             given = tree.get("DISTILLER") if isinstance(tree, dict) else None
             asked |= given if isinstance(given, dict) else {}
         name, plugins = asked["TYPE"], asked["PLUGINS"]
-        if isinstance(name, str) and isinstance(plugins, (str, list, tuple)):  # or the merge itself will complain
+        given = [plugins] if isinstance(plugins, str) else plugins
+        if isinstance(name, str) and are_texts(given) and "\0" not in "".join(given):  # or the merge will complain
             self.admit_method(_files_in(plugins), name)
             if name not in distiller_dict and name not in self and any(name in tree for _, tree in trees):
                 # Before the merge calls its section unknown.
@@ -121,6 +133,27 @@ def _value(tree: Any, key: str) -> Any:
     return tree
 
 
+def is_rising(values: Sequence[float]) -> bool:
+    return all(one < other for one, other in pairwise(values))
+
+
+def only(key: str, *values: Any) -> Callable[[Any], bool]:
+    """For :attr:`Option.when`: where ``key`` has one of the values."""
+    return lambda cfg: flatten(cfg)[key] in values
+
+
+def has_teacher(cfg: Any) -> bool:
+    return contract_of(distiller_dict[cfg.DISTILLER.TYPE]).teacher
+
+
+def has_strong_view(cfg: Any) -> bool:
+    return "image_strong" in contract_of(distiller_dict[cfg.DISTILLER.TYPE]).views
+
+
+def several_processes(cfg: Any) -> bool:
+    return this_process()[1] > 1
+
+
 data, speed, place = (partial(Option, role=role) for role in ("data", "speed", "place"))
 resumable = partial(Option, resumable=True)
 
@@ -135,20 +168,22 @@ OPTIONS |= {
     "DATASET.TYPE": data("cifar100", "the data set", one_of=dataset_dict),
     "DATASET.ROOT": place("./data", "folder of the files of all data sets"),
     "DATASET.DOWNLOAD": place(True, "fetch what is missing, where the data set can be fetched"),
-    "DATASET.IMAGE_SIZE": data(0, "pixels a side; 0: the data set's own", at_least=0),
+    "DATASET.IMAGE_SIZE": data(0, "pixels a side; 0: the data set's own",
+                               holds=(lambda v: v == 0 or 4 <= v <= 4096, "0 or from 4 to 4096")),
     "DATASET.LOADER": speed("auto", "where batches are made. device: where the networks run; workers: in processes; "
                             "auto: device on a GPU or with NUM_WORKERS 0", one_of=("auto", "device", "workers")),
-    "DATASET.NUM_WORKERS": speed(2, "processes of LOADER workers", at_least=0),
+    "DATASET.NUM_WORKERS": speed(2, "processes of LOADER workers", at_least=0, at_most=1024),
     "DATASET.VIEW_WEAK": data("weak", "recipe for the fields image and image_weak: weak, strong, plain (no "
                               "augmentation), or another of the data set's"),
-    "DATASET.VIEW_STRONG": data("strong", "recipe for the field image_strong; two views of one recipe differ"),
-    "DATASET.STRONG_N": data(2, "RandAugment's operations in the strong recipe", at_least=0),
+    "DATASET.VIEW_STRONG": data("strong", "recipe for the field image_strong; two views of one recipe differ",
+                                 when=has_strong_view),
+    "DATASET.STRONG_N": data(2, "RandAugment's operations in the strong recipe", at_least=0, at_most=20),
     "DATASET.TRAIN_FRACTION": data(1.0, "share of each class's training images that is used", above=0, at_most=1),
     "DATASET.TRAIN_PER_CLASS": data(0, "or: this many of each class; 0: all", at_least=0),
     "DATASET.VAL_FRACTION": data(0.0, "share of training images held out, for the best epoch", at_least=0, below=1),
     "DATASET.COLOR_JITTER": data(0.0, "behind the weak view: brightness, contrast, saturation change by up to this "
                                  "share", at_least=0, at_most=1, varies=True),
-    "DATASET.RANDAUGMENT": data(0, "then: so many operations of RandAugment", at_least=0, varies=True),
+    "DATASET.RANDAUGMENT": data(0, "then: so many operations of RandAugment", at_least=0, at_most=20, varies=True),
     "DATASET.RANDOM_ERASING": data(0.0, "then: probability of painting a rectangle over with noise",
                                    at_least=0, at_most=1, varies=True),
     "DATASET.MIXUP_ALPHA": data(0.0, "blend images and labels of a batch, shares from Beta(alpha, alpha); 0: not",
@@ -159,51 +194,65 @@ OPTIONS |= {
     "DATASET.TEST.BATCH_SIZE": speed(64, "of each process, where several train", at_least=1),
 
     "DISTILLER.TYPE": Option("NONE", "the method; NONE: plain training", one_of=distiller_dict),
-    "DISTILLER.TEACHER": Option("ResNet50", "the teacher's architecture"),
-    "DISTILLER.TEACHER_CKPT": place("", "the teacher's weights; empty: where its public weights are unpacked"),
+    "DISTILLER.TEACHER": Option("ResNet50", "the teacher's architecture", when=has_teacher),
+    "DISTILLER.TEACHER_CKPT": place("", "the teacher's weights; empty: where its public weights are unpacked",
+                                    when=has_teacher),
     "DISTILLER.STUDENT": Option("resnet32", "the student's architecture"),
     "DISTILLER.PLUGINS": resumable([], "method files from elsewhere, as paths: code that is executed; see "
-                                   "mdistiller/plugins.py", code=_files_in),
+                                   "mdistiller/plugins.py", code=_files_in, holds=(are_texts, "paths")),
     "DISTILLER.ADD_KD": weight(0.0, "of a KD term beside any method's own; see mdistiller/engine/added_kd.py"),
-    "DISTILLER.ADD_KD_TEMPERATURE": Option(4.0, "of that term", above=0),
+    "DISTILLER.ADD_KD_TEMPERATURE": Option(4.0, "of that term", above=0, when=lambda cfg: cfg.DISTILLER.ADD_KD > 0),
 
     "SOLVER.TRAINER": Option("base", "dot: two momenta, see mdistiller/engine/dot.py", one_of=trainer_dict),
-    "SOLVER.DOT.DELTA": resumable(0.075, "dot: by this distillation's momentum is above MOMENTUM, the task's below"),
+    "SOLVER.DOT.DELTA": resumable(0.075, "dot: by this distillation's momentum is above MOMENTUM, the task's below",
+                                  at_least=0, below=1, when=only("SOLVER.TRAINER", "dot", "crd_dot")),
     "SOLVER.BATCH_SIZE": data(64, "of all processes together, where several train; LR belongs to it", at_least=1),
-    "SOLVER.GATHER": resumable(False, "several processes: the method sees the batch of all, not only its own images"),
+    "SOLVER.GATHER": resumable(False, "several processes: the method sees the batch of all, not only its own images",
+                               when=several_processes),
     "SOLVER.BATCH_NORM": resumable("local", "several processes: statistics of the own images (local) or of all (sync)",
-                                   one_of=("local", "sync")),
+                                   one_of=("local", "sync"), when=several_processes),
     "SOLVER.DROP_LAST": data(False, "leave out the last batch of an epoch where it is smaller"),
-    "SOLVER.EPOCHS": resumable(240, "how often all images are seen", at_least=1),
+    "SOLVER.EPOCHS": resumable(240, "how often all images are seen", at_least=1, at_most=MANY),
     "SOLVER.TYPE": Option("SGD", "the optimiser", one_of=("SGD", "AdamW", "RMSProp")),
     "SOLVER.LR": resumable(0.05, "learning rate", above=0),
     "SOLVER.LR_RULE": resumable("none", "growth with BATCH_SIZE / LR_BATCH_SIZE", one_of=("none", "linear", "sqrt")),
-    "SOLVER.LR_BATCH_SIZE": resumable(64, "batch size that LR, WARMUP_LR and LR_MIN are meant for", at_least=1),
-    "SOLVER.MOMENTUM": resumable(0.9, "of SGD and RMSProp", at_least=0, below=1),
-    "SOLVER.NESTEROV": resumable(False, "of SGD"),
-    "SOLVER.BETAS": resumable((0.9, 0.999), "AdamW", at_least=0, below=1, holds=(lambda v: len(v) == 2, "two numbers")),
-    "SOLVER.ALPHA": resumable(0.99, "RMSProp: decay of the squared gradients", at_least=0, below=1),
-    "SOLVER.EPS": resumable(1e-8, "of AdamW and RMSProp", above=0),
+    "SOLVER.LR_BATCH_SIZE": resumable(64, "batch size that LR, WARMUP_LR and LR_MIN are meant for", at_least=1,
+                                      when=only("SOLVER.LR_RULE", "linear", "sqrt")),
+    "SOLVER.MOMENTUM": resumable(0.9, "of SGD and RMSProp", at_least=0, below=1,
+                                 when=only("SOLVER.TYPE", "SGD", "RMSProp")),
+    "SOLVER.NESTEROV": resumable(False, "of SGD", when=only("SOLVER.TYPE", "SGD")),
+    "SOLVER.BETAS": resumable((0.9, 0.999), "AdamW", at_least=0, below=1, holds=(lambda v: len(v) == 2, "two numbers"),
+                              when=only("SOLVER.TYPE", "AdamW")),
+    "SOLVER.ALPHA": resumable(0.99, "RMSProp: decay of the squared gradients", at_least=0, below=1,
+                              when=only("SOLVER.TYPE", "RMSProp")),
+    "SOLVER.EPS": resumable(1e-8, "of AdamW and RMSProp", above=0, when=only("SOLVER.TYPE", "AdamW", "RMSProp")),
     "SOLVER.WEIGHT_DECAY": resumable(0.0001, "of all weights", at_least=0),
     "SOLVER.NO_DECAY": Option("none", "what WEIGHT_DECAY leaves out. norm_bias: biases and all parameters of one "
                               "dimension, such as BatchNorm's; model: also those of the network's no_weight_decay()",
                               one_of=("none", "norm_bias", "model")),
     "SOLVER.LR_SCHEDULE": resumable("step", "how the rate falls", one_of=("step", "cosine", "exponential")),
-    "SOLVER.LR_DECAY_STAGES": resumable([150, 180, 210], "step: the epochs after which the rate falls"),
-    "SOLVER.LR_DECAY_RATE": resumable(0.1, "step: factor at a stage; exponential: in LR_DECAY_EPOCHS epochs", above=0),
-    "SOLVER.LR_DECAY_EPOCHS": resumable(1.0, "exponential: epochs for one factor", above=0),
-    "SOLVER.LR_MIN": resumable(0.0, "cosine: rate at the end", at_least=0),
+    "SOLVER.LR_DECAY_STAGES": resumable([150, 180, 210], "step: the epochs after which the rate falls", at_least=1,
+                                         holds=(is_rising, "rising"), when=only("SOLVER.LR_SCHEDULE", "step")),
+    "SOLVER.LR_DECAY_RATE": resumable(0.1, "step: factor at a stage; exponential: in LR_DECAY_EPOCHS epochs", above=0,
+                                       at_most=1, when=only("SOLVER.LR_SCHEDULE", "step", "exponential")),
+    "SOLVER.LR_DECAY_EPOCHS": resumable(1.0, "exponential: epochs for one factor", above=0,
+                                        when=only("SOLVER.LR_SCHEDULE", "exponential")),
+    "SOLVER.LR_MIN": resumable(0.0, "cosine: rate at the end", at_least=0, when=only("SOLVER.LR_SCHEDULE", "cosine")),
     "SOLVER.WARMUP_EPOCHS": resumable(0, "linear, step by step, from WARMUP_LR up to LR", at_least=0),
-    "SOLVER.WARMUP_LR": resumable(0.0, "rate at the start of the warm-up", at_least=0),
+    "SOLVER.WARMUP_LR": resumable(0.0, "rate at the start of the warm-up", at_least=0,
+                                  when=lambda cfg: cfg.SOLVER.WARMUP_EPOCHS > 0),
     "SOLVER.DEVICE": speed("auto", "auto: the GPU where there is one; else as torch names it: cpu, cuda, cuda:1"),
     "SOLVER.AMP": resumable("off", "off: float32; fp16: GPU only", one_of=("off", "bf16", "fp16")),
     "SOLVER.CHANNELS_LAST": speed("auto", "memory layout NHWC; auto: on for a CPU; a resumed run keeps its own",
                                   one_of=SWITCH),
-    "SOLVER.FAST_TEACHER": speed(True, "BatchNorms of the frozen teacher folded into its convolutions"),
-    "SOLVER.CACHE_TEACHER": speed(False, "keep the teacher's outputs, computed once; needs DATASET.VIEW_WEAK plain"),
+    "SOLVER.FAST_TEACHER": speed(True, "BatchNorms of the frozen teacher folded into its convolutions",
+                                 when=has_teacher),
+    "SOLVER.CACHE_TEACHER": speed(False, "keep the teacher's outputs, computed once; needs DATASET.VIEW_WEAK plain",
+                                  when=has_teacher),
     "SOLVER.COMPILE": speed("off", "torch.compile. all: student and teacher", one_of=("off", "teacher", "all")),
     "SOLVER.COMPILE_MODE": speed("default", "of torch.compile. reduce-overhead: CUDA graphs",
-                                 one_of=("default", "reduce-overhead", "max-autotune")),
+                                 one_of=("default", "reduce-overhead", "max-autotune"),
+                                 when=only("SOLVER.COMPILE", "teacher", "all")),
     "SOLVER.EMA_DECAY": resumable(0.0, "moving average of a student's weights per step; 0: none", at_least=0, below=1),
 
     "LOG.PREFIX": place("./output", "folder of all runs"),
@@ -246,12 +295,16 @@ METHOD_KEYS = ("DISTILLER.TYPE", *CODE_KEYS)
 
 
 def load_config(
-    path: str = "", options: Sequence[str] = (), *, allow_plugins: bool = False, source: str = COMMAND_LINE
+    path: str | PurePath | None = None,
+    options: Sequence[str] = (),
+    *,
+    allow_plugins: bool = False,
+    source: str = COMMAND_LINE,
 ) -> CN:
     """A checked, frozen configuration: defaults, then the file, then ``KEY VALUE`` options.
 
     Args:
-        path: a YAML file; empty: none.
+        path: a YAML file, if there is one.
         options: keys and values.
         allow_plugins: execute code that files name, too, such as ``DISTILLER.PLUGINS`` of the YAML file.
         source: where the options come from; code that they name is the user's if it is the command line.
@@ -274,9 +327,55 @@ def load_config(
     return cfg
 
 
+def load_run(path: str | PurePath | None = None, options: Sequence[str] = (), allow_plugins: bool = False) -> CN:
+    """:func:`load_config` for one run from a command line, which must say what is trained.
+
+    Options that belong to other methods are taken, since a line may be used for several, and named.
+
+    Raises:
+        InputError: see :func:`load_config`; or neither file nor options name data, networks or a method.
+    """
+    cfg = load_config(path, options, allow_plugins=allow_plugins)
+    sections = {key.partition(".")[0] for key in options[::2]} | (sections_of(path) if path else set())
+    if not sections & {"DISTILLER", "DATASET"}:
+        found = f"{path} names neither data nor networks" if path else "no configuration is given"
+        raise InputError(
+            f"{found}: nothing says what to train; for example: python tools/train.py --cfg "
+            "configs/digits/kd/res20_res8.yaml (all of them: python tools/list.py configs)"
+        )
+    unread = [f"{key} ({why})" for key in dict.fromkeys(options[::2]) if (why := _why_unread(cfg, key))]
+    if unread:
+        say(f"without effect here: {', '.join(unread)}")
+    return cfg
+
+
+def _why_unread(cfg: CN, key: str) -> str:
+    """Why the run does not read an option; empty where it does."""
+    file = method_file(distiller_dict[cfg.DISTILLER.TYPE])
+    if key not in flatten(relevant_part(cfg)) and not (file and key in file.reads):
+        return f"DISTILLER.TYPE is {cfg.DISTILLER.TYPE}"
+    option = options_of(cfg).get(key, UNDECLARED)
+    return "" if option.role == "ignored" or option.is_read(cfg) else "given the other settings"
+
+
+OFF = (0, "", "off", "none", [])
+MAY_BE_OFF = ("DATASET", "DISTILLER", "SOLVER", "LOG")  # sections of which most keys switch something on
+
+
 def show_cfg(cfg: CN) -> None:
-    """Print the sections that this run reads."""
-    say(f"CONFIG:\n{relevant_part(cfg).dump()}")
+    """Print what this run reads: what is off by default and left so is not shown."""
+    options, shown = options_of(cfg), CN()
+    for section, keys in relevant_part(cfg).items():
+        for key, value in flatten({section: keys}).items():
+            option = options.get(key, UNDECLARED)
+            is_off = section in MAY_BE_OFF and value == option.default and value in OFF
+            if option.is_read(cfg) and not is_off:
+                *above, last = key.split(".")
+                node = shown
+                for name in above:
+                    node = node.setdefault(name, CN())
+                node[last] = value
+    say(f"CONFIG (config.yaml in the run's folder has all keys):\n{shown.dump()}")
 
 
 def experiment_name(cfg: CN) -> str:
@@ -290,10 +389,12 @@ def check_config(cfg: CN) -> None:
     Raises:
         InputError: names the key, the value found and what is allowed.
     """
+    OPTIONS["DISTILLER.PLUGINS"].check("DISTILLER.PLUGINS", cfg.DISTILLER.PLUGINS)
     load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)
     OPTIONS["DISTILLER.TYPE"].check("DISTILLER.TYPE", cfg.DISTILLER.TYPE)
     _check_method_settings(cfg)
-    _check_options(cfg)
+    check_values(cfg)
+    _say_what_is_ignored(cfg)
     if cfg.DISTILLER.ADD_KD and not contract_of(distiller_dict[cfg.DISTILLER.TYPE]).teacher:
         raise InputError(
             f"DISTILLER.ADD_KD {cfg.DISTILLER.ADD_KD} needs a teacher, which {cfg.DISTILLER.TYPE} has not; use KD or "
@@ -310,6 +411,7 @@ def check_config(cfg: CN) -> None:
             f"SOLVER.WARMUP_EPOCHS is {cfg.SOLVER.WARMUP_EPOCHS}, which leaves nothing of "
             f"SOLVER.EPOCHS {cfg.SOLVER.EPOCHS}"
         )
+    _check_rates(cfg.SOLVER)
 
 
 def _check_names(cfg: CN) -> None:
@@ -327,14 +429,29 @@ def _check_names(cfg: CN) -> None:
             raise InputError(f"{what} is too long: at most {LONGEST_NAME} bytes between two '/'")
 
 
-def _check_options(cfg: CN) -> None:
-    """Check every value that is declared; name those that have no effect."""
-    options, ignored = options_of(cfg), []
+def _check_rates(solver: CN) -> None:
+    """Refuse a learning rate that rises where it is to fall, and the other way round."""
+    lower = {"LR_MIN": solver.LR_SCHEDULE == "cosine", "WARMUP_LR": solver.WARMUP_EPOCHS > 0}
+    for key, is_read in lower.items():
+        if is_read and solver[key] > solver.LR:
+            raise InputError(f"SOLVER.{key} must be at most SOLVER.LR {solver.LR}, got {solver[key]}")
+
+
+def check_values(cfg: CN) -> None:
+    """Check every value that is declared and that the run reads.
+
+    Raises:
+        InputError: see :meth:`~mdistiller.options.Option.check`.
+    """
+    options = options_of(cfg)
     for key, value in flatten(relevant_part(cfg)).items():
-        option = options.get(key, UNDECLARED)
-        option.check(key, value)
-        if option.role == "ignored" and {key: value} != flatten({key: option.default}):
-            ignored.append(f"{key} ({option.help})")
+        options.get(key, UNDECLARED).check(key, value)
+
+
+def _say_what_is_ignored(cfg: CN) -> None:
+    given, options = flatten(relevant_part(cfg)), options_of(cfg)
+    dead = {key: options[key] for key in given if key in options and options[key].role == "ignored"}
+    ignored = [f"{key} ({dead[key].help})" for key in dead if {key: given[key]} != flatten({key: dead[key].default})]
     if ignored:
         say(f"without effect here: {', '.join(ignored)}")
 
@@ -352,9 +469,11 @@ def _check_method_settings(cfg: CN) -> None:
     builder = next((cls.__name__ for cls in method.__mro__ if "__init__" in vars(cls)), "")
     missing = [key for key in file.required.get(builder, ()) if not _is_given(cfg, key)]
     if missing:
+        source = "its project has them in engine/cfg.py or in its configs: give them in the config or as KEY VALUE"
+        if method.defaults:
+            source = "add them to its DEFAULTS, or give them in the config or as KEY VALUE"
         raise InputError(
-            f"{file.path.name} reads settings that have no default and are not given: {', '.join(missing)}; its "
-            "project has them in engine/cfg.py or in its configs: give them in the config or as KEY VALUE"
+            f"{file.path.name} reads settings that have no default and are not given: {', '.join(missing)}; {source}"
         )
 
 

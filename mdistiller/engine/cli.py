@@ -6,8 +6,10 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mdistiller.consent import FLAG
 from mdistiller.registry import InputError, RunError
@@ -47,6 +49,46 @@ def command(main: Callable[[], int | None]) -> None:
     raise SystemExit(code)
 
 
+class Parser(argparse.ArgumentParser):
+    """Options of a command, with its docstring as the help; an option that stands twice is refused."""
+
+    def __init__(self, about: str | None) -> None:
+        super().__init__(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.register("action", None, _Once)
+
+
+class _Once(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        before = getattr(namespace, self.dest, None)
+        if option_string is not None and before is not self.default:
+            parser.error(f"{option_string} is given twice, {_shown(before)} and {_shown(values)}; give it once")
+        setattr(namespace, self.dest, values)
+
+
+def _shown(values: Any) -> str:
+    return " ".join(map(str, values)) if isinstance(values, list) else str(values)
+
+
+class PathError(InputError, argparse.ArgumentTypeError):
+    """What was given can be no path; argparse shows the message of the second kind."""
+
+
+def user_path(text: str) -> Path:
+    """A path of a command line, with ``~`` as the user's folder.
+
+    Raises:
+        PathError: it cannot be one.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+        if not text:
+            raise ValueError("it is empty")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise PathError(f"{text!r} is no path: {error}") from None
+    return path
+
+
 def allow_plugins_option(parser: argparse.ArgumentParser) -> None:
     """The option of every command that reads a configuration from a file."""
     parser.add_argument(
@@ -62,17 +104,21 @@ def check_output(path: str | os.PathLike[str], option: str) -> None:
         option: what names it on the command line.
 
     Raises:
-        InputError: no such folder, one that is not writable, or a folder in the file's place.
+        InputError: no such folder, one that is not writable, or no regular file in the file's place.
     """
-    path = Path(path)
+    path = user_path(os.fspath(path))
     if path.is_dir():
         problem = "it is a folder; name a file in it"
     elif not path.parent.is_dir():
         problem = f"there is no folder {path.parent}"
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
-        problem = "no permission"
+    elif path.exists() and not path.is_file():
+        problem = "it is no regular file"
     else:
-        return
+        try:
+            with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
+                return
+        except OSError as error:  # of what os.access says nothing: /proc, a full table of files
+            problem = error.strerror or str(error)
     raise InputError(f"{option}: cannot write {path}: {problem}")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -769,15 +770,18 @@ class SameBuffers(Hook):
 
 
 class Console(Hook):
-    """Progress bar and the line of each evaluated epoch."""
+    """Progress bar and the line of each evaluated epoch: scores, images a second, time left."""
 
     def __init__(self, trainer: BaseTrainer, meters: Meters, clock: Clock) -> None:
         super().__init__(trainer)
         self.meters, self.clock = meters, clock
         self.bar: Any = None
-        self.shown_at = 0.0
+        self.shown_at = self.began = self.seconds_before = 0.0
+        self.images_before = self.epochs = 0
 
     def before_epoch(self) -> None:
+        self.began = self.began or time.perf_counter()
+        self.images_before, self.seconds_before = self.meters.images_seen, self.clock.seconds["train"]
         wanted = self.trainer.cfg.LOG.PROGRESS
         if wanted == "on" or (wanted == "auto" and sys.stderr.isatty()):
             from tqdm import tqdm
@@ -809,11 +813,16 @@ class Console(Hook):
     def after_epoch(self) -> None:
         self.close()
         trainer, task = self.trainer, self.trainer.task
+        self.epochs += 1
+        images = (self.meters.images_seen - self.images_before) * distributed.world_size()
+        rate = images / max(self.clock.seconds["train"] - self.seconds_before, 1e-9)
+        left = (time.perf_counter() - self.began) / self.epochs * (trainer.cfg.SOLVER.EPOCHS - trainer.epoch)
         for split in ("val", "test"):
             if f"{split}_{task.headline.column}" in trainer.row:
                 say(
                     f"Epoch {trainer.epoch}/{trainer.cfg.SOLVER.EPOCHS}| lr {trainer.row['lr']:.4g}| "
-                    f"{self._part('train', LOSS, task.headline)}| {self._part(split, LOSS, *task.measures)}",
+                    f"{self._part('train', LOSS, task.headline)}| {self._part(split, LOSS, *task.measures)}| "
+                    f"{rate:,.0f} images/s| {duration(left)} left",
                     "EVAL",
                 )
 
@@ -827,11 +836,12 @@ class Console(Hook):
         results, headline = self.trainer.results, self.trainer.task.headline
         if "last" not in results:
             return
-        last, best = results["last"], results["best"]
+        last, best, seconds = results["last"], results["best"], self.clock.seconds
         say(
             f"Last: {headline.label} {headline.text(last[headline.name])} on {last['images']} {last['split']} "
             f"images| best (epoch {best['epoch']}, picked on the {best.get('picked_on', best['split'])} split): "
-            f"{headline.text(best[headline.name])}| all of it in {self.trainer.folder}",
+            f"{headline.text(best[headline.name])}| {duration(seconds['train'] + seconds['evaluation'])} in all| "
+            f"everything in {self.trainer.folder}",
             "EVAL",
         )
 
@@ -839,6 +849,11 @@ class Console(Hook):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03``, hours, minutes and seconds."""
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def default_hooks(trainer: BaseTrainer) -> list[Hook]:

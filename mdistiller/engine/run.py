@@ -147,6 +147,8 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
     }
     if file is not None:
         facts["method_file"] = {"path": str(file.path), "sha256": file_sha256(file.path)}
+    if loaders.num_data < cfg.SOLVER.BATCH_SIZE:
+        say(f"SOLVER.BATCH_SIZE is {cfg.SOLVER.BATCH_SIZE}: all {loaders.num_data} training images are one batch")
     if teacher is not None:
         facts["teacher"] = score_teacher(cfg, teacher, loaders)
     with distributed.same_error():

@@ -3,43 +3,94 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mdistiller.engine.utils import pyplot
 
 from .plan import Plan
 from .table import Summary
 
-LINES = ("-", "--", ":")
+LINES = ("-", "--", "-.", ":")  # beside the colour, for print in grey
+COLORS = ("#1f4e9c", "#c44e00", "#1a7f4b", "#a3195b", "#4d4d4d", "#6a3fb5", "#8a6d00")  # dark: they are text, too
+LABEL = 0.22  # inches that a line of text takes
 
 
 def learning_curves(plan: Plan, path: Path) -> None:
-    """The headline on the test images over the epochs: one panel a pair, one colour a method; the line is the mean over
-    the seeds, the band spans them. Written to ``path`` as PNG.
+    """The headline on the test images over the epochs, as PNG: a panel for each pair, a line for each method.
+
+    The line is the mean over the seeds, the band their range. Name and mean after the last epoch stand at the line's
+    end. The vertical axis shows the last third of the epochs; what lies outside of it at the beginning is cut off.
 
     Raises:
         InputError: matplotlib is not installed.
     """
     plt = pyplot("the learning curves")
-    size = 3.5 + 5.5 * len(plan.pairs), max(4.5, 1 + 0.22 * len(plan.methods))  # as high as the list of methods
-    figure, panels = plt.subplots(1, len(plan.pairs), figsize=size, squeeze=False, layout="constrained")
-    colors = plt.get_cmap("tab10").colors
-    cells = plan.cells()
+    height = max(4.2, 1.2 + LABEL * len(plan.methods))
+    figure, panels = plt.subplots(
+        1, len(plan.pairs), figsize=(7.5 * len(plan.pairs), height), squeeze=False, layout="constrained"
+    )
+    cells, headline = plan.cells(), plan.headline
     for panel, pair in zip(panels[0], plan.pairs, strict=True):
+        ends, settled, epochs = [], [], [0]
         for number, method in enumerate(plan.methods):
-            color, line = colors[number % len(colors)], LINES[number // len(colors) % len(LINES)]
+            color, line = COLORS[number % len(COLORS)], LINES[number % len(LINES)]
             runs = [cell.folder / "metrics.csv" for cell in cells if (cell.method, cell.pair) == (method, pair)]
-            curves = [_curve(path, plan.headline.column) for path in runs]
+            curves = [_curve(path, headline.column) for path in runs]
             epochs = [epoch for epoch, _ in curves[0]]
             values = list(zip(*[[value for _, value in curve] for curve in curves], strict=True))
-            panel.plot(epochs, [sum(v) / len(v) for v in values], line, color=color, label=method)
-            panel.fill_between(epochs, list(map(min, values)), list(map(max, values)), color=color, alpha=0.15, lw=0)
-        panel.set(title=pair, xlabel="epoch", ylabel=f"{plan.headline.title}, mean and span of the seeds")
+            means = [sum(v) / len(v) for v in values]
+            panel.plot(epochs, means, line, color=color, linewidth=1.8)
+            panel.fill_between(epochs, list(map(min, values)), list(map(max, values)), color=color, alpha=0.12, lw=0)
+            settled += [
+                value for epoch, v in zip(epochs, values, strict=True) if epoch > epochs[-1] * 2 / 3 for value in v
+            ]
+            ends.append((means[-1], f"{method}  {headline.text(means[-1])}", color))
+        margin = 0.06 * (max(settled) - min(settled)) or 1.0
+        panel.set_ylim(min(settled) - margin, max(settled) + margin)
+        panel.set_xlim(0, epochs[-1])
+        panel.set_title(pair, fontsize=11, loc="left")
+        panel.set(xlabel="epoch", ylabel=headline.title)
         panel.grid(alpha=0.3)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center")
-    figure.suptitle(plan.title, fontsize=10, x=0.01, ha="left")
+        panel.spines[["top", "right"]].set_visible(False)
+        _name_ends(panel, epochs[-1], ends, gap=LABEL / (height - 1.2))
+    several = f"mean and range of {len(plan.seeds)} seeds"
+    _explain(panels[0, 0], several if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}")
+    figure.suptitle(plan.title, fontsize=14, x=0.01, ha="left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _name_ends(panel: Any, x: float, ends: Sequence[tuple[float, str, str]], gap: float) -> None:
+    """Write ``(value, text, colour)`` beside the lines' ends, moved apart where they would overlap."""
+    low, high = panel.get_ylim()
+    ends = sorted(ends)
+    places = apart([(value - low) / (high - low) for value, *_ in ends], gap)
+    for (value, text, color), place in zip(ends, places, strict=True):
+        panel.annotate(
+            text, (x, value), (1.05, place), textcoords="axes fraction", color=color, va="center", fontsize=9.5,
+            annotation_clip=False, arrowprops={"arrowstyle": "-", "color": color, "lw": 0.8, "shrinkB": 0},
+        )  # fmt: skip
+
+
+def apart(places: Sequence[float], gap: float) -> list[float]:
+    """Rising places in [0, 1], moved as little as keeps ``gap`` between them; beyond 1 only where they do not fit."""
+    moved: list[float] = []
+    for place in places:
+        moved.append(max([place, *(last + gap for last in moved[-1:])]))
+    top = max(1.0, gap * (len(moved) - 1))
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], top)
+        top = moved[i] - gap
+    return moved
+
+
+def _explain(panel: Any, text: str) -> None:
+    """What line and band are, in a legend."""
+    line = panel.plot([], [], color="0.3", linewidth=1.8)[0]
+    band = panel.fill_between([], [], [], color="0.3", alpha=0.2, lw=0)
+    panel.legend([(band, line)], [text], loc="lower right", fontsize=9)
 
 
 def accuracies(rows: list[Summary], title: str, path: Path) -> None:

@@ -35,6 +35,6 @@ def test_the_command():
     outcome = run_tool("list", ["options", "DKD"])
     assert outcome.code == 0
     first, second, *_ = outcome.out.splitlines()
-    assert first.split() == ["OPTION", "DEFAULT", "ALLOWED", "ROLE", "MEANING"]
+    assert first.split() == ["OPTION", "DEFAULT", "MEANING", "ALLOWED", "ROLE"]
     assert second.split()[:2] == ["DKD.CE_WEIGHT", "1.0"]
     assert "no page named 'option'; closest: options" in run_tool("list", ["--page", "docs/option.md"]).err

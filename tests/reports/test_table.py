@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mdistiller.reports import Plan, Summary, check_claims, render, summarize
+from mdistiller.reports.plots import apart
 from mdistiller.reports.table import to_csv
 
 
@@ -131,3 +132,18 @@ def test_one_seed_has_a_difference_without_a_spread():
     plan = Plan("t", Path("o"), [0], {"p": {}}, {"KD": {}, "plain": {}}, claims=[("KD", "plain", 0.5)])
     [(holds, sentence)] = check_claims(plan, [row("KD", [90.0]), row("plain", [90.0])])
     assert holds and sentence == "KD is within 0.5 points of plain on p: +0.00 points seed by seed"
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([0.1, 0.5, 0.9], [0.1, 0.5, 0.9]),
+        ([0.1, 0.1, 0.9], [0.1, 0.3, 0.9]),
+        ([0.9, 0.95, 1.0], [0.6, 0.8, 1.0]),
+        ([-0.5, 0.5], [-0.5, 0.5]),
+        ([0.5] * 7, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2]),
+        ([], []),
+    ],
+)
+def test_labels_of_curves_do_not_overlap(places, expected):
+    assert apart(places, 0.2) == pytest.approx(expected)

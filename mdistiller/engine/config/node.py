@@ -11,6 +11,7 @@ import ast
 import math
 import os
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mdistiller.registry import InputError, closest, suggestion
 
 BASE_KEY = "_BASE_"
 ALLOWED = "__allowed_keys__"
+DEEPEST = 50  # files that build on each other
 WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 SWITCH = ("auto", "on", "off")  # the values of a key that decides for itself unless it is told; booleans tell it too
 
@@ -54,15 +56,19 @@ def read_yaml(path: Path) -> Any:
         InputError: it cannot be read; says where in it the trouble is.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe may wait for ever
+            raise InputError(f"cannot read {path}: it is no regular file; write its content into one")
         with path.open(encoding="utf-8") as file:
             return yaml.load(file, _Loader)
-    except FileNotFoundError:
+    except (InputError, FileNotFoundError):
         raise
     except IsADirectoryError:
         raise InputError(f"cannot read {path}: it is a folder; name a file in it") from None
     except UnicodeDecodeError:
         raise InputError(f"cannot read {path}: it is no text file (UTF-8)") from None
-    except (OSError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise InputError(f"cannot read {path}: its lists or keys are nested too deeply") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: a NUL in the path, a number of 5,000 digits
         raise InputError(f"cannot read {path}: {error}") from None
 
 
@@ -120,6 +126,11 @@ class ConfigNode(CfgNode):
             source: where they come from, for messages.
             how: for :meth:`before_merge`.
         """
+        files = [str(word) for word in cfg_list[::2] if str(word).endswith((".yaml", ".yml"))]
+        if files:
+            raise InputError(
+                f"{files[0]} stands where a KEY is expected; a configuration file is named by --cfg {files[0]}"
+            )
         if len(cfg_list) % 2:
             key, equals, value = str(cfg_list[-1]).partition("=")
             advice = f"write {key} {value}" if equals else f"given: {' '.join(map(str, cfg_list))}"
@@ -155,7 +166,7 @@ class ConfigNode(CfgNode):
 
     def _merge(self, tree: Any, source: str, prefix: str = "", root: ConfigNode | None = None) -> None:
         if not isinstance(tree, dict):
-            found = "and is empty" if tree is None else f"not {tree!r}"
+            found = "and is empty" if tree is None else f"not {brief(tree)}"
             raise InputError(f"{source}: {prefix.rstrip('.') or 'the file'} must hold keys, {found}")
         root = self if root is None else root
         for key, value in tree.items():
@@ -217,16 +228,52 @@ def convert(value: Any, default: Any, key: str, source: str) -> Any:
         if default in SWITCH and str(value).lower() in WORDS_FOR_BOOL:
             return "on" if WORDS_FOR_BOOL[str(value).lower()] else "off"
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return str(value)
+            return _text(str(value), key, source)
     elif kind in (list, tuple):
         if isinstance(value, str) and (not default or isinstance(default[0], str)):
             value = [value]
         if isinstance(value, (list, tuple)):
-            items = [convert(v, default[0], key, source) if default else v for v in value]
+            items = [_entry(v, default, key, source) for v in value]
             return kind(items)
     elif kind is not int and isinstance(value, kind):  # a boolean is no number
         return value
-    raise InputError(f"{source}: {key} takes {_name_of(kind)} (default {default!r}), got {value!r}")
+    raise InputError(f"{source}: {key} takes {_name_of(kind)} (default {default!r}), got {brief(value)}")
+
+
+def _entry(value: Any, default: Sequence[Any], key: str, source: str) -> Any:
+    """An entry of a list; that of a list with an empty default may be of any type."""
+    if default:
+        return convert(value, default[0], key, source)
+    return _text(value, key, source) if isinstance(value, str) else value
+
+
+def _text(value: str, key: str, source: str) -> str:
+    """``value`` with ``~`` as the user's folder; most texts are names and paths.
+
+    Raises:
+        InputError: it holds what no name can hold, or names a user that is not there.
+    """
+    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
+        raise InputError(f"{source}: {key} takes a text without control characters (UTF-8), got {brief(value)}")
+    if re.match(r"~[\w-]*(/|$)", value):
+        path = os.path.expanduser(value)
+        if path == value:
+            raise InputError(f"{source}: {key} {value}: there is no user {value[1:].partition('/')[0]!r}")
+        return path
+    return value
+
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 120
+_brief.maxlist = _brief.maxtuple = _brief.maxdict = 20
+
+
+def brief(value: Any) -> str:
+    """``repr`` of what a user gave, cut where it is long."""
+    try:
+        return _brief.repr(value)
+    except ValueError:  # a number of thousands of digits
+        return "a number of very many digits"
 
 
 def _name_of(kind: type) -> str:
@@ -290,6 +337,8 @@ def _keys(node: CfgNode, prefix: str = "") -> list[str]:
 def _read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> dict[Path, tuple[Path, dict[str, Any]]]:
     """The file's path and tree behind those of its bases, by resolved path, in the order in which they are merged."""
     where = f" (the {BASE_KEY} of {below[-1]})" if below else ""
+    if len(below) > DEEPEST:
+        raise InputError(f"{below[0]} builds on more than {DEEPEST} files, one on the other, by {BASE_KEY}")
     resolved = path.resolve()
     if resolved in [p.resolve() for p in below]:
         raise InputError(f"{path}{where} inherits from itself: {' -> '.join(map(str, [*below, path]))}")
@@ -303,12 +352,17 @@ def _read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> dict[Path, tup
         raise InputError(f"config file {path}{where} must hold keys, not {type(tree).__name__}")
     bases = tree.pop(BASE_KEY, None) or []
     bases = [bases] if isinstance(bases, str) else bases
-    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
-        raise InputError(f"config file {path}{where}: {BASE_KEY} takes a file or a list of files, got {bases!r}")
+    if not (isinstance(bases, list) and all(isinstance(base, str) and "\0" not in base for base in bases)):
+        raise InputError(f"config file {path}{where}: {BASE_KEY} takes a file or a list of files, got {brief(bases)}")
     files: dict[Path, tuple[Path, dict[str, Any]]] = {}
     for base in bases:
         files |= _read_with_bases(path.parent / base, (*below, path))  # one that is there already keeps its place
     return files | {resolved: (path, tree)}
+
+
+def sections_of(path: str | os.PathLike[str]) -> set[str]:
+    """The sections in which a configuration file, or one that it builds on, gives something."""
+    return {section for _, tree in _read_with_bases(Path(path)).values() for section, keys in tree.items() if keys}
 
 
 def files_nearby(path: Path) -> str:
@@ -317,4 +371,6 @@ def files_nearby(path: Path) -> str:
         return f"there is no folder {path.parent} (seen from {Path.cwd()})"
     names = [p.name for p in path.parent.glob("*.yaml")]
     where = "the current folder" if path.parent == Path() else path.parent
+    if not names:
+        return f"{where} holds no .yaml file (seen from {Path.cwd()})"
     return f"in {where}, {suggestion(path.name, names)}"

@@ -83,8 +83,8 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()  # meta has no memory
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         usable = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
         raise InputError(f"SOLVER.DEVICE {name!r} cannot be used here: {reason}; use {' or '.join(usable)}") from None

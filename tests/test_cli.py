@@ -216,7 +216,7 @@ REFUSED = [
     ("train", f"{PLAIN} SOLVER.LR_DECAY_STAGES '[30, -2, 10]'", "SOLVER.LR_DECAY_STAGES must be rising, at least 1"),
     ("train", f"{PLAIN} SOLVER.LR_SCHEDULE cosine SOLVER.LR_MIN 3", "SOLVER.LR_MIN must be at most SOLVER.LR 0.05"),
     ("train", f"{PLAIN} SOLVER.DEVICE meta", "SOLVER.DEVICE 'meta' cannot be used here"),
-    ("train", f"{PLAIN} EXPERIMENT.NAME /tmp/x", "the run's folder digits/tmp/x must lie below LOG.PREFIX"),
+    ("train", f"{PLAIN} EXPERIMENT.NAME /tmp/x", "EXPERIMENT.NAME '/tmp/x' must lie below LOG.PREFIX"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT nowhere KD.LOSS.KD_WEIGHT -1", "KD.LOSS.KD_WEIGHT must be at least 0"),
     ("train", "EXPERIMENT.SEED -1", "EXPERIMENT.SEED must be at least 0"),
     ("train", "SOLVER.EPOCHS 5 SOLVER.WARMUP_EPOCHS 5", "SOLVER.WARMUP_EPOCHS is 5, which leaves nothing"),

@@ -21,7 +21,7 @@ import yaml
 from cli_runner import ROOT, run_tool
 
 from mdistiller.models import cifar_model_dict
-from mdistiller.registry import InputError
+from mdistiller.registry import RunError
 from mdistiller.reports import load_plan, run_plan, runner
 
 OUTPUT = Path("output/tiny")
@@ -274,7 +274,7 @@ def test_a_killed_process_is_reported_like_any_other_failure(printed, monkeypatc
             return future
 
     monkeypatch.setattr(runner, "ProcessPoolExecutor", Killed)
-    with pytest.raises(InputError, match=r"KD, res20_res8, seed 2: a process was terminated abruptly"):
+    with pytest.raises(RunError, match=r"KD, res20_res8, seed 2: a process was terminated abruptly"):
         run_again(SEEDS=[2])
 
 

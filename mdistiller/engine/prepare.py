@@ -33,11 +33,13 @@ from mdistiller.registry import RunError
 from .batch import to_batch
 from .config.experiment import flatten
 from .folder.checkpoint import CheckpointError, check_weights, fingerprint, load_checkpoint, not_finite, save_checkpoint
+from .folder.state import NUMBER, check_kind
 from .processes import distributed
 
 if TYPE_CHECKING:
     from .trainer import BaseTrainer
 
+CONTENT = {"settings": dict, "model": {str: Tensor}, "fingerprint": int, "seconds": NUMBER, "facts": {str: object}}
 FOLDER = "prepared"  # below LOG.PREFIX
 MESSAGE_EVERY = 30  # seconds
 
@@ -131,9 +133,9 @@ def _usable(path: Path, settings: dict[str, Any], module: nn.Module) -> dict[str
 
 
 def _check_content(content: Any, path: Path, settings: dict[str, Any], module: nn.Module) -> None:
-    parts = {"settings", "model", "fingerprint", "seconds", "facts"}
-    if not isinstance(content, dict) or not parts <= set(content):
+    if not isinstance(content, dict) or not CONTENT.keys() <= content.keys():
         raise CheckpointError(f"{path} does not hold the result of a stage before training")
+    check_kind(content, CONTENT, str(path))
     if content["settings"] != settings:
         raise CheckpointError(f"{path} was made with other settings")
     if fingerprint(content["model"]) != content["fingerprint"]:

@@ -58,31 +58,48 @@ def entries_of(content: bytes) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("where", ["file", "directory"])
-def test_a_file_with_a_checksum_takes_no_damage_at_all(tmp_path: Path, where: str) -> None:
-    content, dice = sealed(STATE, tmp_path / "file"), random.Random(0)
-    start = 0 if where == "file" else directory_of(content)
-    for _ in range(150):
-        damaged = bytearray(content)
-        damaged[dice.randrange(start, len(content))] ^= 1 << dice.randrange(8)
-        assert refused(tmp_path / "file", damaged)
-    for size in [*range(len(content) - 110, len(content)), *range(0, len(content), 500)]:
-        assert refused(tmp_path / "file", content[:size])
-    assert refused(tmp_path / "file", content + b"\0")
-    assert refused(tmp_path / "file", b"\0" + content)
+def damaged(content: bytes, kind: str, dice: random.Random) -> bytes:
+    data, size = bytearray(content), len(content)
+    where = {"header": range(90), "directory": range(directory_of(content), size)}.get(kind, range(size))
+    if kind == "truncated":
+        return content[: dice.choice([dice.randrange(size), size - dice.randrange(1, 110)])]
+    if kind == "extended":
+        return dice.choice([content + bytes(dice.choice([1, 22, 512])), content + content[-200:], b"\0" + content])
+    block = dice.choice([16, 512, 4096])
+    one, other = (dice.randrange(size // block) * block for _ in range(2))
+    if kind == "swapped":
+        data[one : one + block], data[other : other + block] = (
+            content[other : other + block],
+            content[one : one + block],
+        )
+    elif kind == "zeroed":
+        data[one : one + block] = bytes(block)
+    else:
+        for _ in range(dice.choice([1, 1, 4])):
+            data[dice.choice(where)] ^= dice.choice([1 << dice.randrange(8), dice.randrange(256)])
+    return bytes(data)
 
 
-def test_damage_to_the_directory_of_a_file_without_a_checksum(tmp_path: Path) -> None:
-    """torch takes an entry that the directory calls a folder, and returns what lay in the memory."""
-    content, dice = plain(STATE), random.Random(0)
+DAMAGES = ("anywhere", "header", "directory", "truncated", "extended", "swapped", "zeroed")
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_file_is_refused_or_holds_what_was_written(tmp_path: Path, kind: str) -> None:
+    """With a checksum no damage is taken; without one, damage to bytes that carry nothing is."""
+    closed, dice = sealed(STATE, tmp_path / "file"), random.Random(kind)
+    for content in [closed] * 40 + [plain(STATE)] * 40:
+        bad = damaged(content, kind, dice)
+        problem = refused(tmp_path / "file", bad)
+        assert problem or content != closed or bad == content
+
+
+def test_a_folder_in_the_directory_of_a_file_without_a_checksum(tmp_path: Path) -> None:
+    """torch takes such an entry, and returns what lay in the memory."""
+    content = plain(STATE)
     for at in entries_of(content):
-        damaged = bytearray(content)
-        damaged[at + 38] ^= 0x10
-        assert refused(tmp_path / "file", damaged)
-    for _ in range(150):
-        damaged = bytearray(content)
-        damaged[dice.randrange(directory_of(content), len(content))] ^= 1 << dice.randrange(8)
-        refused(tmp_path / "file", damaged)
+        bad = bytearray(content)
+        bad[at + 38] ^= 0x10
+        assert refused(tmp_path / "file", bad)
 
 
 def test_files_with_a_checksum_are_read_by_torch_alone_and_files_without_one_are_read_here(tmp_path: Path) -> None:

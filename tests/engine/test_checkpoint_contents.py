@@ -85,6 +85,7 @@ HARMFUL_CONTENT = {
     "call inside a namespace": argparse.Namespace(a=Bomb()),
     "builtin": Call(eval, "1"),
     "memory": Call(bytes, 1 << 40),
+    "memory that is filled": Call(bytearray, 1 << 33),
     "file": Call(open, "pwned", "w"),
     "argparse file": argparse.FileType("w"),
     "pointers": Call(scalar, FORGED, b"A" * 8),

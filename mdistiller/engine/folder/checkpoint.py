@@ -303,15 +303,11 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _read(file: BinaryIO, path: Path) -> Any:
-    start = file.read(4)
-    if not start:
+    if not file.read(1):
         raise CheckpointError(f"checkpoint {path} is damaged: it is empty; copy or download it again")
-    if start == b"PK\3\4":  # else torch takes the file for one of the old format
-        if problem := fault(file):
-            raise CheckpointError(
-                f"checkpoint {path} is damaged or no checkpoint: {problem}; copy or download it again"
-            )
-    elif tarfile.is_tarfile(path):
+    if problem := fault(file):
+        raise CheckpointError(_damaged(path, problem))
+    if tarfile.is_tarfile(path):
         raise CheckpointError(f"checkpoint {path} is damaged or a tar archive, which must be unpacked first")
     file.seek(0)
     with _harmless_globals(), warnings.catch_warnings():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mmap
 import os
 import struct
 import zipfile
@@ -19,8 +20,11 @@ from mdistiller.files import sha256
 MARK = b"mdistiller sha256 "  # begins the zip's comment
 DIGEST = 2 * hashlib.sha256().digest_size  # characters
 END = b"PK\5\6"  # begins the record that ends a zip, 22 bytes and the comment; the last 2 hold the comment's length
+ZIP = b"PK\3\4"  # begins a file of torch.save; any other is of the format before torch 1.6 to torch
+ALLOCATES = b"\nbytearray\n"  # in a pickle: memory of any size, for one number; torch allows it
 FLAGS = 0x0808  # of an entry: UTF-8 names, sizes behind the data
 FOLDER = 0x10  # the attribute
+TOO_MUCH = "it asks for memory that it does not fill"
 
 
 def seal(archive: io.BytesIO) -> None:
@@ -31,14 +35,18 @@ def seal(archive: io.BytesIO) -> None:
 
 
 def fault(file: BinaryIO) -> str | None:
-    """What is wrong with an archive of ``torch.save``; ``None``: nothing.
+    """What is wrong with the bytes of a file of ``torch.save``; ``None``: nothing.
 
     A file that :func:`seal` has closed is compared with its checksum. Another one, of an earlier version or of another
-    program, is compared with the CRCs of its entries.
+    program, is compared with the CRCs of its entries. Files of the old format hold neither.
 
     Raises:
         Exception: any that ``zipfile`` raises for damaged bytes.
     """
+    file.seek(0)
+    if file.read(len(ZIP)) != ZIP:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return None if content.find(ALLOCATES) < 0 else TOO_MUCH
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         file.seek(max(0, size - 22 - len(archive.comment)))
@@ -47,6 +55,8 @@ def fault(file: BinaryIO) -> str | None:
             return "it goes on behind its end, or is cut short"
         if problem := _strange_entry(archive.infolist(), size):
             return problem
+        if any(name.lower().endswith("data.pkl") and ALLOCATES in archive.read(name) for name in archive.namelist()):
+            return TOO_MUCH
         if not archive.comment:
             damaged = archive.testzip()
             return damaged and f"{damaged} fails its checksum"

@@ -523,6 +523,8 @@ class TrainedTeacher(Hook):
     Warns once, when the teacher has lost more than a point. ``results.json`` has its score before and after.
     """
 
+    state_kind: ClassVar[Any] = {"before": (NUMBER, type(None)), "warned": bool}
+
     def __init__(self, trainer: BaseTrainer, evaluation: Evaluate) -> None:
         super().__init__(trainer)
         self.evaluation = evaluation

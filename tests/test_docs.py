@@ -323,10 +323,13 @@ def test_data_set_table_is_complete():
 def test_table_of_a_runs_files(tmp_path):
     options = {
         "LOG.PREFIX": tmp_path, "LOG.SAVE_CHECKPOINT_FREQ": 1, "DATASET.TYPE": "digits", "DATASET.TRAIN_PER_CLASS": 2,
-        "DATASET.IMAGE_SIZE": 8, "DATASET.NUM_WORKERS": 0, "DISTILLER.STUDENT": "resnet8", "SOLVER.EPOCHS": 2,
+        "DATASET.IMAGE_SIZE": 8, "DATASET.NUM_WORKERS": 0, "DISTILLER.STUDENT": "resnet8",
         "SOLVER.EMA_DECAY": 0.9, "SOLVER.DEVICE": "cpu",
     }  # fmt: skip
-    mdistiller.engine.run.run(load_config(options=[str(part) for item in options.items() for part in item]))
+    for epochs in (1, 2):
+        options["SOLVER.EPOCHS"] = epochs
+        cfg = load_config(options=[str(part) for item in options.items() for part in item])
+        mdistiller.engine.run.run(cfg, resume=epochs == 2)
     found = {re.sub(r"_[12]$", "_N", path.name) for path in (tmp_path / "distill" / "default").iterdir()}
     assert found == {name for row in table("file") for name in names_in(row[0])}
 

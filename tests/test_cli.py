@@ -50,6 +50,7 @@ YAML_FILES = {
     "empty_base.yaml": "_BASE_:",
     "deep.yaml": "SOLVER: {LR: " + "[" * 3000 + "]" * 3000 + "}",
     "digits.yaml": "SOLVER: {LR: 1" + "0" * 5000 + "}",
+    "hex_epochs.yaml": "SOLVER: {EPOCHS: 0x1" + "0" * 5000 + "}",
     "hex.yaml": "SOLVER: {LR: 0x1" + "0" * 5000 + "}",
     "list.yaml": "- SOLVER",
     "twice.yaml": "SOLVER: {LR: 0.1}\nDATASET: {TYPE: digits}\nSOLVER: {EPOCHS: 2}",
@@ -69,6 +70,7 @@ YAML_FILES = {
     "plan_method.yaml": PLAN + "METHODS: {M: {CFG: c}}",
     "plan_config.yaml": PLAN + "METHODS: {M: {CONFIG: 'configs/{pair}.yaml'}}",
     "plan_braces.yaml": PLAN + "METHODS: {M: {CONFIG: c}}\nHOW_TO_READ: '{n}'",
+    "plan_nowhere.yaml": PLAN.replace("output", "pipe") + "METHODS: {M: {CONFIG: configs/digits/vanilla/res8.yaml}}",
     "plan_bomb.yaml": PLAN + "METHODS: {M: {CONFIG: c}}\nHOW_TO_READ: '{images:x>99999999999}'",
     "plan_no_name.yaml": PLAN + "METHODS: {'': {CONFIG: c}}",
     "plan_option.yaml": PLAN + "METHODS: {M: {CONFIG: configs/digits/vanilla/res8.yaml}}\nOPTIONS: {SOLVER.LRX: 1}",
@@ -87,6 +89,7 @@ def workspace(tmp_path_factory):
     for floor in range(52):
         (place / "tower" / f"{floor}.yaml").write_text(f"_BASE_: {floor + 1}.yaml")
     os.mkfifo(place / "pipe")
+    (place / "loop.yaml").symlink_to("loop.yaml")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         succeed("train", f"{PLAIN} EXPERIMENT.NAME first LOG.SAVE_CHECKPOINT_FREQ 1")
@@ -140,7 +143,7 @@ def snapshot() -> dict[str, tuple[int, bytes]]:
     for folder, _, names in os.walk("."):
         found[folder] = (0, b"")
         for path in (Path(folder) / name for name in names):
-            found[str(path)] = (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+            found[str(path)] = (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
     return found
 
 
@@ -168,6 +171,8 @@ REFUSED = [
     ("train", "configs/digits/kd/res20_res8.yaml", "a configuration file is named by --cfg configs/digits/kd/res20_re"),
     ("train", "--cfg list.yaml --cfg twice.yaml", "--cfg is given twice, list.yaml and twice.yaml; give it once"),
     ("train", "--cfg ''", "'' is no path"),
+    ("train", "--cfg loop.yaml", "'loop.yaml' is no path: "),
+    ("train", "--cfg hex_epochs.yaml", "SOLVER.EPOCHS takes a whole number (default 240), got a number of very many"),
     ("train", "--cfg pipe", "cannot read pipe: it is no regular file"),
     ("train", "--cfg deep.yaml", "cannot read deep.yaml: its lists or keys are nested too deeply"),
     ("train", "--cfg digits.yaml", "cannot read digits.yaml: "),
@@ -319,6 +324,7 @@ REFUSED = [
     ("reproduce", "--plan plan_method.yaml", "METHODS: 'M' must", "hold CONFIG"),
     ("reproduce", "--plan plan_config.yaml", "M, p: no config file configs/p.yaml"),
     ("reproduce", "--plan plan_braces.yaml", "HOW_TO_READ may hold {images} and {image_points}"),
+    ("reproduce", "--plan plan_nowhere.yaml", "cannot write"),
     ("reproduce", "--plan plan_bomb.yaml", "HOW_TO_READ may hold {images} and {image_points}"),
     ("reproduce", "--plan plan_no_name.yaml", "METHODS: '' must be a name and hold CONFIG"),
     ("reproduce", "--plan plan_option.yaml", "M, p: OPTIONS: unknown config key 'SOLVER.LRX'"),

@@ -40,8 +40,8 @@ def main() -> None:
     for option in ("json", "picture"):
         if getattr(args, option) is not None:
             check_output(getattr(args, option), f"--{option}")
-    if args.threads < 1:
-        raise InputError(f"--threads must be 1 or more, got {args.threads}")
+    if not 1 <= args.threads <= 1024:
+        raise InputError(f"--threads must be from 1 to 1024, got {args.threads}")
     torch.set_num_threads(args.threads)
     given = ["DATASET.NUM_WORKERS", "0", *args.set] if args.what != "train" else args.set
     settings = Settings(

@@ -81,7 +81,7 @@ def user_path(text: str) -> Path:
     """
     try:
         path = Path(text).expanduser()
-        path.exists()
+        path.resolve()  # finds a NUL in it, and links that lead to each other
         if not text:
             raise ValueError("it is empty")
     except (OSError, RuntimeError, ValueError) as error:

@@ -99,7 +99,7 @@ def test_memory_in_a_process_of_its_own(tmp_path):
         (["train", "--variants", "bf17"], "--variants: no variant named 'bf17'; closest"),
         (["step", "--rounds", "0"], "--rounds must be 1 or more, got 0"),
         (["step", "--steps", "-1"], "--steps must be 1 or more, got -1"),
-        (["step", "--threads", "0"], "--threads must be 1 or more, got 0"),
+        (["step", "--threads", "0"], "--threads must be from 1 to 1024, got 0"),
         (["step", "--picture", "step.png"], "--picture draws what profile measures, not step"),
         (["step", "--set", "SOLVER.AMB", "off"], "SOLVER.AMP"),
         (["step", "--set", "SOLVER.AMP"], ""),

@@ -214,8 +214,8 @@ def convert(value: Any, default: Any, key: str, source: str) -> Any:
         if str(value).lower() in WORDS_FOR_BOOL:
             return WORDS_FOR_BOOL[str(value).lower()]
     elif kind in (int, float) and not isinstance(value, bool):
-        if kind is int and isinstance(value, int):
-            return value  # exact, however large
+        if kind is int and isinstance(value, int) and value.bit_length() < 1000:
+            return value  # exact; a longer one Python would not even print
         try:
             number = float(value)  # YAML reads 1e-3 as a string
             if kind is float and math.isfinite(number):
@@ -228,7 +228,7 @@ def convert(value: Any, default: Any, key: str, source: str) -> Any:
         if default in SWITCH and str(value).lower() in WORDS_FOR_BOOL:
             return "on" if WORDS_FOR_BOOL[str(value).lower()] else "off"
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return _text(str(value), key, source)
+            return _text(value if isinstance(value, str) else brief(value), key, source)
     elif kind in (list, tuple):
         if isinstance(value, str) and (not default or isinstance(default[0], str)):
             value = [value]

@@ -220,6 +220,8 @@ REFUSED = [
     ("train", "DATASET.TRAIN_FRACTION 0", "DATASET.TRAIN_FRACTION must be above 0"),
     ("train", f"{PLAIN} SOLVER.LR_DECAY_STAGES '[30, -2, 10]'", "SOLVER.LR_DECAY_STAGES must be rising, at least 1"),
     ("train", f"{PLAIN} SOLVER.LR_SCHEDULE cosine SOLVER.LR_MIN 3", "SOLVER.LR_MIN must be at most SOLVER.LR 0.05"),
+    ("train", f"{PLAIN} SOLVER.DEVICE cpu:5", "SOLVER.DEVICE 'cpu:5' cannot be used here: there is one CPU device"),
+    ("train", f"{PLAIN} EXPERIMENT.NAME .", "EXPERIMENT.NAME '.' must lie below LOG.PREFIX"),
     ("train", f"{PLAIN} SOLVER.DEVICE meta", "SOLVER.DEVICE 'meta' cannot be used here"),
     ("train", f"{PLAIN} EXPERIMENT.NAME /tmp/x", "EXPERIMENT.NAME '/tmp/x' must lie below LOG.PREFIX"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT nowhere KD.LOSS.KD_WEIGHT -1", "KD.LOSS.KD_WEIGHT must be at least 0"),

@@ -421,7 +421,7 @@ def _check_names(cfg: CN) -> None:
     for key in ("PROJECT", "NAME" if cfg.EXPERIMENT.NAME else "TAG"):
         name = cfg.EXPERIMENT[key]
         path, what = PurePath(name), f"EXPERIMENT.{key} {name[:80]!r}"
-        if path.is_absolute() or ".." in path.parts:
+        if path.is_absolute() or ".." in path.parts or (name and not path.parts):
             raise InputError(f"{what} must lie below LOG.PREFIX; leave out '..' and the '/' in front")
         if any(not character.isprintable() or character in "<>" for character in name):
             raise InputError(f"{what} must not hold line breaks, control characters, '<' or '>'")

@@ -84,6 +84,8 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()  # meta has no memory
+        if device.type == "cpu" and device.index:  # which torch takes
+            raise RuntimeError("there is one CPU device")
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         usable = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]

@@ -26,6 +26,7 @@ from mdistiller.distillers import Distiller
 from mdistiller.engine import hooks
 from mdistiller.engine.build import build_distiller
 from mdistiller.engine.dot import DOT
+from mdistiller.engine.folder.checkpoint import DiskFullError
 from mdistiller.engine.forwards.fold import Folding
 from mdistiller.engine.processes import distributed
 from mdistiller.engine.processes.parallel import Parallel, SyncBatchNorm, average_gradients, shares
@@ -426,7 +427,7 @@ def stops(rank, folder):
     full = make_trainer(folder / "full")
 
     def fail(*args, **kwargs):
-        raise hooks.DiskFullError("no space left")
+        raise DiskFullError("no space left")
 
     original, hooks.save_checkpoint = hooks.save_checkpoint, fail
     found["full"] = raised(full.train)

@@ -103,8 +103,25 @@ def test_batches(root, workers):
 
 
 def test_sheets(root):
-    split, _ = ImageNet(root, 32).load()
-    assert view_sheet(ImageNet, split, count=2, epochs=1).width and class_sheet(ImageNet, split).width
+    dataset = ImageNet(root, 32)
+    split, _ = dataset.load()
+    assert view_sheet(dataset, split, count=2, epochs=1).width and class_sheet(dataset, split).width
+
+
+def test_a_flat_validation_folder_is_named_with_what_sorts_it(root):
+    for place in (root / "imagenet" / "val").iterdir():
+        for image in place.iterdir():
+            image.rename(place.parent / f"{place.name}_{image.name}")
+        place.rmdir()
+    with pytest.raises(InputError, match=r"the images lie in .*val itself; .*valprep\.sh"):
+        ImageNet(root, 32).load()
+
+
+def test_a_picture_that_would_fill_the_memory_is_refused(root, monkeypatch):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 4)
+    _, split = ImageNet(root, 32).load()
+    with pytest.raises(InputError, match=r"cannot read the image .*fetch it again, or delete it where its class has"):
+        split.images.pixels()
 
 
 def test_by_the_command(root, tmp_path, monkeypatch):

@@ -68,7 +68,10 @@ def contract_of(method: type) -> Contract:
     Raises:
         InputError: a signature requires something that nobody gives; names the file, the parameter and what there is.
     """
-    parameters = inspect.signature(method.forward_train).parameters.values()
+    step = getattr(method, "forward_train", None)
+    if step is None or getattr(step, "does_nothing", False):
+        raise InputError(f"{where(method)}: it defines no forward_train; see mdistiller/distillers/_base.py")
+    parameters = inspect.signature(step).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "self"]
     views = tuple(p.name for p in named if p.name == "image" or p.name.startswith("image_"))
     required = tuple(p.name for p in named if p.default is p.empty)
@@ -80,6 +83,11 @@ def contract_of(method: type) -> Contract:
         )
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     arguments, by_place = _constructor(method)
+    if "student" not in arguments.values():
+        raise InputError(
+            f"{where(method)}: the constructor takes no student; it can have {', '.join(ARGUMENTS)}, and must hand "
+            "student and teacher on: super().__init__(student, teacher)"
+        )
     prepare = getattr(method, "prepare", None)
     prepares = prepare is not None and not getattr(prepare, "does_nothing", False)
     return Contract(

@@ -93,8 +93,9 @@ class Option:
         """
         if self.one_of is not None:
             if value not in self.one_of:
-                kind = self.one_of.kind if isinstance(self.one_of, Registry) else "choice"
-                raise InputError(f"{key}: no {kind} named {value!r}; {suggestion(str(value), self.one_of)}")
+                if isinstance(self.one_of, Registry):
+                    raise InputError(f"{key}: {self.one_of.refusal(value)}")
+                raise InputError(f"{key}: no choice named {value!r}; {suggestion(str(value), self.one_of)}")
             return value
         entries = value if isinstance(value, (list, tuple)) else [value]
         within = all(BOUNDS[name](entry, bound) for entry in entries for name, bound in self.bounds.items())

@@ -11,8 +11,9 @@ table does so with its own (``REVIEWKD`` is ``ReviewKD``). Names that are regist
 whatever their letter case.
 
 Loaded as a module of ``mdistiller.distillers``, a file may say ``from ._base import Distiller`` or
-``from .KD import kd_loss``. A helper that lies beside it and that the package lacks (``from .loss import ...``) is
-loaded first; an import that fails and that nothing in the file uses (``from turtle import st``) is left out.
+``from .KD import kd_loss``; in a sub-folder of its project's package ``from .._base import Distiller``. A helper that
+lies beside it is loaded first where the package lacks it (``from .loss import ...``) or one of its names; an import
+that fails and that nothing in the file uses (``from turtle import st``) is left out.
 
 A file may hold hooks, beside methods or alone: ``HOOKS = [MyHook]``, a list of classes derived from
 ``mdistiller.engine.hooks.Hook``. They take part in each run whose method or ``DISTILLER.PLUGINS`` the file is.
@@ -22,7 +23,9 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -32,7 +35,9 @@ from typing import Any
 
 import mdistiller.distillers
 from mdistiller.distillers import Distiller, distiller_dict
+from mdistiller.files import file_sha256
 from mdistiller.messages import warn
+from mdistiller.options import Option
 from mdistiller.registry import InputError
 
 PACKAGE = mdistiller.distillers.__name__
@@ -141,7 +146,39 @@ def hooks_of(paths: Iterable[str], name: str) -> list[Any]:
     return [hook for file in files.values() for hook in file.hooks]
 
 
+def source_of(method: type) -> dict[str, str] | None:
+    """Path and SHA-256 of the file that a method stands in, to tell versions apart; ``None`` in a notebook.
+
+    The path of a file of the package begins with ``mdistiller/``, wherever that is installed.
+    """
+    file = method_file(method)
+    try:
+        path = Path(file.path if file else inspect.getfile(method))
+        inside = path.resolve().is_relative_to(FOLDER.parent)
+        name = path.resolve().relative_to(FOLDER.parent.parent).as_posix() if inside else str(path)
+        return {"path": name, "sha256": file_sha256(path)}
+    except (TypeError, OSError):
+        return None
+
+
+def contents(paths: Iterable[str]) -> str:
+    """What loaded files hold, for messages: ``"a.py was read and holds no method"``."""
+    files = [load_method_file(path) for path in paths]
+    return "; ".join(f"{file.path} was read and holds {', '.join(file.methods) or 'no method'}" for file in files)
+
+
+def place_in_file(error: BaseException) -> str:
+    """``"FILE, line 12"``: the innermost place in a loaded file that an error came through; empty where none is."""
+    files, place, trace = {str(path) for path in _loaded}, "", error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename in files:
+            place = f"{trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
+
+
 distiller_dict.finder = find_method
+distiller_dict.advice = "a method file from elsewhere is named by DISTILLER.PLUGINS"
 
 
 # Loading
@@ -149,6 +186,7 @@ distiller_dict.finder = find_method
 
 def _load(path: Path, registered: dict[str, Any]) -> MethodFile:
     tree = _parse(path)
+    reads, required = _config_reads(tree, path)
     module = _execute(path, tree)
     changed = [name for name, cls in registered.items() if distiller_dict.get(name) is not cls]
     if changed:
@@ -158,7 +196,6 @@ def _load(path: Path, registered: dict[str, Any]) -> MethodFile:
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Distiller) and value.__module__ == module.__name__
     ]
-    reads, required = _config_reads(tree)
     own = {name: cls for name, cls in distiller_dict.items() if name not in registered}
     owners = {name.upper(): cls for name, cls in registered.items()}
     taken = [name for name, cls in own.items() if owners.get(name.upper(), cls) is not cls]
@@ -177,6 +214,8 @@ def _load(path: Path, registered: dict[str, Any]) -> MethodFile:
         )
     for cls in dict.fromkeys(own.values()):
         _state_section(cls, module, reads)
+        if getattr(cls, "defaults", None) is not None:
+            _check_defaults(cls.defaults, path)
     if taken:
         warn(f"{path}: {', '.join(taken)} stays what it was; the file's methods are {', '.join(own)}")
     hooks = getattr(module, "HOOKS", ())
@@ -206,6 +245,20 @@ def _state_section(cls: type[Distiller], module: ModuleType, reads: tuple[str, .
     cls.defaults = defaults
 
 
+def _check_defaults(defaults: Any, path: Path, name: str = "DEFAULTS") -> None:
+    if not (isinstance(defaults, dict) and all(isinstance(key, str) for key in defaults)):
+        raise InputError(f"method file {path}: {name} must be a dictionary from texts to values, not {defaults!r:.80}")
+    for key, value in defaults.items():
+        kinds = (Option, bool, int, float, str, list, tuple, type(None))
+        if isinstance(value, dict):
+            _check_defaults(value, path, f"{name}[{key!r}]")
+        elif not isinstance(value, kinds):
+            raise InputError(
+                f"method file {path}: {name}[{key!r}] is {value!r:.80}; a default is a number, a text, a list, True, "
+                "False, None, or an Option"
+            )
+
+
 def _parse(path: Path) -> ast.Module:
     try:
         return ast.parse(path.read_text(encoding="utf-8"), str(path))
@@ -220,16 +273,17 @@ def _execute(path: Path, tree: ast.Module) -> ModuleType:
     name = _module_name(path)
     if name in sys.modules:
         raise InputError(f"method file {path}: a file of that name is loaded already, {sys.modules[name].__file__}")
-    for helper in _helpers(tree, path):
+    for _, helper in _helpers(tree, path):
         if not _is_loaded(helper):
             _execute(helper, _parse(helper))
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
+        _resolve_imports(tree, path)
         tree.body = [node for node in tree.body if not _is_dispensable(node, tree)]
         exec(compile(tree, str(path), "exec", dont_inherit=True), vars(module))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise InputError(f"method file {path}{_line_of(error, path)}: {type(error).__name__}: {error}") from error
     return module
@@ -243,16 +297,50 @@ def _module_name(path: Path) -> str:
     return f"{PACKAGE}.{stem}"
 
 
-def _helpers(tree: ast.Module, path: Path) -> list[Path]:
-    """Files beside ``path`` that it imports from the package, and that the package does not have."""
-    stems = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            stems += [node.module] if node.module else [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}."):
-            stems.append(node.module.removeprefix(f"{PACKAGE}."))
-    beside = [path.with_name(f"{stem}.py") for stem in dict.fromkeys(stems)]
-    return [file for file in beside if file.is_file() and not (FOLDER / file.name).is_file() and file != path]
+def _helpers(tree: ast.Module, path: Path) -> list[tuple[ast.ImportFrom, Path]]:
+    """Imports of the package that need a file beside ``path`` or, for those with two dots, in the folder above.
+
+    The package does not have the module then, or its module lacks a name that is imported.
+    """
+    found = []
+    for node in [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and path.parent != FOLDER]:
+        for stem in _stems_in_package(node):
+            beside = (path.parent.parent if node.level == 2 else path.parent) / f"{stem}.py"
+            if beside != path and beside.is_file() and not _provides(stem, node):
+                found.append((node, beside))
+    return found
+
+
+def _stems_in_package(node: ast.ImportFrom) -> list[str]:
+    """``["KD"]`` of ``from .KD import ...``, and of ``from ..KD import ...`` in a file of a sub-folder."""
+    module = node.module or ""
+    if node.level == 1:
+        return [module] if module else [alias.name for alias in node.names]
+    if node.level == 2 and module and "." not in module and not _is_module(FOLDER.parent / module):
+        return [module]
+    return [module.removeprefix(f"{PACKAGE}.")] if not node.level and module.startswith(f"{PACKAGE}.") else []
+
+
+def _is_module(path: Path) -> bool:
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def _provides(stem: str, node: ast.ImportFrom) -> bool:
+    """Whether the package's own module has what is imported."""
+    if not (FOLDER / f"{stem}.py").is_file():
+        return False
+    module = importlib.import_module(f"{PACKAGE}.{stem}")
+    return node.module is None or all(alias.name == "*" or hasattr(module, alias.name) for alias in node.names)
+
+
+def _resolve_imports(tree: ast.Module, path: Path) -> None:
+    """Let imports of the package, and of helpers that took the place of its modules, find them."""
+    names = {node: _module_name(helper) for node, helper in _helpers(tree, path)}
+    for node in [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]:
+        if node in names:
+            node.module, node.level = names[node], 0
+        elif node.level == 2 and _stems_in_package(node):
+            node.level = 1
 
 
 def _is_loaded(path: Path) -> bool:
@@ -306,9 +394,13 @@ def _declared_names(path: Path) -> list[str]:
     return names
 
 
-def _config_reads(tree: ast.Module) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """:attr:`MethodFile.reads` and :attr:`MethodFile.required`."""
+def _config_reads(tree: ast.Module, path: Path) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """:attr:`MethodFile.reads` and :attr:`MethodFile.required`, with those of the file's helpers."""
     everywhere, required = _Reads(["cfg"]), {}
+    for _, helper in _helpers(tree, path):
+        reads, of_helper = _config_reads(_parse(helper), helper)
+        everywhere.found |= dict.fromkeys(reads)
+        required |= of_helper
     for cls in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
         for function in [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]:
             parameters = [a.arg for a in (*function.args.posonlyargs, *function.args.args)]

@@ -80,10 +80,12 @@ class Registry(dict):
     Args:
         kind: what an entry is, for messages: ``"distiller"``.
 
-    ``finder`` is asked for a name that is missing, and may enter it; it returns the entry or ``None``.
+    ``finder`` is asked for a name that is missing, and may enter it; it returns the entry or ``None``. ``advice`` ends
+    the refusal of a name.
     """
 
     finder: Callable[[str], Any] | None = None
+    advice = ""
 
     def __init__(self, kind: str, entries: dict[str, Any] | None = None) -> None:
         super().__init__(entries or {})
@@ -93,7 +95,11 @@ class Registry(dict):
         found = self.finder(name) if self.finder is not None else None
         if found is not None:
             return found
-        raise UnknownName(f"no {self.kind} named {name!r}; {suggestion(str(name), self)}")
+        raise UnknownName(self.refusal(name))
+
+    def refusal(self, name: Any) -> str:
+        """The message for a name that is missing."""
+        return "; ".join(filter(None, [f"no {self.kind} named {name!r}", suggestion(str(name), self), self.advice]))
 
     def add(self, name: str, entry: Any) -> None:
         """Enter ``entry``; another one of the same name is refused, unless it is the same definition run again."""

@@ -208,6 +208,55 @@ SQUARES = """
 """
 
 
+# A fork: defaults in engine/cfg.py, a key that is ours with another meaning, a file in a sub-folder, helpers above it,
+# more values than two, and something that must not be executed.
+FORKS_CFG = """
+    import os
+    from yacs.config import CfgNode as CN
+
+    CFG = CN()
+    CFG.SOLVER = CN()
+    CFG.SOLVER.EPOCHS = 999
+    CFG.SOLVER.ALPHA = 31.0
+    CFG.KD = CN()
+    CFG.KD.TEMPERATURE = 7
+    CFG.NEWKD = CN()
+    CFG.NEWKD.LOSS = CN()
+    CFG.NEWKD.LOSS.CE_WEIGHT = 2.0
+    CFG.NEWKD.SHAPES = [1, 8]
+    CFG.NEWKD.UNREAD = "word"
+    CFG.NEWKD.ROOT = os.environ["NOT_THERE"]
+    CFG.OTHER = CN()
+    CFG.OTHER.KEY = 1
+"""
+FORKS_METHOD = """
+    import torch.nn.functional as F
+    from .._base import Distiller
+    from ..KD import kd_loss, halved
+    from ..tricks import doubled
+
+    class NEWKD(Distiller):
+        def __init__(self, student, teacher, cfg):
+            super(NEWKD, self).__init__(student, teacher)
+            self.given = cfg.SOLVER.ALPHA, cfg.KD.TEMPERATURE, cfg.SOLVER.EPOCHS
+            self.ce, self.shapes, self.mode = cfg.NEWKD.LOSS.CE_WEIGHT, cfg.NEWKD.SHAPES, cfg.NEWKD.MODE
+
+        def forward_train(self, image, target, **kwargs):
+            logits, _ = self.student(image)
+            return logits, {"loss_ce": doubled(halved(self.ce * F.cross_entropy(logits, target)))}, logits, target
+"""
+
+
+def write_fork(root: Path) -> Path:
+    """A fork's tree; returns the method file."""
+    package = root / "mdistiller"
+    write(package / "engine", "cfg", FORKS_CFG)
+    write(package / "distillers", "tricks", "from .KD import halved\ndef doubled(x): return 2 * x\n")
+    write(package / "distillers", "KD", "def kd_loss(*args): ...\ndef halved(x): return x / 2\n")
+    write(package / "distillers" / "new", "__init__", "CFG.NEWKD.MODE = 'soft'\nraise SystemExit('executed')\n")
+    return write(package / "distillers" / "new", "NEWKD", FORKS_METHOD)
+
+
 def write(folder: Path, name: str, text: str) -> Path:
     """A file as it would lie in another project's ``distillers`` folder."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,12 +15,14 @@ from plugin_files import (
     CUDA_IN_STEP,
     FEATURE,
     FEATURE_SETTINGS,
+    FORKS_METHOD,
     MEMORY,
     SMOOTHING,
     TWO_VIEWS,
     WITH_DEFAULTS,
     forgotten,
     write,
+    write_fork,
 )
 from yacs.config import CfgNode
 
@@ -30,6 +32,7 @@ from mdistiller.distillers import Distiller
 from mdistiller.engine.build import build_distiller, build_student
 from mdistiller.engine.cfg import CFG, load_config
 from mdistiller.engine.config.experiment import flatten
+from mdistiller.engine.run import build_run
 from mdistiller.files import file_sha256
 from mdistiller.plugins import load_method_file
 from mdistiller.registry import InputError, UnknownName, distiller_dict
@@ -187,6 +190,12 @@ def test_helpers_beside_the_file_and_imports_that_are_not_used(tmp_path, capsys)
         ("def (", r"cannot read method file .*bad\.py: invalid syntax.* line 1"),
         ("import os\nfrom no_such_toolkit import st\nst()", r"bad\.py, line 2: ModuleNotFoundError: .*no_such_toolkit"),
         ("x = 1\ny = x / 0", r"bad\.py, line 2: ZeroDivisionError"),
+        ("import sys\nsys.exit(3)", r"bad\.py, line 2: SystemExit: 3"),
+        (
+            WITH_DEFAULTS.replace('{"SCALE": 2.0, "MODE": "soft"}', "3"),
+            r"bad\.py: DEFAULTS must be a dictionary .* not 3",
+        ),
+        (WITH_DEFAULTS.replace("2.0", "object()"), r"bad\.py: DEFAULTS\['SCALE'\] is <object .* a default is a number"),
     ],
 )
 def test_a_file_that_cannot_be_loaded_leaves_nothing_behind(tmp_path, text, message):
@@ -311,8 +320,28 @@ def test_unknown_keys_elsewhere_are_refused_as_ever(tmp_path):
 
 def test_a_method_that_is_not_there_is_named_rather_than_its_section(tmp_path):
     config = config_file(tmp_path, {"DISTILLER": {"TYPE": "QKD"}, "QKD": {"BETA": 8.0}})
-    with pytest.raises(InputError, match=r"no method named 'QKD'; closest: .*KD.*; .* named by DISTILLER\.PLUGINS"):
+    with pytest.raises(InputError, match=r"no distiller named 'QKD'; closest: .*KD.*; .* named by DISTILLER\.PLUGINS"):
         load_config(str(config))
+
+
+@pytest.mark.parametrize(("text", "found"), [("", "no method"), (FEATURE, "HintPlus, HINTPLUS, some, SOME")])
+def test_a_refused_name_says_what_the_method_files_hold(tmp_path, text, found):
+    path = write(tmp_path, "some", text)
+    message = rf"no distiller named 'MINE'; .*PLUGINS; {path} was read and holds {found}"
+    with pytest.raises(InputError, match=message):
+        load_config(options=["DISTILLER.PLUGINS", str(path), "DISTILLER.TYPE", "MINE"])
+
+
+def test_a_section_that_nobody_has_may_be_a_method_files(tmp_path):
+    config = config_file(tmp_path, {"GDKD": {"W0": 1.0}})
+    with pytest.raises(InputError, match=r"key 'GDKD\.W0'; closest: .*; if a method file reads it, name the file by"):
+        load_config(str(config))
+
+
+def test_a_flag_of_another_projects_script_gets_advice():
+    outcome = run_tool("train", ["--same-t", "--kd-weight", "2", "DISTILLER.TYPE", "KD"])
+    assert outcome.code == 2
+    assert "unknown option --same-t --kd-weight; see --help. A flag of another project's train.py is" in outcome.err
 
 
 def test_missing_settings_are_named_before_anything_starts(tmp_path):
@@ -356,6 +385,61 @@ def test_defaults_of_a_file_are_its_section(tmp_path):
     assert (cfg.STATED.SCALE, cfg.STATED.MODE) == (3.0, "soft")
     with pytest.raises(InputError, match=r"unknown config key 'STATED\.SCALES'; closest: STATED\.SCALE"):
         load_config(options=[*options, "STATED.SCALES", "3"])
+
+
+# Defaults of a fork
+
+
+def test_a_forks_defaults_are_read_and_not_executed(tmp_path):
+    options = ["DISTILLER.PLUGINS", str(write_fork(tmp_path / "fork")), "DISTILLER.TYPE", "NEWKD"]
+    cfg = load_config(options=options)
+    assert (cfg.NEWKD.LOSS.CE_WEIGHT, cfg.NEWKD.SHAPES, cfg.NEWKD.UNREAD, cfg.NEWKD.MODE) == (
+        2.0,
+        [1, 8],
+        "word",
+        "soft",
+    )
+    assert "ROOT" not in cfg.NEWKD and "OTHER" not in cfg
+    assert (cfg.KD.TEMPERATURE, cfg.SOLVER.ALPHA, cfg.SOLVER.EPOCHS) == (7.0, 31.0, 240)
+    assert "NEWKD" not in CFG and CFG.KD.TEMPERATURE == 4.0
+    again = load_config(options=[*options, "KD.TEMPERATURE", "3", "NEWKD.LOSS.CE_WEIGHT", "1", "SOLVER.ALPHA", "0.99"])
+    assert (again.KD.TEMPERATURE, again.NEWKD.LOSS.CE_WEIGHT, again.SOLVER.ALPHA) == (3.0, 1.0, 0.99)
+    with pytest.raises(InputError, match=r"NEWKD\.LOSS\.CE_WEIGHT takes a finite number"):
+        load_config(options=[*options, "NEWKD.LOSS.CE_WEIGHT", "Ture"])
+
+
+def test_the_folder_of_a_fork_can_be_named(tmp_path):
+    write_fork(tmp_path / "fork")
+    text = FORKS_METHOD.replace("from ..tricks", "from .tricks").replace("from ..KD", "from .tricks")
+    path = write(tmp_path / "copied", "NEWKD", text)
+    write(tmp_path / "copied", "tricks", "def doubled(x): ...\nhalved = kd_loss = doubled\n")
+    options = ["DISTILLER.PLUGINS", str(path), "DISTILLER.TYPE", "NEWKD", "NEWKD.MODE", "x"]
+    with pytest.raises(InputError, match=r"not given: NEWKD\.LOSS\.CE_WEIGHT, NEWKD\.SHAPES; .*DISTILLER\.FORK"):
+        load_config(options=options)
+    assert load_config(options=[*options, "DISTILLER.FORK", str(tmp_path / "fork")]).NEWKD.SHAPES == [1, 8]
+    with pytest.raises(InputError, match=r"DISTILLER\.FORK .* is no fork of mdistiller: there is no .*engine/cfg\.py"):
+        load_config(options=[*options, "DISTILLER.FORK", str(tmp_path)])
+
+
+def test_a_forks_defaults_are_not_those_of_another_method(tmp_path):
+    given = {"DISTILLER": {"TYPE": "NEWKD", "PLUGINS": [str(write_fork(tmp_path / "fork"))]}, "NEWKD": {"MODE": "x"}}
+    cfg = load_config(str(config_file(tmp_path, given)), ["DISTILLER.TYPE", "KD"], allow_plugins=True)
+    assert (cfg.KD.TEMPERATURE, cfg.SOLVER.ALPHA) == (4.0, 0.99)
+
+
+def test_a_key_of_ours_has_the_forks_meaning_for_its_method_alone(tmp_path):
+    given = {"DISTILLER": {"TYPE": "NEWKD", "PLUGINS": [str(write_fork(tmp_path / "fork"))]}, "SOLVER": {"ALPHA": 33.0}}
+    cfg = load_config(str(config_file(tmp_path, given)), ["SOLVER.EPOCHS", "1"], allow_plugins=True)
+    trainer, _ = build_run(cfg)
+    assert trainer.distiller.given == (33.0, 7.0, 1)
+    assert trainer.cfg.SOLVER.ALPHA == 0.99
+    outcome = train(config_file(tmp_path, given), "SOLVER.EPOCHS", 1)
+    assert outcome.code == 0, outcome
+    config = tmp_path / "output" / "distill" / "default" / "config.yaml"
+    assert yaml.safe_load(config.read_text())["SOLVER"]["ALPHA"] == 33.0
+    assert train(config, "--resume", "SOLVER.EPOCHS", 2).code == 0
+    given["SOLVER"]["ALPHA"] = 34.0
+    assert "SOLVER.ALPHA was 33.0, is 34.0" in train(config_file(tmp_path, given), "--resume", "SOLVER.EPOCHS", 3).err
 
 
 # Built and trained
@@ -405,6 +489,30 @@ def test_a_plan_with_a_method_file_runs_in_processes_of_its_own(tmp_path):
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
     outcome = run_tool("reproduce", ["--plan", tmp_path / "plan.yaml", "--jobs", 1, "--allow-plugins"])
     assert outcome.code == 0, outcome
+
+
+IN_CONSTRUCTOR = "self.scale = cfg.STATED.SCALE"
+IN_STEP = "logits, _ = self.student(image)"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            IN_CONSTRUCTOR,
+            "self.scale = 1 / 0",
+            "error: raised in the method file {}, line 10: ZeroDivisionError: division",
+        ),
+        (IN_STEP, "1 / 0", "error: raised in the method file {}, line 13: ZeroDivisionError: division"),
+        (IN_STEP, "raise SystemExit(0)", "error: the method file {}, line 13, ended the program by SystemExit: 0"),
+    ],
+)
+def test_an_error_inside_a_file_ends_with_the_files_name(tmp_path, before, after, message):
+    path = write(tmp_path, "Stated", WITH_DEFAULTS.replace(before, after))
+    outcome = train(config_file(tmp_path, {"DISTILLER": {"TYPE": "STATED", "PLUGINS": [str(path)]}}))
+    assert outcome.code == 1
+    assert message.format(path) in outcome.err.splitlines()[-1]
+    assert ("Traceback" in outcome.err) == ("SystemExit" not in after)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the file works where there is a GPU")

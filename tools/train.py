@@ -8,6 +8,7 @@ from mdistiller.engine.cfg import load_run
 from mdistiller.engine.cli import Parser, allow_plugins_option, command, user_path
 from mdistiller.engine.processes import distributed
 from mdistiller.engine.run import run
+from mdistiller.registry import InputError
 
 
 def main() -> None:
@@ -23,7 +24,12 @@ def main() -> None:
         metavar="KEY VALUE",
         help="overrides, for example SOLVER.EPOCHS 10 DISTILLER.TYPE KD",
     )
-    args = parser.parse_intermixed_args()
+    args, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        raise InputError(
+            f"unknown option {' '.join(unknown)}; see --help. A flag of another project's train.py is here the key "
+            "that its method file reads, as KEY VALUE: KD.TEMPERATURE 2 (docs/migration.md)"
+        )
     distributed.start()
     with distributed.same_error():
         cfg = load_run(args.cfg, args.opts, args.allow_plugins)

@@ -116,6 +116,8 @@ class Distiller(nn.Module):
         """Student logits ``(B, K)`` and the losses by name, weighted; their sum is minimised."""
         raise NotImplementedError(f"{type(self).__name__} has no forward_train")
 
+    forward_train.does_nothing = True
+
     def forward_test(self, image: Tensor) -> Tensor:
         """Logits ``(B, K)`` of the deployed network."""
         output = self.deployed()(image)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mdistiller.contract import contract_of
+from mdistiller.contract import contract_of, where
 from mdistiller.distillers import distiller_dict
 from mdistiller.models import ModelEntry
 from mdistiller.models._registration import COLLECTIONS, TEACHER_RELEASE, public_file
@@ -221,6 +221,10 @@ def build_distiller(
     arguments = {name: available[source] for name, source in contract.arguments.items()}
     with hard_coded_cuda_explained(resolve_device(cfg.SOLVER.DEVICE)):
         distiller = method(*arguments.values()) if contract.by_place else method(**arguments)
+    if not isinstance(getattr(distiller, "student", None), nn.Module):
+        raise InputError(
+            f"{where(method)}: the constructor keeps no student; it must call super().__init__(student, teacher)"
+        )
     if cfg.DISTILLER.ADD_KD:
         add_kd(distiller, cfg.DISTILLER.ADD_KD, cfg.DISTILLER.ADD_KD_TEMPERATURE)
     return distiller

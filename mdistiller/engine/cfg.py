@@ -19,6 +19,7 @@ from mdistiller.contract import contract_of
 from mdistiller.dataset import dataset_dict, open_dataset
 from mdistiller.dataset.fields import chosen_recipes
 from mdistiller.distillers import distiller_dict
+from mdistiller.forks import SHARED, fork_defaults
 from mdistiller.functional.gather import this_process
 from mdistiller.messages import say
 from mdistiller.options import (
@@ -26,20 +27,21 @@ from mdistiller.options import (
     OPTIONS,
     Option,
     are_texts,
-    options_of,
     options_of_dataset,
     options_of_method,
     weight,
 )
-from mdistiller.plugins import load_methods, method_file
-from mdistiller.registry import InputError, suggestion
+from mdistiller.plugins import MethodFile, contents, load_methods, method_file
+from mdistiller.registry import InputError
 
-from .config.experiment import UNDECLARED, flatten, relevant_part
+from .config.experiment import UNDECLARED, flatten, options_of_run, relevant_part
 from .config.node import SWITCH, sections_of
 from .config.node import ConfigNode as CN
 from .forwards.cache import check_cacheable
 from .task import task_of
 from .trainer import trainer_dict
+
+ADMITTED = "__admitted_files__"  # an attribute of the tree
 
 # Keys that the config.yaml of an earlier run may hold: default, whether another value changed a result, and advice.
 RETIRED = {
@@ -55,12 +57,15 @@ RETIRED = {
 class ConfigTree(CN):
     """The root: knows the method files that are merged into it and makes room for their settings."""
 
-    def before_merge(self, trees: Sequence[tuple[str, Any]], allow_plugins: bool = False, **how: Any) -> None:
+    def before_merge(
+        self, trees: Sequence[tuple[str, Any]], allow_plugins: bool = False, method: str = "", **how: Any
+    ) -> None:
         """Load the method files that ``DISTILLER.PLUGINS`` and ``DISTILLER.TYPE`` ask for.
 
         Args:
             trees: by source; code that a source other than the command line names is executed if allowed only.
             allow_plugins: the user allows it.
+            method: what the command line chooses as ``DISTILLER.TYPE``, whatever the trees say.
             how: of other nodes.
 
         Raises:
@@ -74,16 +79,12 @@ class ConfigTree(CN):
         for _, tree in trees:
             given = tree.get("DISTILLER") if isinstance(tree, dict) else None
             asked |= given if isinstance(given, dict) else {}
-        name, plugins = asked["TYPE"], asked["PLUGINS"]
+        name, plugins, fork = asked["TYPE"], asked["PLUGINS"], asked["FORK"]
         given = [plugins] if isinstance(plugins, str) else plugins
         if isinstance(name, str) and are_texts(given) and "\0" not in "".join(given):  # or the merge will complain
-            self.admit_method(_files_in(plugins), name)
-            if name not in distiller_dict and name not in self and any(name in tree for _, tree in trees):
-                # Before the merge calls its section unknown.
-                raise InputError(
-                    f"DISTILLER.TYPE: no method named {name!r}; {suggestion(name, distiller_dict)}; a method file "
-                    "from elsewhere is named by DISTILLER.PLUGINS"
-                )
+            self.admit_method(_files_in(plugins), name, str(fork or ""), method in ("", name))
+            if name not in self and any(name in tree for _, tree in trees):
+                _check_method(name, _files_in(plugins))  # before the merge calls its section unknown
 
     def drops(self, key: str, value: Any) -> bool:
         """
@@ -100,23 +101,44 @@ class ConfigTree(CN):
             say(message)
         return True
 
-    def admit_method(self, plugins: Sequence[str], name: str) -> None:
+    def admit_method(self, plugins: Sequence[str], name: str, fork: str, chosen: bool) -> None:
         """Load the method called ``name`` and make room for its settings.
 
         A method file of another project states no defaults. The sections that it reads and that nobody has
-        take any key then, and those of its keys that are missing from sections of ours take any value.
+        take any key then, and those of its keys that are missing from sections of ours take any value. Where the
+        project's own defaults are found, they hold if the method is ``chosen``; see ``mdistiller/forks.py``.
         """
         file = load_methods(plugins, name)
         method = distiller_dict.get(name)
         if method is None:
             return
         _add(self, options_of_method(method))
-        if file is not None:
-            for key in file.reads or [method.section]:
-                section, _, rest = key.partition(".")
-                if rest and section not in self:
-                    self[section] = CN(new_allowed=True)
-                self.allow_key(key)
+        if file is None:
+            return
+        for key, default in self._defaults_of_fork(file, fork, method).items() if chosen else ():
+            self.enter_default(key, default)
+        for key in file.reads or [method.section]:
+            section, _, rest = key.partition(".")
+            if rest and section not in self:
+                self[section] = CN(new_allowed=True)
+            self.allow_key(key)
+
+    def _defaults_of_fork(self, file: MethodFile, fork: str, method: type) -> dict[str, Any]:
+        """Those that the file needs: the keys that it reads, and all others of the sections that nobody else has.
+
+        Empty at the second time, since the settings may have been given by then.
+        """
+        known = self.__dict__.setdefault(ADMITTED, set())
+        if (file.path, fork) in known:
+            return {}
+        known.add((file.path, fork))
+        sections = {key.split(".")[0] for key in (*file.reads, f"{method.section}.")} - set(CFG)
+        defaults = fork_defaults(file.path, fork)
+        return {
+            key: value
+            for key, value in defaults.items()
+            if (key in file.reads and key not in SHARED) or key.split(".")[0] in sections
+        }
 
 
 def _files_in(value: Any) -> list[str]:
@@ -200,6 +222,8 @@ OPTIONS |= {
     "DISTILLER.STUDENT": Option("resnet32", "the student's architecture"),
     "DISTILLER.PLUGINS": resumable([], "method files from elsewhere, as paths: code that is executed; see "
                                    "mdistiller/plugins.py", code=_files_in, holds=(are_texts, "paths")),
+    "DISTILLER.FORK": resumable("", "folder of the project that a method file comes from: its engine/cfg.py is read "
+                                "for defaults, not executed; empty: the project in whose tree the file lies"),
     "DISTILLER.ADD_KD": weight(0.0, "of a KD term beside any method's own; see mdistiller/engine/added_kd.py"),
     "DISTILLER.ADD_KD_TEMPERATURE": Option(4.0, "of that term", above=0, when=lambda cfg: cfg.DISTILLER.ADD_KD > 0),
 
@@ -291,7 +315,7 @@ _collect_sections()
 
 LONGEST_NAME = 200  # bytes; file systems take 255, and a plan puts files of longer names beside the folder
 CODE_KEYS = tuple(key for key, option in OPTIONS.items() if option.code)
-METHOD_KEYS = ("DISTILLER.TYPE", *CODE_KEYS)
+METHOD_KEYS = ("DISTILLER.TYPE", "DISTILLER.FORK", *CODE_KEYS)
 
 
 def load_config(
@@ -320,7 +344,9 @@ def load_config(
     first = [part for pair in pairs if pair[0] in METHOD_KEYS for part in pair]
     cfg.merge_from_list(first, source, allow_plugins=allow_plugins)
     if path:
-        cfg.merge_from_file(path, but=[key for key in CODE_KEYS if key in first[::2]], allow_plugins=allow_plugins)
+        given = dict(zip(first[::2], first[1::2], strict=True))
+        but, method = [key for key in CODE_KEYS if key in given], str(given.get("DISTILLER.TYPE", ""))
+        cfg.merge_from_file(path, but, allow_plugins=allow_plugins, method=method)
     cfg.merge_from_list(list(options), source, allow_plugins=allow_plugins)
     check_config(cfg)
     cfg.freeze()
@@ -354,7 +380,7 @@ def _why_unread(cfg: CN, key: str) -> str:
     file = method_file(distiller_dict[cfg.DISTILLER.TYPE])
     if key not in flatten(relevant_part(cfg)) and not (file and key in file.reads):
         return f"DISTILLER.TYPE is {cfg.DISTILLER.TYPE}"
-    option = options_of(cfg).get(key, UNDECLARED)
+    option = options_of_run(cfg).get(key, UNDECLARED)
     return "" if option.role == "ignored" or option.is_read(cfg) else "given the other settings"
 
 
@@ -364,7 +390,7 @@ MAY_BE_OFF = ("DATASET", "DISTILLER", "SOLVER", "LOG")  # sections of which most
 
 def show_cfg(cfg: CN) -> None:
     """Print what this run reads: what is off by default and left so is not shown."""
-    options, shown = options_of(cfg), CN()
+    options, shown = options_of_run(cfg), CN()
     for section, keys in relevant_part(cfg).items():
         for key, value in flatten({section: keys}).items():
             option = options.get(key, UNDECLARED)
@@ -391,7 +417,7 @@ def check_config(cfg: CN) -> None:
     """
     OPTIONS["DISTILLER.PLUGINS"].check("DISTILLER.PLUGINS", cfg.DISTILLER.PLUGINS)
     load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)
-    OPTIONS["DISTILLER.TYPE"].check("DISTILLER.TYPE", cfg.DISTILLER.TYPE)
+    _check_method(cfg.DISTILLER.TYPE, cfg.DISTILLER.PLUGINS)
     _check_method_settings(cfg)
     check_values(cfg)
     _say_what_is_ignored(cfg)
@@ -437,19 +463,27 @@ def _check_rates(solver: CN) -> None:
             raise InputError(f"SOLVER.{key} must be at most SOLVER.LR {solver.LR}, got {solver[key]}")
 
 
+def _check_method(name: str, plugins: Sequence[str]) -> None:
+    """Refuse a name that no method has; say what the method files hold."""
+    try:
+        OPTIONS["DISTILLER.TYPE"].check("DISTILLER.TYPE", name)
+    except InputError as error:
+        raise InputError("; ".join(filter(None, [str(error), contents(plugins)]))) from None
+
+
 def check_values(cfg: CN) -> None:
     """Check every value that is declared and that the run reads.
 
     Raises:
         InputError: see :meth:`~mdistiller.options.Option.check`.
     """
-    options = options_of(cfg)
+    options = options_of_run(cfg)
     for key, value in flatten(relevant_part(cfg)).items():
         options.get(key, UNDECLARED).check(key, value)
 
 
 def _say_what_is_ignored(cfg: CN) -> None:
-    given, options = flatten(relevant_part(cfg)), options_of(cfg)
+    given, options = flatten(relevant_part(cfg)), options_of_run(cfg)
     dead = {key: options[key] for key in given if key in options and options[key].role == "ignored"}
     ignored = [f"{key} ({dead[key].help})" for key in dead if {key: given[key]} != flatten({key: dead[key].default})]
     if ignored:
@@ -469,7 +503,10 @@ def _check_method_settings(cfg: CN) -> None:
     builder = next((cls.__name__ for cls in method.__mro__ if "__init__" in vars(cls)), "")
     missing = [key for key in file.required.get(builder, ()) if not _is_given(cfg, key)]
     if missing:
-        source = "its project has them in engine/cfg.py or in its configs: give them in the config or as KEY VALUE"
+        source = (
+            "its project has them in engine/cfg.py or in its configs: name the project's folder by DISTILLER.FORK, or "
+            "give them in the config or as KEY VALUE"
+        )
         if method.defaults:
             source = "add them to its DEFAULTS, or give them in the config or as KEY VALUE"
         raise InputError(

@@ -7,11 +7,13 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mdistiller.consent import FLAG
+from mdistiller.plugins import place_in_file
 from mdistiller.registry import InputError, RunError
 
 from .hooks import StopRequested
@@ -40,6 +42,16 @@ def command(main: Callable[[], int | None]) -> None:
             print(error, file=sys.stderr)
         code = 128 + error.number
         ended_together = True
+    except (Exception, SystemExit) as error:
+        place = place_in_file(error)
+        if not place:
+            raise
+        if isinstance(error, SystemExit):
+            _say(f"error: the method file {place}, ended the program by SystemExit: {error}", error)
+        else:
+            traceback.print_exception(error)
+            _say(f"error: raised in the method file {place}: {type(error).__name__}: {error}", error)
+        code = 1
     except KeyboardInterrupt:  # before or after the training, which handles it itself
         code = 128 + signal.SIGINT
     if ended_together:

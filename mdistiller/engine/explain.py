@@ -6,7 +6,7 @@ The library's own loaders, networks and methods never break a contract. Those of
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.contract import contract_of, where
-from mdistiller.messages import say
+from mdistiller.messages import say, warn
 from mdistiller.registry import InputError
 
 from .processes import distributed
@@ -58,6 +58,72 @@ def _returned(method: type, found: str) -> InputError:
 @functools.cache
 def _say_dropped(method: type, values: int) -> None:
     say(f"{where(method)}: forward_train returns {values} values; all but the logits and the losses are dropped")
+
+
+def check_logits(distiller: nn.Module, logits: Tensor, target: Tensor, outputs: int) -> None:
+    """Refuse logits that the training accuracy cannot be taken of.
+
+    Args:
+        distiller: the method.
+        logits: what it returned.
+        target: of the batch.
+        outputs: of the student; 0: not known.
+
+    Raises:
+        InputError: names the file and both shapes.
+    """
+    rows = len(target)
+    if logits.ndim < 2 or len(logits) != rows or (outputs and logits.shape[1] != outputs):
+        raise _returned(type(distiller), f"logits {tuple(logits.shape)} for {rows} images and {outputs or 'K'} classes")
+
+
+def check_gradients(distiller: nn.Module, losses: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Say which losses have no gradient, and which trainable tensors the losses reach that the optimiser does not hold.
+
+    A module in a plain list is no part of the method: it is not trained, moved to the device, saved or loaded.
+    """
+    method = where(type(distiller))
+    constant = [name for name, loss in losses.items() if not loss.requires_grad]
+    if constant:
+        say(f"{method}: nothing is learned from {', '.join(constant)}, which has no gradient in the first step")
+    if not any(bool(loss.detach().any()) for loss in losses.values()):
+        warn(f"{method}: every loss is 0 in the first step, so that nothing is learned; are all weights 0?")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    lost = [p for p in _leaves(losses.values()) if id(p) not in held]
+    if lost:
+        names = _names_of(distiller)
+        found = ", ".join(sorted({names.get(id(p), f"a tensor {tuple(p.shape)}") for p in lost}))
+        warn(
+            f"{method}: the losses depend on {found}, which the optimiser does not hold: it keeps its first values. "
+            "Make a list of modules an nn.ModuleList, a tensor an nn.Parameter of the method, and let "
+            "get_learnable_parameters() return them"
+        )
+
+
+def _leaves(losses: Iterable[Tensor]) -> list[Tensor]:
+    """The trainable tensors that the graph of the losses ends in."""
+    nodes, seen, leaves = [loss.grad_fn for loss in losses], {None}, []
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
+    return leaves
+
+
+def _names_of(distiller: nn.Module) -> dict[int, str]:
+    """Names of parameters by ``id``: those of the method, and of what PyTorch does not see in its attributes."""
+    names = {}
+    for name, value in vars(distiller).items():
+        if name.startswith("_"):
+            continue
+        entries = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
+        for entry in entries:
+            tensors = entry.parameters() if isinstance(entry, nn.Module) else [entry]
+            names |= {id(tensor): f"self.{name}" for tensor in tensors if isinstance(tensor, Tensor)}
+    return names | {id(p): name for name, p in distiller.named_parameters()}
 
 
 @contextmanager

@@ -13,11 +13,12 @@ from mdistiller.contract import contract_of
 from mdistiller.dataset import Loaders, build_loaders
 from mdistiller.files import file_sha256
 from mdistiller.messages import say
-from mdistiller.plugins import hooks_of, load_methods
+from mdistiller.plugins import hooks_of, load_methods, source_of
 from mdistiller.registry import InputError, distiller_dict, open_dataset
 
 from .build import build_distiller, build_networks, build_student, build_teacher, teacher_checkpoint
 from .cfg import experiment_name, show_cfg
+from .config.experiment import without_keys_of_fork
 from .config.node import convert, read_yaml
 from .folder.checkpoint import remove_leftovers, write_atomically
 from .folder.run_folder import (
@@ -126,7 +127,8 @@ def _begin(folder: Path, cfg: Any, trainer: BaseTrainer, resumed: bool, overwrit
 def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
     """Data, networks, method and trainer, and the facts about them for ``results.json``."""
     with distributed.same_error():
-        file = load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)  # in this process, perhaps not the first
+        load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)  # in this process, perhaps not the first
+        method_cfg, cfg = cfg, without_keys_of_fork(cfg)
         seed_everything(cfg.EXPERIMENT.SEED)
         # Before the data, like the networks: nothing is downloaded for a run that cannot start.
         distributed.check_device(resolve_device(cfg.SOLVER.DEVICE))
@@ -145,15 +147,16 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
         "seed": cfg.EXPERIMENT.SEED,
         "training_images": loaders.num_data,
     }
-    if file is not None:
-        facts["method_file"] = {"path": str(file.path), "sha256": file_sha256(file.path)}
+    source = source_of(distiller_dict[cfg.DISTILLER.TYPE])
+    if source is not None:
+        facts["method_file"] = source
     if loaders.num_data < cfg.SOLVER.BATCH_SIZE:
         say(f"SOLVER.BATCH_SIZE is {cfg.SOLVER.BATCH_SIZE}: all {loaders.num_data} training images are one batch")
     if teacher is not None:
         facts["teacher"] = score_teacher(cfg, teacher, loaders)
     with distributed.same_error():
         torch.manual_seed(cfg.EXPERIMENT.SEED)  # a method's own modules do not depend on the teacher's size
-        distiller = build_distiller(cfg, student, teacher, loaders.num_data, networks)
+        distiller = build_distiller(method_cfg, student, teacher, loaders.num_data, networks)
     facts["extra_parameters"] = distiller.get_extra_parameters() if teacher is not None else 0
     compared_on = loaders.test if loaders.val is None else loaders.val
     trainer = trainer_dict[cfg.SOLVER.TRAINER](
@@ -164,6 +167,7 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
         cfg,
         test_loader=None if loaders.val is None else loaders.test,
     )
+    trainer.outputs = num_classes
     add_hooks(trainer, hooks_of(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE))
     if distributed.rank() and not cfg.SOLVER.GATHER:  # dropout, say, differs between processes
         seed_process(cfg.EXPERIMENT.SEED, distributed.rank())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mdistiller.contract import where
 from mdistiller.registry import InputError
 
 
@@ -54,6 +55,11 @@ def parameter_groups(cfg: Any, distiller: nn.Module) -> list[dict[str, Any]]:
     for group in groups:
         group["params"] = [p for p in group["params"] if not (id(p) in seen or seen.add(id(p)))]
         group["lr_scale"] = group.get("lr", cfg.SOLVER.LR) / cfg.SOLVER.LR
+    if not any(p.requires_grad for group in groups for p in group["params"]):
+        raise InputError(
+            f"{where(type(distiller))}: there is nothing to train; get_learnable_parameters() and "
+            "parameter_groups() must return the student's parameters"
+        )
     _check_nothing_frozen(distiller, groups)
     if cfg.SOLVER.NO_DECAY == "none":
         return groups

@@ -22,7 +22,7 @@ from mdistiller.registry import InputError, Registry
 from .batch import to_batch
 from .config.experiment import changed_keys
 from .deployed import deployed_network
-from .explain import check_batches, contract_explained, read_output
+from .explain import check_batches, check_gradients, check_logits, contract_explained, read_output
 from .folder.checkpoint import CheckpointError, load_checkpoint, previous
 from .folder.state import STATE, check_kind, check_optimizer_fit, fitting_state, trained_state
 from .forwards.cache import cache_teacher
@@ -106,6 +106,8 @@ class BaseTrainer:
         self.contract = contract_of(type(self.distiller))
         self.hooks: list[Hook] = default_hooks(self)
         check_batches(self.distiller, train_loader, cfg.SOLVER.BATCH_NORM)
+        self.outputs = 0  # of the student, where that is known
+        self.checked = False  # whether the losses reach what the optimiser holds
         self.averaged_at = 0  # the step after which processes last agreed on their statistics
 
     def init_optimizer(self, cfg: Any) -> torch.optim.Optimizer:
@@ -197,7 +199,11 @@ class BaseTrainer:
                 logits, losses = read_output(self.distiller, output)
             else:
                 logits, losses = self.parallel(given, self.train_loader.images_in(self.step_in_epoch))
+        check_logits(self.distiller, logits, batch["target"], self.outputs)
         losses = {name: loss.mean() for name, loss in losses.items()}  # some methods return shape (1,)
+        if not self.checked:
+            self.checked = True
+            check_gradients(self.distiller, losses, self.optimizer)
         self.update(self.parallel.weighted(losses))
         detached = {name: loss.detach() for name, loss in losses.items()}
         monitors = dict(self.distiller.monitors)

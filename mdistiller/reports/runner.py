@@ -27,7 +27,8 @@ from mdistiller.engine.hooks import StopRequested
 from mdistiller.engine.run import run
 from mdistiller.engine.task import task_of
 from mdistiller.files import file_sha256
-from mdistiller.registry import InputError, RunError
+from mdistiller.plugins import place_in_file, source_of
+from mdistiller.registry import InputError, RunError, distiller_dict
 
 from .plan import Cell, Plan
 
@@ -60,6 +61,7 @@ def run_plan(
         todo = [cell for cell in stage if finished_results(cell) is None]
         if len(todo) < len(stage):
             say(f"{len(stage) - len(todo)} of {len(stage)} runs are done already")
+            _say_other_versions([cell for cell in stage if cell not in todo], say)
         _run_all(todo, min(jobs, len(todo)), say)
     return {(cell.method, cell.pair, cell.seed): finished_results(cell) for cell in cells}
 
@@ -68,6 +70,20 @@ def finished_results(cell: Cell) -> dict[str, Any] | None:
     """The results of a cell that ran to its end with the very configuration and teacher it has now."""
     results = _results(cell)
     return results if results.get("status") == "finished" and _same_run(cell) else None
+
+
+def _say_other_versions(done: list[Cell], say: Callable[[str], None]) -> None:
+    """Name the runs whose method's file has changed since."""
+    changed: dict[str, list[Path]] = {}
+    for cell in done:
+        before, now = _results(cell).get("method_file"), source_of(distiller_dict[cell.cfg.DISTILLER.TYPE])
+        if before and now and before["sha256"] != now["sha256"]:
+            changed.setdefault(now["path"], []).append(cell.folder)
+    for path, folders in changed.items():
+        say(
+            f"made by another version of {path}, and kept: {', '.join(map(str, folders))}; to run them again, delete "
+            "these folders"
+        )
 
 
 def _results(cell: Cell) -> dict[str, Any]:
@@ -197,8 +213,9 @@ def _run_cell(cell: Cell) -> tuple[float, str, bool]:
         except StopRequested as stopped:
             print(stopped)
             problem = "interrupted; the next call goes on with it"
-        except Exception as error:  # a failing run must not end the others
+        except (Exception, SystemExit) as error:  # a failing run must not end the others
             traceback.print_exc()
-            problem = str(error).split("\n")[0] or type(error).__name__
+            place = place_in_file(error)
+            problem = (str(error).split("\n")[0] or type(error).__name__) + (f" ({place})" if place else "")
             wrong_input = isinstance(error, InputError)
     return time.perf_counter() - start, problem, wrong_input

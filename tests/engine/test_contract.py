@@ -142,6 +142,90 @@ def test_further_values_of_a_registered_method_are_refused(tmp_path):
         trainer_of(tmp_path, lambda logits, loss: (logits, {"ce": loss}, None), decorated=True).train()
 
 
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (lambda logits, loss: (logits[:, :7], {"ce": loss}), r"\(8, 7\) for 8 images and 10 classes"),
+        (lambda logits, loss: (torch.cat([logits, logits]), {"ce": loss}), r"\(16, 10\) for 8 images and 10 classes"),
+        (lambda logits, loss: (loss, {"ce": loss}), r"\(\) for 8 images and 10 classes"),
+    ],
+)
+def test_logits_of_another_shape_are_named(tmp_path, value, found):
+    with pytest.raises(InputError, match=rf"Method: forward_train returned logits {found}; it must"):
+        trainer_of(tmp_path, value).train()
+
+
+class KeepsNothing(Returns):
+    def __init__(self, student, teacher, cfg):
+        nn.Module.__init__(self)
+
+
+class TakesNothing(Returns):
+    def __init__(self):
+        super().__init__(None, None, None)
+
+
+class HasNoStep(Distiller):
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher)
+
+
+class TrainsNothing(Returns):
+    def get_learnable_parameters(self):
+        return []
+
+
+@pytest.mark.parametrize(
+    ("method", "found"),
+    [
+        (KeepsNothing, r"the constructor keeps no student; it must call super\(\).__init__\(student, teacher\)"),
+        (TakesNothing, "the constructor takes no student; it can have student, teacher, cfg, num_data"),
+        (HasNoStep, "it defines no forward_train"),
+        (
+            TrainsNothing,
+            r"there is nothing to train; get_learnable_parameters\(\) and parameter_groups\(\) must",
+        ),
+    ],
+)
+def test_a_broken_class_is_named_before_the_first_step(tmp_path, method, found):
+    distiller_dict["BROKEN"] = method
+    with pytest.raises(InputError, match=rf"test_contract.py, {method.__name__}: {found}"):
+        make_trainer(tmp_path, DISTILLER__TYPE="BROKEN", DISTILLER__TEACHER_CKPT=teacher_file(tmp_path))
+
+
+class Hidden(Returns):
+    """A module in a plain list, a tensor without a name, a loss without a gradient, and a parameter left out."""
+
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher, cfg)
+        self.heads = [nn.Linear(10, 10)]
+        self.known, self.used = nn.Linear(10, 10), nn.Linear(10, 10)
+
+    def get_learnable_parameters(self):
+        return [*self.student.parameters(), *self.used.parameters()]
+
+    def forward_train(self, image, target, **kwargs):
+        logits, _ = self.student(image)
+        other = self.heads[0](self.known(self.used(logits)))
+        return logits, {"ce": F.cross_entropy(other, target), "kd": torch.tensor(1.0)}
+
+
+def test_what_is_not_trained_is_named_once(tmp_path, capsys):
+    distiller_dict["HIDDEN"] = Hidden
+    make_trainer(tmp_path, DISTILLER__TYPE="HIDDEN", DISTILLER__TEACHER_CKPT=teacher_file(tmp_path)).train()
+    out = capsys.readouterr().out
+    assert (
+        out.count("the losses depend on known.bias, known.weight, self.heads, which the optimiser does not hold") == 1
+    )
+    assert out.count("nothing is learned from kd, which has no gradient in the first step") == 1
+
+
+def test_a_run_whose_weights_are_all_zero_is_said(tmp_path, capsys):
+    zero = {"KD__LOSS__CE_WEIGHT": 0, "KD__LOSS__KD_WEIGHT": 0}
+    make_trainer(tmp_path, **zero, DISTILLER__TYPE="KD", DISTILLER__TEACHER_CKPT=teacher_file(tmp_path)).train()
+    assert capsys.readouterr().out.count("KD.py, KD: every loss is 0 in the first step") == 1
+
+
 def test_every_optional_part_has_a_default():
     plain = Distiller(nn.Linear(2, 2))
     assert plain.deployed() is plain.student

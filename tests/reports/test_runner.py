@@ -168,6 +168,16 @@ def test_a_changed_option_runs_those_cells_again(printed):
     assert run_again(METHODS=methods)[-1] == "4 of 4 runs are done already"
 
 
+def test_runs_of_another_version_of_the_methods_file_are_named(printed):
+    assert results_of("KD")["method_file"]["path"] == "mdistiller/distillers/KD.py"
+    assert not any("another version" in line for line in run_again())
+    set_results("KD", 1, method_file={"path": "elsewhere/KD.py", "sha256": "0" * 64})
+    lines = run_again()
+    (line,) = [line for line in lines if "another version" in line]
+    assert line.startswith(f"made by another version of mdistiller/distillers/KD.py, and kept: {folder_of('KD', 1)}; ")
+    assert ran(lines) == []
+
+
 def test_a_further_seed_runs_alone(printed):
     assert ran(run_again(SEEDS=[0, 1, 2])) == ["KD 2", "plain 2"]
 

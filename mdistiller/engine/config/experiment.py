@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from mdistiller.options import Option, options_of
+from mdistiller.forks import SHARED, fork_defaults
+from mdistiller.options import OPTIONS, Option, options_of
+from mdistiller.plugins import method_file
 from mdistiller.registry import distiller_dict
 
 from .node import ConfigNode, convert
@@ -21,6 +23,32 @@ class Change(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.key} was {self.old}, is {self.new}"
+
+
+def keys_of_fork(cfg: Any) -> list[str]:
+    """Keys of ours that mean something else in the fork which the method's file comes from: the file reads them, the
+    fork has them, and mdistiller has not (``SOLVER.ALPHA``)."""
+    file = method_file(distiller_dict.get(cfg.DISTILLER.TYPE))
+    if file is None:
+        return []
+    defaults = fork_defaults(file.path, cfg.DISTILLER.FORK)
+    return [key for key in file.reads if key in defaults and key in OPTIONS and key not in SHARED]
+
+
+def options_of_run(cfg: Any) -> dict[str, Option]:
+    """The options by dotted key; a key of :func:`keys_of_fork` takes any value."""
+    return {**options_of(cfg), **dict.fromkeys(keys_of_fork(cfg), UNDECLARED)}
+
+
+def without_keys_of_fork(cfg: Any) -> Any:
+    """The configuration as the library reads it: with our default for each key of :func:`keys_of_fork`."""
+    keys = keys_of_fork(cfg)
+    if keys:
+        cfg = cfg.clone()
+        for key in keys:
+            section, _, name = key.rpartition(".")
+            cfg._get(section)[name] = OPTIONS[key].default
+    return cfg
 
 
 def relevant_part(cfg: Any) -> ConfigNode:
@@ -53,7 +81,7 @@ def changed_keys(before: dict[str, Any], cfg: Any) -> tuple[list[Change], list[C
     Returns:
         The changes that make it another experiment, and the others.
     """
-    before, options = flatten(before), options_of(cfg)
+    before, options = flatten(before), options_of_run(cfg)
     fatal, harmless = [], []
     for key, value in flatten(relevant_part(cfg)).items():
         if key in before and isinstance(value, str) and isinstance(before[key], bool):  # a switch of an earlier version
@@ -69,7 +97,7 @@ def same_result(before: dict[str, Any], cfg: Any) -> bool:
 
     Of the teacher, its file counts rather than the path to it. A key that is newer than the run counts as its default.
     """
-    options, method, now = options_of(cfg), distiller_dict[cfg.DISTILLER.TYPE], flatten(relevant_part(cfg))
+    options, method, now = options_of_run(cfg), distiller_dict[cfg.DISTILLER.TYPE], flatten(relevant_part(cfg))
     before = {**flatten({key: option.default for key, option in options.items()}), **flatten(before)}
     keys = [key for key in now if options.get(key, UNDECLARED).decides_result]
     if method.defaults is None:  # whose settings have no defaults, so that one that is gone counts

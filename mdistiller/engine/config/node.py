@@ -13,6 +13,7 @@ import os
 import re
 import reprlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from yacs.config import CfgNode
 from mdistiller.consent import COMMAND_LINE
 from mdistiller.registry import InputError, closest, suggestion
 
-BASE_KEY = "_BASE_"
-ALLOWED = "__allowed_keys__"
+BASE_KEY, METHOD_FILES = "_BASE_", "DISTILLER.PLUGINS"
+ALLOWED, TYPED = "__allowed_keys__", "__typed_keys__"  # attributes of a node
 DEEPEST = 50  # files that build on each other
 WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 SWITCH = ("auto", "on", "off")  # the values of a key that decides for itself unless it is told; booleans tell it too
@@ -76,7 +77,7 @@ class ConfigNode(CfgNode):
     """``yacs.config.CfgNode`` with loose numbers, helpful errors and inheritance between files.
 
     A key without a default has no type either: it takes any value. Such keys are those of a node with
-    ``new_allowed``, and those named by :meth:`allow_key`.
+    ``new_allowed``, and those named by :meth:`allow_key`; but not those of :meth:`enter_default`.
     """
 
     def allow_key(self, key: str) -> None:
@@ -86,6 +87,17 @@ class ConfigNode(CfgNode):
             self[first].allow_key(rest)
         elif first not in self:
             self.__dict__.setdefault(ALLOWED, set()).add(first)
+
+    def enter_default(self, key: str, default: Any) -> None:
+        """Make a value the default of the dotted ``key``, and its type the key's; a number of ours keeps its type."""
+        first, _, rest = key.partition(".")
+        if not rest and not isinstance(self.get(first), CfgNode):
+            with suppress(InputError):
+                default = convert(default, self.get(first), key, "")
+            self[first] = default
+            self.__dict__.setdefault(TYPED, set()).add(first)
+        elif rest and isinstance(self.setdefault(first, ConfigNode(new_allowed=True)), ConfigNode):
+            self[first].enter_default(rest, default)
 
     def before_merge(self, trees: Sequence[tuple[str, Any]], **how: Any) -> None:
         """Called with what is about to be merged, each with its source; may add what it needs."""
@@ -172,11 +184,14 @@ class ConfigNode(CfgNode):
         for key, value in tree.items():
             full_key = f"{prefix}{key}"
             untyped = self.is_new_allowed() or key in self.__dict__.get(ALLOWED, ())
+            untyped = untyped and key not in self.__dict__.get(TYPED, ())
             if key not in self and not untyped:
                 if root.drops(full_key, value):
                     continue
                 full_key = ".".join([full_key, *_only_path(value)])
-                raise InputError(f"{source}: unknown config key {full_key!r}; {_keys_nearby(full_key, root)}")
+                section = not prefix and isinstance(value, dict)
+                advice = f"; if a method file reads it, name the file by {METHOD_FILES}" if section else ""
+                raise InputError(f"{source}: unknown config key {full_key!r}; {_keys_nearby(full_key, root)}{advice}")
             if isinstance(value, str) and isinstance(self.get(key), str):
                 value = value.replace(f"{{{key}}}", self[key])
             if isinstance(self.get(key), CfgNode):
@@ -230,6 +245,8 @@ def convert(value: Any, default: Any, key: str, source: str) -> Any:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return _text(value if isinstance(value, str) else brief(value), key, source)
     elif kind in (list, tuple):
+        if isinstance(value, str) and isinstance(_literal(value), (list, tuple)):  # YAML reads (32, 32) as a text
+            value = _literal(value)
         if isinstance(value, str) and (not default or isinstance(default[0], str)):
             value = [value]
         if isinstance(value, (list, tuple)):

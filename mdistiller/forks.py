@@ -1,0 +1,91 @@
+"""Defaults of mdistiller's forks, read from their files without executing these.
+
+Method files of forks state no defaults. Their project has them in ``mdistiller/engine/cfg.py``, as ``CFG.A.B = 1.0``,
+or beside the method file in ``__init__.py``.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+from .messages import warn
+from .registry import InputError
+
+SHARED = frozenset(
+    f"{section}.{key}"
+    for section, keys in {
+        "EXPERIMENT": "PROJECT NAME TAG",
+        "DATASET": "TYPE NUM_WORKERS TEST.BATCH_SIZE",
+        "DISTILLER": "TYPE TEACHER STUDENT",
+        "SOLVER": "TRAINER BATCH_SIZE EPOCHS LR LR_DECAY_STAGES LR_DECAY_RATE WEIGHT_DECAY MOMENTUM TYPE DOT.DELTA",
+        "LOG": "TENSORBOARD_FREQ SAVE_CHECKPOINT_FREQ PREFIX WANDB",
+    }.items()
+    for key in keys.split()
+)
+"""mdistiller's keys in sections that all methods share. They mean here what they mean in a fork."""
+
+
+def fork_defaults(file: Path, root: str = "") -> dict[str, Any]:
+    """The defaults of the fork that a method file comes from, by dotted key.
+
+    Args:
+        file: the method file; where it lies in ``<fork>/mdistiller/distillers/``, the fork is found.
+        root: else the fork's folder.
+
+    Raises:
+        InputError: ``root`` is no fork's folder.
+    """
+    config = _config_of(file, root)
+    if config is None:
+        return {}
+    found: dict[str, Any] = {}
+    for path in (config, file.with_name("__init__.py")):
+        if path.is_file():
+            found |= _literals(path)
+    return found
+
+
+def _config_of(file: Path, root: str) -> Path | None:
+    """The fork's ``engine/cfg.py``."""
+    if root:
+        folder = Path(root).expanduser()
+        for path in (folder / "mdistiller" / "engine" / "cfg.py", folder / "engine" / "cfg.py"):
+            if path.is_file():
+                return path
+        raise InputError(
+            f"DISTILLER.FORK {root} is no fork of mdistiller: there is no {folder / 'mdistiller/engine/cfg.py'}"
+        )
+    own = Path(__file__).resolve().parent
+    for folder in file.parents:
+        config = folder.parent / "engine" / "cfg.py"
+        if folder.name == "distillers" and folder.parent != own and config.is_file():
+            return config
+    return None
+
+
+def _literals(path: Path) -> dict[str, Any]:
+    """The assignments ``CFG.A.B = literal`` of a file, by ``"A.B"``."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, ValueError, SyntaxError) as error:
+        warn(f"cannot read the defaults in {path}: {error}")
+        return {}
+    found = {}
+    for node in tree.body:
+        key = _key(node.targets[0]) if isinstance(node, ast.Assign) else ""
+        try:
+            if key:
+                found[key] = ast.literal_eval(node.value)
+        except ValueError:  # a section, or something that would have to be executed
+            continue
+    return found
+
+
+def _key(target: ast.expr) -> str:
+    parts: list[str] = []
+    while isinstance(target, ast.Attribute):
+        parts.insert(0, target.attr)
+        target = target.value
+    return ".".join(parts) if isinstance(target, ast.Name) else ""

@@ -341,7 +341,7 @@ def test_a_section_that_nobody_has_may_be_a_method_files(tmp_path):
 def test_a_flag_of_another_projects_script_gets_advice():
     outcome = run_tool("train", ["--same-t", "--kd-weight", "2", "DISTILLER.TYPE", "KD"])
     assert outcome.code == 2
-    assert "unknown option --same-t --kd-weight; see --help. A flag of another project's train.py is" in outcome.err
+    assert "unrecognized arguments: --same-t --kd-weight; see --help. A flag of another project's train.py is" in outcome.err
 
 
 def test_missing_settings_are_named_before_anything_starts(tmp_path):

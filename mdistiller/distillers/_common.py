@@ -64,14 +64,17 @@ class ConvReg(nn.Module):
         s_shape: of the student's map, ``(B, C, H, W)``; B does not matter.
         t_shape: of the teacher's.
         use_relu: end with a ReLU.
+        use_bn: where there is no ReLU, end with the batch norm.
 
     Raises:
         InputError: a student's map that is smaller than the teacher's in another ratio than 1 to 2.
     """
 
-    def __init__(self, s_shape: Sequence[int], t_shape: Sequence[int], use_relu: bool = True) -> None:
+    def __init__(
+        self, s_shape: Sequence[int], t_shape: Sequence[int], use_relu: bool = True, use_bn: bool = True
+    ) -> None:
         super().__init__()
-        self.use_relu = use_relu
+        self.use_relu, self.use_bn = use_relu, use_bn
         (_, s_channels, *s_size), (_, t_channels, *t_size) = s_shape, t_shape
         if s_size == [2 * side for side in t_size]:
             self.conv = nn.Conv2d(s_channels, t_channels, kernel_size=3, stride=2, padding=1)
@@ -88,8 +91,10 @@ class ConvReg(nn.Module):
         self.bn = nn.BatchNorm2d(t_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(self.conv(x))
-        return F.relu(x) if self.use_relu else x
+        x = self.conv(x)
+        if self.use_relu:
+            return F.relu(self.bn(x))
+        return self.bn(x) if self.use_bn else x
 
 
 def get_feat_shapes(

@@ -34,6 +34,12 @@ def test_the_regressor_gives_the_shape_of_the_teacher(student, teacher):
         assert {key.split(".")[0] for key in regressor.state_dict()} == {"conv", "bn"}
 
 
+def test_the_regressor_without_batch_norm():
+    shape, image = (2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    regressor = ConvReg(shape, shape, use_relu=False, use_bn=False)
+    assert torch.equal(regressor(image), regressor.conv(image))
+
+
 def test_a_map_that_cannot_be_fitted_is_refused_in_words():
     with pytest.raises(InputError, match="not 4x4 to 16x16; choose other layers"):
         ConvReg((1, 3, 4, 4), (1, 5, 16, 16))

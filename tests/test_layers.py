@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "plugins": {"registry", "options", "files", "contract", "messages", "distillers"},
     "engine": BELOW_ENGINE | {"plugins", "forks"},
     "analysis": BELOW_ENGINE,
-    "reports": BELOW_ENGINE | {"engine", "analysis"},
+    "reports": BELOW_ENGINE | {"engine", "analysis", "plugins"},
     "bench": BELOW_ENGINE | {"engine"},
     "fetch": BELOW_ENGINE | {"engine"},
     "hub": BELOW_ENGINE | {"engine", "fetch"},

@@ -68,10 +68,7 @@ def contract_of(method: type) -> Contract:
     Raises:
         InputError: a signature requires something that nobody gives; names the file, the parameter and what there is.
     """
-    step = getattr(method, "forward_train", None)
-    if step is None or getattr(step, "does_nothing", False):
-        raise InputError(f"{where(method)}: it defines no forward_train; see mdistiller/distillers/_base.py")
-    parameters = inspect.signature(step).parameters.values()
+    parameters = inspect.signature(method.forward_train).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "self"]
     views = tuple(p.name for p in named if p.name == "image" or p.name.startswith("image_"))
     required = tuple(p.name for p in named if p.default is p.empty)
@@ -99,6 +96,17 @@ def contract_of(method: type) -> Contract:
         by_place=by_place,
         prepares=prepares and list(inspect.signature(prepare).parameters)[1:] == PREPARE,
     )
+
+
+def check_step(method: type) -> None:
+    """Refuse a method without a step.
+
+    Raises:
+        InputError: names the file.
+    """
+    step = getattr(method, "forward_train", None)
+    if step is None or getattr(step, "does_nothing", False):
+        raise InputError(f"{where(method)}: it defines no forward_train; see mdistiller/distillers/_base.py")
 
 
 def _constructor(method: type) -> tuple[dict[str, str], bool]:

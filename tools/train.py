@@ -27,8 +27,8 @@ def main() -> None:
     args, unknown = parser.parse_known_intermixed_args()
     if unknown:
         raise InputError(
-            f"unrecognized arguments: {' '.join(unknown)}; see --help. A flag of another project's train.py is here the key "
-            "that its method file reads, as KEY VALUE: KD.TEMPERATURE 2 (docs/migration.md)"
+            f"unrecognized arguments: {' '.join(unknown)}; see --help. A flag of another project's train.py is here "
+            "the key that its method file reads, as KEY VALUE: KD.TEMPERATURE 2 (docs/migration.md)"
         )
     distributed.start()
     with distributed.same_error():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mdistiller.contract import contract_of
+from mdistiller.contract import check_step, contract_of
 from mdistiller.dataset import Loaders, build_loaders
 from mdistiller.files import file_sha256
 from mdistiller.messages import say
@@ -128,6 +128,7 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
     """Data, networks, method and trainer, and the facts about them for ``results.json``."""
     with distributed.same_error():
         load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)  # in this process, perhaps not the first
+        check_step(distiller_dict[cfg.DISTILLER.TYPE])
         method_cfg, cfg = cfg, without_keys_of_fork(cfg)
         seed_everything(cfg.EXPERIMENT.SEED)
         # Before the data, like the networks: nothing is downloaded for a run that cannot start.

@@ -271,7 +271,7 @@ def _text(value: str, key: str, source: str) -> str:
         InputError: it holds what no name can hold, or names a user that is not there.
     """
     if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
-        raise InputError(f"{source}: {key} takes a text without control characters (UTF-8), got {brief(value)}")
+        raise InputError(f"{source}: {key} {brief(value)} must not hold line breaks or control characters")
     if re.match(r"~[\w-]*(/|$)", value):
         path = os.path.expanduser(value)
         if path == value:

@@ -74,7 +74,7 @@ def test_a_regression_runs_by_the_commands_with_its_own_numbers_and_names(tmp_pa
     assert results["last"]["mae"] == scores[-1]
     assert results["mean_of_last"]["mae"] == pytest.approx(sum(scores) / 4)
     last = results["last"]
-    line = f"test MAE {last['mae']:.3f}, MSE {last['mse']:.4f}\n"
+    line = f"test MAE {last['mae']:.3f}, MSE {last['mse']:.4f}| "
     assert line in done.out
     assert f"Last: MAE {last['mae']:.3f} on 24 test images| best (epoch {results['best']['epoch']}, " in done.out
     assert f"Teacher resnet8 ({tmp_path}/resnet8_2): MAE " in done.out

@@ -25,8 +25,11 @@ What the paper leaves open; these are our readings:
   ``EPS`` the loss would fade (at a probability of 0.9999, 100 classes and ``TAU`` 1, to a few per cent);
 - ``ACCLIMATE_MODULES``: by default the ``nn.Conv2d`` that the teacher calls last, and its classifier. In modules that
   are named, BatchNorm's scale and shift stay as they are;
-- ``ACCLIMATE_LR``: a hundredth of the student's, on the same schedule (a tenth costs the teacher points where the paper
-  reports tenths of one), and no weight decay, which would erode the teacher where the loss gives no gradient;
+- ``ACCLIMATE_LR``: a hundredth of the student's, on the same schedule, and no weight decay, which would erode the
+  teacher where the loss gives no gradient;
+- ``ACCLIMATE_RADIUS``: ``L_ta`` has nothing that holds the teacher, which the further it goes the more it forgets, so
+  rate and number of steps would decide what is left of it. Each weight tensor therefore stays within this share of its
+  own length around its start: before a step, one that has left the ball is taken back to its surface;
 - ``ACCLIMATE`` kl (Tab. 15): over all classes, the student's being the target; ``all``: Pearson over all classes;
 - the map "used for distillation" is the last one, after its activation; the student's goes through a 1x1 convolution
   with bias and without normalisation, also where the widths agree; maps of different size are pooled to the smaller;
@@ -75,6 +78,7 @@ PLUS_DEFAULTS = {
     "ACCLIMATE": Option("nontarget", "what the teacher learns from; none: it stays", one_of=ACCLIMATIONS),
     "ACCLIMATE_WEIGHT": weight(1.0, "of L_ta"),
     "ACCLIMATE_LR": Option(0.0, "the teacher's learning rate; 0: a hundredth of SOLVER.LR", at_least=0),
+    "ACCLIMATE_RADIUS": Option(0.02, "how far a weight may go, as a share of its length; 0: no bound", at_least=0),
     "ACCLIMATE_MODULES": Option(
         [], "modules of the teacher; empty: its last convolution and its classifier", holds=(are_texts, "names")
     ),
@@ -350,8 +354,10 @@ class DISTPlus(DIST):
                 "SPATIAL_WEIGHT are both 0"
             )
         self.acclimated = self._find_acclimated(cfg)
-        for parameter in self.acclimated:
+        self.radius = own.ACCLIMATE_RADIUS
+        for number, parameter in enumerate(self.acclimated):
             parameter.requires_grad_(True)
+            self.register_buffer(f"start_{number}", parameter.detach().clone(), persistent=False)
         self.align = None
         if uses_maps:
             width_s, width_t = (facts.channels[-1] for facts in self.network_facts(cfg))
@@ -401,7 +407,17 @@ class DISTPlus(DIST):
             groups.append({"params": self.teacher_parameters(), "lr": rate, "weight_decay": 0.0})
         return groups
 
+    @torch.no_grad()
+    def hold_teacher(self) -> None:
+        """Take weights that have gone further than ``ACCLIMATE_RADIUS`` back to that distance from their start."""
+        for number, parameter in enumerate(self.acclimated if self.radius else ()):
+            start = self.get_buffer(f"start_{number}")
+            way = parameter - start
+            length, limit = way.norm(), self.radius * start.norm()
+            parameter.copy_(torch.where(length > limit, start + way * (limit / length), parameter))
+
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        self.hold_teacher()
         logits_student, features_student = self.student(image)
         logits_teacher, features_teacher = self.teacher(image)
         losses = self.logit_losses(logits_student, logits_teacher, target)

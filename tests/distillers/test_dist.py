@@ -630,7 +630,7 @@ def test_losses_of_dist_plus_from_given_outputs(values, more):
 
 def test_every_key_is_among_those():
     tested = {key for values in OF_LOGITS + [values for values, _ in OF_ALL] for key in values}
-    elsewhere = {"GATHER", "ACCLIMATE_LR", "ACCLIMATE_MODULES"}  # the first in tests/functional/test_gather.py
+    elsewhere = {"GATHER"} | {f"ACCLIMATE_{name}" for name in ("LR", "RADIUS", "MODULES")}
     assert tested | elsewhere == set(distiller_dict["DIST_PLUS"].defaults)
 
 
@@ -737,6 +737,45 @@ def test_own_rate_and_no_weight_decay():
     assert groups() == [(0.02, 5e-4, 1.0), (pytest.approx(0.0002), 0.0, pytest.approx(0.01))]
     assert groups(**{"DIST_PLUS.ACCLIMATE_LR": 0.005})[1] == (0.005, 0.0, 0.25)
     assert groups(**{"DIST_PLUS.ACCLIMATE": "none"}) == [(0.02, 5e-4, 1.0)]
+
+
+@pytest.mark.parametrize("steps", [4, 16])
+@pytest.mark.parametrize("kind", ["nontarget", "all", "kl"])
+def test_the_teacher_stays_near_its_start_however_long_it_learns(kind, steps):
+    def furthest(radius):
+        """The largest way of a weight tensor, as a share of the tensor's length; what the rate would make large."""
+        values = {"DIST_PLUS.ACCLIMATE": kind, "DIST_PLUS.ACCLIMATE_LR": 10.0, "DIST_PLUS.ACCLIMATE_RADIUS": radius}
+        distiller, batch = build("DIST_PLUS", values), make_batch("DIST_PLUS")
+        before = [parameter.detach().clone() for parameter in distiller.teacher_parameters()]
+        optimizer = build_optimizer(config("DIST_PLUS", values), distiller)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            total(distiller, batch).backward()
+            optimizer.step()
+        distiller.hold_teacher()
+        after = distiller.teacher_parameters()
+        return max(((p - start).norm() / start.norm()).item() for p, start in zip(after, before, strict=True))
+
+    assert furthest(0.0) > 0.1
+    assert furthest(0.02) == pytest.approx(0.02, rel=1e-4)
+
+
+def test_within_the_radius_the_teacher_is_left_alone():
+    """To the bit; one that starts at zero stays there, and the start is not saved."""
+    distiller = build("DIST_PLUS", {"DIST_PLUS.ACCLIMATE_RADIUS": 0.5})
+    *weights, bias = distiller.teacher_parameters()
+    with torch.no_grad():
+        for parameter in weights:
+            parameter.mul_(1 + 0.4 * torch.rand_like(parameter))
+        bias.zero_()
+    moved = [parameter.clone() for parameter in (*weights, bias)]
+    distiller.hold_teacher()
+    assert all(torch.equal(a, b) for a, b in zip(weights, moved, strict=False))
+    assert bias.norm().item() == pytest.approx(0.5 * distiller.start_2.norm().item(), rel=1e-5)
+    distiller.start_2.zero_()
+    distiller.hold_teacher()
+    assert not bias.any()
+    assert not any(name.startswith("start") for name in distiller.state_dict())
 
 
 def test_without_gradient_the_teacher_stays():

@@ -1,0 +1,13 @@
+"""Networks of other libraries and of one's own, with the features contract of ``models/_features.py``.
+
+- ``names.py``: ``timm:NAME[.tag]``, ``torchvision:NAME`` and ``package.module:factory`` as names of networks
+- ``adapter.py``: :func:`with_features`, which makes a network return ``(logits, features)``
+- ``timm_maps.py``, ``probed_maps.py``: where the features come from
+- ``inputs.py``: images resized and normalised as a network wants them
+"""
+
+from .adapter import with_features
+from .inputs import Input
+from .names import FINDERS, find_network, is_code, is_foreign
+
+__all__ = ["FINDERS", "Input", "find_network", "is_code", "is_foreign", "with_features"]

@@ -1,0 +1,106 @@
+"""A network of any library as one of this library: it keeps its class, its weights' names and its logits.
+
+The adapted network is an instance of a subclass of its own class. So ``state_dict()`` has the names that the network's
+library knows, and a student's file loads into a plain network of that library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.registry import InputError
+
+from .._features import Features, make_features
+from . import probed_maps, timm_maps
+from .inputs import Input
+
+Outputs = tuple[Tensor, list[Tensor], Tensor]  # logits (B, K), maps, pooled features (B, D)
+
+
+class Adapted:
+    """Stands before a network's own class; ``_reader`` runs the network and returns its :data:`Outputs`."""
+
+    _reader: Callable[[nn.Module, Callable[[Tensor], Any], Tensor], Outputs]
+    _input: Input | None
+    _has_stem: bool
+    _num_maps: int
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Features]:
+        if self._input is not None:
+            image = self._input(image)
+        logits, maps, pooled = self._reader(self, super().forward, image)
+        return logits, make_features(maps, pooled)
+
+    def get_stage_indices(self) -> tuple[int, ...]:
+        """Which of the maps are stages: all, or all behind the stem's."""
+        return tuple(range(int(self._has_stem), self._num_maps))
+
+
+def with_features(
+    network: nn.Module,
+    size: int | Sequence[int] = 224,
+    maps: Sequence[str | int] = (),
+    input: Input | None = None,
+) -> nn.Module:
+    """Let a classifier return ``(logits, features)``, as every method asks.
+
+    The network itself is changed, and returned: its class becomes a subclass of its class. Weights, names and logits
+    stay. The network is asked once, in eval mode, by one image.
+
+    Args:
+        network: returns the logits ``(B, K)``, or a tuple that begins with them (torchvision's auxiliary classifiers).
+            A network that returns ``(logits, features)`` already is left alone.
+        size: side of the images that the network sees, or ``(H, W)``, in pixels.
+        maps: names of the modules whose outputs are the maps, shallow to deep (``["layer1", "layer2"]``); of a timm
+            network numbers of its intermediates, too. Empty: one map for each size, or four of a plain transformer.
+        input: what images are made to before the network sees them; ``None``: nothing.
+
+    Raises:
+        InputError: the network fails on such an image, or returns no logits; no such module; a module without a map.
+    """
+    if isinstance(network, Adapted):
+        raise InputError(f"{type(network).__name__} has features already: call with_features once")
+    height, width = (size, size) if isinstance(size, int) else size
+    like = next(network.parameters(), torch.empty(0))
+    image = torch.zeros(1, 3, height, width, device=like.device, dtype=like.dtype)
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        with torch.no_grad():
+            if _returns_features(network(image)):
+                if input is not None or maps:
+                    raise InputError(
+                        f"{type(network).__name__} returns features of its own: its maps and its input cannot be changed"
+                    )
+                return network
+            of_timm = timm_maps.able(network) and not any(isinstance(name, str) for name in maps)
+            reader, shapes = (timm_maps if of_timm else probed_maps).reader_of(network, image, maps)
+    except InputError:
+        raise
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{type(network).__name__} fails on an image of {height}x{width} pixels: {str(error).splitlines()[0]}; name "
+            "another size"
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    cls = type(network)
+    network._reader, network._num_maps = reader, len(shapes)
+    network._has_stem = has_stem(shapes, height)
+    network._input = input  # a module: its constants move with the network
+    network.__class__ = type(cls.__name__, (Adapted, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    return network
+
+
+def has_stem(shapes: Sequence[torch.Size], side: int) -> bool:
+    """Whether the first of the maps is of a stem: five maps, and the first at half the image's side."""
+    return len(shapes) == 5 and round(side / shapes[0][2]) == 2
+
+
+def _returns_features(output: Any) -> bool:
+    return isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping)

@@ -1,0 +1,110 @@
+"""Names of networks that no table holds: ``timm:NAME[.tag]``, ``torchvision:NAME`` and ``package.module:factory``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from mdistiller.registry import InputError, UnknownName, suggestion
+
+from .._registration import ModelEntry
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a name is of another library, or of a factory."""
+    return ":" in name
+
+
+def is_code(name: str) -> bool:
+    """Whether a name is of a factory, which is executed: ``package.module:factory``."""
+    return is_foreign(name) and name.partition(":")[0] not in FINDERS
+
+
+def find_network(name: str) -> ModelEntry | None:
+    """The entry of a network that no table holds; ``None``: the name is of another form.
+
+    Raises:
+        UnknownName: the library has no such network; the closest names are given.
+        InputError: the library is not installed; a factory that cannot be found.
+    """
+    if not is_foreign(name):
+        return None
+    library, _, rest = name.partition(":")
+    return ModelEntry(FINDERS[library](rest) if library in FINDERS else _factory(library, rest))
+
+
+def _timm(name: str) -> Callable[..., nn.Module]:
+    try:
+        import timm
+    except ImportError:
+        raise InputError(f"timm:{name} needs timm: pip install mdistiller[models]") from None
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise UnknownName(f"timm has no network named {architecture!r}; {suggestion(architecture, timm.list_models())}")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise UnknownName(f"timm's {architecture} has no weights named {tag!r}; {suggestion(tag, tags)}")
+
+    def build(num_classes: int, pretrained: bool = False, **arguments: Any) -> nn.Module:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
+
+    return build
+
+
+def _torchvision(name: str) -> Callable[..., nn.Module]:
+    from torchvision import models
+
+    known = [each for each in models.list_models() if "." not in inspect.getmodule(models.get_model_builder(each)).__name__.removeprefix("torchvision.models.")]
+    if name not in known:
+        raise UnknownName(f"torchvision has no classifier named {name!r}; {suggestion(name, known)}")
+
+    def build(num_classes: int, pretrained: bool = False, **arguments: Any) -> nn.Module:
+        weights = models.get_model_weights(name).DEFAULT if pretrained else None
+        if weights is not None and num_classes != len(weights.meta["categories"]):
+            raise InputError(
+                f"torchvision:{name} is pretrained for {len(weights.meta['categories'])} classes, not {num_classes}"
+            )
+        return models.get_model(name, weights=weights, num_classes=num_classes, **arguments)
+
+    return build
+
+
+FINDERS: dict[str, Callable[[str], Callable[..., nn.Module]]] = {"timm": _timm, "torchvision": _torchvision}
+"""By library, before the colon."""
+
+
+def _factory(module: str, name: str) -> Callable[..., nn.Module]:
+    full = f"{module}:{name}"
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{full}: {error}; a name package.module:factory must be importable: install the package, or run where it "
+            "lies (PYTHONPATH)"
+        ) from None
+    except AttributeError:
+        raise InputError(f"{full}: module {module} has no {name!r}") from None
+    if not callable(factory):
+        raise InputError(f"{full}: {name} is no function and no class")
+    takes_classes = "num_classes" in _parameters(factory)
+
+    def build(num_classes: int, **arguments: Any) -> nn.Module:
+        if takes_classes:
+            arguments["num_classes"] = num_classes
+        network = factory(**arguments)
+        if not isinstance(network, nn.Module):
+            raise InputError(f"{full} must return a torch.nn.Module, not {type(network).__name__}")
+        return network
+
+    return build
+
+
+def _parameters(factory: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(factory).parameters)
+    except (TypeError, ValueError):  # of a built-in
+        return []

@@ -54,12 +54,12 @@ def build(method: str, values: dict[str, Any] | None = None, seed: int = 0) -> n
 
 
 def make_batch(
-    method: str, images: int = IMAGES, seed: int = 1, dtype: torch.dtype = torch.float32
+    method: str, images: int = IMAGES, seed: int = 1, dtype: torch.dtype = torch.float32, size: int = SIZE
 ) -> dict[str, Tensor]:
     """Random images in every view that the method asks for, with what else it names."""
     generator = torch.Generator().manual_seed(seed)
     batch = {
-        field: torch.randn(images, 3, SIZE, SIZE, generator=generator).to(dtype)
+        field: torch.randn(images, 3, size, size, generator=generator).to(dtype)
         for field in contract_of(distiller_dict[method]).views
     }
     batch["target"] = torch.arange(images) % CLASSES

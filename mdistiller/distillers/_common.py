@@ -119,25 +119,34 @@ def stage_offset(student: NetworkFacts, teacher: NetworkFacts, rule: str) -> int
     Args:
         student: facts of the student, which has maps.
         teacher: facts of the teacher, which has maps.
-        rule: ``"matched"``: the i-th map belongs to the i-th where both networks have equally many; else their first
-            stages belong together, also where only one of them has a map of its stem before. ``"skip_first"``: the
-            i-th belongs to the i-th, mdistiller's rule.
+        rule: ``"matched"``: the i-th map belongs to the i-th where both networks have equally many maps; else their first
+            stages belong together, also where only one of them has a map of its stem before. Where one network has more
+            stages and the strides of the pairs differ then, the deepest maps belong together. ``"skip_first"``: the i-th belongs to the i-th,
+            mdistiller's rule.
 
     Raises:
         InputError: an unknown rule; a network without maps.
     """
     check_choice("STAGES", rule, STAGE_RULES)
-    if rule == "skip_first" or len(student.need("shapes")) == len(teacher.need("shapes")):
+    num_s, num_t = len(student.need("shapes")), len(teacher.need("shapes"))
+    if rule == "skip_first" or num_s == num_t:
         return 0
-    first_s, first_t = (facts.stages[0] if facts.stages else 1 for facts in (student, teacher))
-    return first_s - first_t
+    first_s, first_t = map(_first_stage, (student, teacher))
+    strides = zip(student.strides[first_s:], teacher.strides[first_t:], strict=False)
+    if num_s - first_s == num_t - first_t or all(a == b for a, b in strides):
+        return first_s - first_t
+    return num_s - num_t
+
+
+def _first_stage(facts: NetworkFacts) -> int:
+    return facts.stages[0] if facts.stages else 1
 
 
 def stage_pairs(student: NetworkFacts, teacher: NetworkFacts, rule: str) -> list[tuple[int, int]]:
     """Numbers in ``"feats"`` of student and teacher of the maps that are compared, shallow to deep.
 
     The first map of networks that have equally many is left out, as in mdistiller: the stem, or a first block in both.
-    Where one network has more stages, its deepest are left over, which is said in a warning.
+    Where one network has more stages, some of its maps are left over, which is said in a warning.
 
     Args:
         student, teacher, rule: see :func:`stage_offset`.
@@ -147,14 +156,15 @@ def stage_pairs(student: NetworkFacts, teacher: NetworkFacts, rule: str) -> list
     """
     offset = stage_offset(student, teacher, rule)
     num_s, num_t = len(student.need("shapes")), len(teacher.need("shapes"))
-    first = 1 - max(offset, 0)
+    first = max(_first_stage(teacher), _first_stage(student) - offset, -offset) if offset else 1
     pairs = list(zip(range(first + offset, num_s), range(first, num_t), strict=False))
     found = f"the {student} has {num_s} feature maps, the {teacher} {num_t}"
     if not pairs:
         raise InputError(f"{found}: no stages are left to compare; let the networks return more maps, or choose others")
-    for facts, last, number in ((student, pairs[-1][0], num_s), (teacher, pairs[-1][1], num_t)):
-        if last != number - 1:
-            warn(f"{found}: the {facts.role}'s from {last + 1} to {number - 1} are compared with none")
+    for facts, used, number in ((student, [s for s, _ in pairs], num_s), (teacher, [t for _, t in pairs], num_t)):
+        left = [place for place in range(_first_stage(facts), number) if place not in used]
+        if left and num_s - _first_stage(student) != num_t - _first_stage(teacher):
+            warn(f"{found}: the {facts.role}'s from {left[0]} to {left[-1]} are compared with none")
     return pairs
 
 

@@ -13,8 +13,10 @@ from torch import nn
 
 from mdistiller.contract import contract_of, where
 from mdistiller.distillers import distiller_dict
+from mdistiller.messages import say
 from mdistiller.models import ModelEntry
 from mdistiller.models._registration import COLLECTIONS, TEACHER_RELEASE, public_file
+from mdistiller.models.any import Input, is_code, is_foreign, with_features
 from mdistiller.registry import MODEL_FAMILIES, InputError, Registry, UnknownName, open_dataset
 
 from .added_kd import add_kd
@@ -24,6 +26,7 @@ from .folder.checkpoint import CheckpointError, check_weights, load_weights, not
 from .forwards.precision import hard_coded_cuda_explained, resolve_device
 
 TEACHER_OPTION = "DISTILLER.TEACHER_CKPT"
+PRETRAINED = "pretrained"  # in place of a file: the public weights of the network's library
 
 
 def model_table(cfg: Any) -> Registry:
@@ -47,9 +50,60 @@ def build_student(cfg: Any, num_classes: int) -> nn.Module:
     Raises:
         InputError: no such model; the closest names are given.
     """
-    _model_entry(cfg, "STUDENT")
+    entry, path = _model_entry(cfg, "STUDENT"), cfg.DISTILLER.STUDENT_CKPT
     torch.manual_seed(cfg.EXPERIMENT.SEED)
-    return build_model(model_table(cfg), cfg.DISTILLER.STUDENT, num_classes)
+    student = adapted(cfg, "STUDENT", entry, num_classes, pretrained=path == PRETRAINED)
+    if path and path != PRETRAINED:
+        load_network(student, path, f"student {cfg.DISTILLER.STUDENT}", cfg, "a start must be of the same classes")
+    return student
+
+
+def adapted(cfg: Any, role: str, entry: ModelEntry, num_classes: int, pretrained: bool = False) -> nn.Module:
+    """A network with ``DISTILLER.<role>_ARGS``, ``_MAPS`` and ``_INPUT``, see :func:`~mdistiller.models.any.with_features`.
+
+    Args:
+        cfg: the configuration.
+        role: ``"STUDENT"`` or ``"TEACHER"``.
+        entry: the network's.
+        num_classes: K.
+        pretrained: with public weights.
+
+    Raises:
+        InputError: arguments that the network does not take; an image size that the network refuses; maps that the
+            network does not have.
+    """
+    name, keys = cfg.DISTILLER[role], f"DISTILLER.{role}"
+    arguments, maps, wanted = (cfg.DISTILLER[f"{role}_{part}"] for part in ("ARGS", "MAPS", "INPUT"))
+    try:
+        network = entry(num_classes=num_classes, **({"pretrained": True} if pretrained else {}), **arguments)
+    except InputError:
+        raise
+    except Exception as error:
+        if not (arguments or is_foreign(name)):
+            raise
+        raise InputError(f"{keys} {name} cannot be built with {keys}_ARGS {dict(arguments)}: {error}") from error
+    dataset = open_dataset(cfg)
+    public = getattr(network, "pretrained_cfg", None) or {}
+    facts = public if pretrained else {"mean": entry.mean, "std": entry.std}
+    size = wanted.SIZE or (facts.get("input_size") or (0,))[-1]
+    own = [list(wanted[key.upper()]) or facts.get(key) for key in ("mean", "std")]
+    fits = Input(size, wanted.RESIZE, (dataset.mean, dataset.std), None if None in own else tuple(own))
+    fits = fits if size not in (0, dataset.image_size) or fits.normalises else None
+    if not (is_foreign(name) or fits is not None or maps):
+        return network
+    if fits is not None:
+        say(f"{role.lower()} {name}: {fits.described(dataset.image_size)}")
+    try:
+        return with_features(network, dataset.image_size, maps, fits)
+    except InputError as error:
+        given = [f"images are {dataset.image_size} pixels wide (DATASET.IMAGE_SIZE)"]
+        if public.get("fixed_input_size"):
+            made_for = public["input_size"][-1]
+            given.append(
+                f"the network is made for {made_for}: {keys}_INPUT.SIZE {made_for} resizes them for this "
+                f"network alone, and {keys}_ARGS.img_size {dataset.image_size} builds it for smaller ones"
+            )
+        raise InputError(f"{keys} {name}: {error}; {'; '.join(given)}") from None
 
 
 def _model_entry(cfg: Any, key: str) -> ModelEntry:
@@ -74,9 +128,9 @@ def build_teacher(cfg: Any, num_classes: int, option: str = TEACHER_OPTION) -> n
     """
     name, entry = cfg.DISTILLER.TEACHER, _model_entry(cfg, "TEACHER")
     path = teacher_checkpoint(cfg, option)
+    teacher = adapted(cfg, "TEACHER", entry, num_classes, pretrained=path is None)
     if path is None:
-        return entry(pretrained=True, num_classes=num_classes)
-    teacher = entry(num_classes=num_classes)
+        return teacher
     load_network(teacher, path, f"teacher {name}", cfg, "a teacher must be trained on the same classes")
     return teacher
 
@@ -126,10 +180,10 @@ def teacher_checkpoint(cfg: Any, option: str = TEACHER_OPTION) -> Path | None:
     name = cfg.DISTILLER.TEACHER
     given = cfg.DISTILLER.TEACHER_CKPT
     entry = _model_entry(cfg, "TEACHER")
-    if not given and entry.pretrained:
+    if given == PRETRAINED or (not given and entry.pretrained):
         return None
     public = entry.weights if open_dataset(cfg).public_teachers else None
-    path = Path(given or public or "")
+    path = Path(given or public or "").expanduser()
     if (given or public) and path.is_file():
         return path
     if given:
@@ -183,8 +237,14 @@ def build_networks(cfg: Any, num_classes: int) -> dict[str, nn.Module]:
         model, path = cfg.DISTILLER[key] or cfg.DISTILLER[role.upper()], cfg.DISTILLER[f"{key}_CKPT"]
         if role == "teacher" and not path:
             raise InputError(f"DISTILLER.{key}_CKPT names no file; {cfg.DISTILLER.TYPE} needs the weights of {name}")
+        if is_code(model) and model not in (cfg.DISTILLER.STUDENT, cfg.DISTILLER.TEACHER):
+            raise InputError(f"DISTILLER.{key} {model}: a factory can be the student's or the teacher's only")
         torch.manual_seed((cfg.EXPERIMENT.SEED + zlib.crc32(name.encode())) % 2**63)
-        networks[name] = build_model(table, model, num_classes)
+        entry = ModelEntry.of(table[model])
+        same = model == cfg.DISTILLER[role.upper()]  # then it is built as that network is
+        networks[name] = adapted(cfg, role.upper(), entry, num_classes) if same else entry(num_classes=num_classes)
+        if is_foreign(model) and not same:
+            networks[name] = with_features(networks[name], open_dataset(cfg).image_size)
         if path:
             load_network(networks[name], path, f"{name} {model}", cfg, "it must be trained on the same classes")
         if role == "teacher":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import PurePath
@@ -22,6 +23,7 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.forks import SHARED, fork_defaults
 from mdistiller.functional.gather import this_process
 from mdistiller.messages import say
+from mdistiller.models.any import RESIZE, is_code, is_foreign
 from mdistiller.options import (
     MANY,
     OPTIONS,
@@ -148,6 +150,11 @@ def _files_in(value: Any) -> list[str]:
     )
 
 
+def _factory_in(value: Any) -> list[str]:
+    """The factory that a network's name is, if it is one."""
+    return [value] if isinstance(value, str) and is_code(value) else []
+
+
 def _value(tree: Any, key: str) -> Any:
     """What a tree of dictionaries holds under a dotted key, or ``None``."""
     for part in key.split("."):
@@ -162,6 +169,13 @@ def is_rising(values: Sequence[float]) -> bool:
 def only(key: str, *values: Any) -> Callable[[Any], bool]:
     """For :attr:`Option.when`: where ``key`` has one of the values."""
     return lambda cfg: flatten(cfg)[key] in values
+
+
+def _is_adapted(role: str, cfg: Any) -> bool:
+    """Whether a run has a network in that role that is not used as it is."""
+    parts = [cfg.DISTILLER[f"{role}_{part}"] for part in ("ARGS", "MAPS", "INPUT")]
+    adapted = is_foreign(cfg.DISTILLER[role]) or parts[0] or parts[1] or any(parts[2][key] for key in ("SIZE", "MEAN"))
+    return bool(adapted) and (role == "STUDENT" or has_teacher(cfg))
 
 
 def has_teacher(cfg: Any) -> bool:
@@ -216,10 +230,13 @@ OPTIONS |= {
     "DATASET.TEST.BATCH_SIZE": speed(64, "of each process, where several train", at_least=1),
 
     "DISTILLER.TYPE": Option("NONE", "the method; NONE: plain training", one_of=distiller_dict),
-    "DISTILLER.TEACHER": Option("ResNet50", "the teacher's architecture", when=has_teacher),
-    "DISTILLER.TEACHER_CKPT": place("", "the teacher's weights; empty: where its public weights are unpacked",
-                                    when=has_teacher),
-    "DISTILLER.STUDENT": Option("resnet32", "the student's architecture"),
+    "DISTILLER.TEACHER": Option("ResNet50", "the teacher's architecture: a name that tools/list.py shows, timm:NAME, "
+                                "torchvision:NAME or package.module:factory, which is code", code=_factory_in,
+                                when=has_teacher),
+    "DISTILLER.TEACHER_CKPT": place("", "the teacher's weights: a file, or pretrained; empty: where its public weights "
+                                    "are unpacked", when=has_teacher),
+    "DISTILLER.STUDENT": Option("resnet32", "the student's architecture, likewise", code=_factory_in),
+    "DISTILLER.STUDENT_CKPT": Option("", "weights that the student starts with: a file, or pretrained; empty: fresh"),
     "DISTILLER.PLUGINS": resumable([], "method files from elsewhere, as paths: code that is executed; see "
                                    "mdistiller/plugins.py", code=_files_in, holds=(are_texts, "paths")),
     "DISTILLER.FORK": resumable("", "folder of the project that a method file comes from: its engine/cfg.py is read "
@@ -288,6 +305,20 @@ OPTIONS |= {
     "LOG.PROGRESS": place("auto", "progress bar; auto: on a terminal only", one_of=SWITCH),
     "LOG.WANDB": place(False, "log to Weights & Biases too"),
 }
+
+three = (lambda value: len(value) in (0, 3), "three numbers")
+for _role in ("TEACHER", "STUDENT"):
+    OPTIONS |= {f"DISTILLER.{_role}_{key}": replace(option, when=partial(_is_adapted, _role)) for key, option in {
+        "ARGS": Option(CN(new_allowed=True), "arguments of the network's constructor, by their names"),
+        "MAPS": Option([], "of a network of another library: modules whose outputs are its maps, or numbers of timm's "
+                           "intermediates; empty: found"),
+        "INPUT.SIZE": Option(0, "side to which the network resizes its images; 0: a pretrained network's own, else as "
+                                "they are", at_least=0),
+        "INPUT.MEAN": Option([], "of the images that the network takes; empty: a pretrained network's own, else the "
+                                 "data set's", holds=three),
+        "INPUT.STD": Option([], "likewise", above=0, holds=three),
+        "INPUT.RESIZE": Option("antialias", "how it resizes", one_of=RESIZE),
+    }.items()}
 # fmt: on
 
 CFG = ConfigTree()

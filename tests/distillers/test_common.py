@@ -86,7 +86,7 @@ class Maps(torch.nn.Module):
         self.count = count
 
     def forward(self, image):
-        return image.mean((2, 3)), {"feats": self.count * [image]}
+        return image.mean((2, 3)), {"feats": [image[..., :: 2**i, :: 2**i] for i in (0, *range(self.count - 1))]}
 
 
 @pytest.mark.parametrize("rule", ["matched", "skip_first"])
@@ -121,7 +121,7 @@ def test_sides_of_mobilenetv1_and_of_an_imagenet_resnet():
     [
         ("vgg8", "resnet20", [(0, 1), (1, 2), (2, 3)]),
         ("resnet20", "vgg8", [(1, 0), (2, 1), (3, 2)]),
-        ("MobileNetV2", "resnet20", [(1, 1), (2, 2), (3, 3)]),
+        ("MobileNetV2", "resnet20", [(2, 1), (3, 2), (4, 3)]),  # strides 2, 4, 8, 16 and 1, 2, 4: from the deep end
     ],
 )
 def test_what_is_left_over_is_said(student, teacher, expected, capsys):

@@ -7,7 +7,7 @@
 """
 
 from .adapter import with_features
-from .inputs import Input
+from .inputs import RESIZE, Input
 from .names import FINDERS, find_network, is_code, is_foreign
 
-__all__ = ["FINDERS", "Input", "find_network", "is_code", "is_foreign", "with_features"]
+__all__ = ["FINDERS", "RESIZE", "Input", "find_network", "is_code", "is_foreign", "with_features"]

@@ -40,6 +40,15 @@ class Adapted:
         return tuple(range(int(self._has_stem), self._num_maps))
 
 
+class FitsInput:
+    """Stands before the class of a network of this library, whose images are to be made to its own."""
+
+    _input: Input
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Features]:
+        return super().forward(self._input(image))
+
+
 def with_features(
     network: nn.Module,
     size: int | Sequence[int] = 224,
@@ -72,28 +81,30 @@ def with_features(
     try:
         with torch.no_grad():
             if _returns_features(network(image)):
-                if input is not None or maps:
-                    raise InputError(
-                        f"{type(network).__name__} returns features of its own: its maps and its input cannot be changed"
-                    )
-                return network
+                if maps:
+                    raise InputError(f"{type(network).__name__} returns maps of its own; maps= cannot name others")
+                return network if input is None else _subclassed(network, FitsInput, input)
             of_timm = timm_maps.able(network) and not any(isinstance(name, str) for name in maps)
             reader, shapes = (timm_maps if of_timm else probed_maps).reader_of(network, image, maps)
     except InputError:
         raise
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise InputError(
-            f"{type(network).__name__} fails on an image of {height}x{width} pixels: {str(error).splitlines()[0]}; name "
-            "another size"
+            f"{type(network).__name__} fails on an image of {height}x{width} pixels: {str(error).splitlines()[0]}"
         ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
-    cls = type(network)
     network._reader, network._num_maps = reader, len(shapes)
     network._has_stem = has_stem(shapes, height)
+    return _subclassed(network, Adapted, input)
+
+
+def _subclassed(network: nn.Module, front: type, input: Input | None) -> nn.Module:
+    """The network as an instance of a subclass of its class, whose methods are first looked for in ``front``."""
     network._input = input  # a module: its constants move with the network
-    network.__class__ = type(cls.__name__, (Adapted, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    cls = type(network)
+    network.__class__ = type(cls.__name__, (front, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     return network
 
 

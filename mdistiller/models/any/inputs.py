@@ -42,6 +42,15 @@ class Input(nn.Module):
             self.register_buffer("scale", _per_channel(std_d / std_n), persistent=False)
             self.register_buffer("shift", _per_channel((mean_d - mean_n) / std_n), persistent=False)
 
+    def described(self, side: int) -> str:
+        """What happens to images of ``side`` pixels, for the log."""
+        parts = []
+        if self.size and self.size != side:
+            parts.append(f"images are resized from {side} to {self.size} pixels ({self.resize})")
+        if self.normalises:
+            parts.append("normalised by the network's own mean and std")
+        return " and ".join(parts)
+
     def forward(self, image: Tensor) -> Tensor:
         if self.size and image.shape[2:] != (self.size, self.size):
             mode = "bilinear" if self.resize == "antialias" else self.resize

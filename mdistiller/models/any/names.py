@@ -58,7 +58,7 @@ def _timm(name: str) -> Callable[..., nn.Module]:
 def _torchvision(name: str) -> Callable[..., nn.Module]:
     from torchvision import models
 
-    known = [each for each in models.list_models() if "." not in inspect.getmodule(models.get_model_builder(each)).__name__.removeprefix("torchvision.models.")]
+    known = models.list_models(module=models)
     if name not in known:
         raise UnknownName(f"torchvision has no classifier named {name!r}; {suggestion(name, known)}")
 
@@ -68,7 +68,12 @@ def _torchvision(name: str) -> Callable[..., nn.Module]:
             raise InputError(
                 f"torchvision:{name} is pretrained for {len(weights.meta['categories'])} classes, not {num_classes}"
             )
-        return models.get_model(name, weights=weights, num_classes=num_classes, **arguments)
+        network = models.get_model(name, weights=weights, num_classes=num_classes, **arguments)
+        if weights is not None:
+            made_for = weights.transforms()
+            side = made_for.crop_size[0]
+            network.pretrained_cfg = {"input_size": (3, side, side), "mean": made_for.mean, "std": made_for.std}
+        return network
 
     return build
 

@@ -81,6 +81,9 @@ def reader_of(network: nn.Module, image: Tensor, maps: Sequence[str]) -> tuple[P
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"{type(network).__name__} must return logits (B, K), not {found}")
+    seen = [
+        each for each in seen if maps or not _is_mean_of(logits, each.output)
+    ]  # a convolution may be the classifier
     by_name = {each.name: each for each in seen}
     for name in maps:
         if name not in by_name:
@@ -112,7 +115,7 @@ def _probe(network: nn.Module, image: Tensor) -> tuple[list[Seen], list[tuple[st
             return
         if isinstance(module, nn.Linear) and output.ndim == 2:
             flat.append((name, output))
-        if _side(output) > 1 and not isinstance(module, NO_MAPS):
+        if _side(output):
             seen.append(Seen(name, module, output, output._version))
 
     handles = [
@@ -127,8 +130,13 @@ def _probe(network: nn.Module, image: Tensor) -> tuple[list[Seen], list[tuple[st
             handle.remove()
 
 
+def _is_mean_of(logits: Tensor, output: Tensor) -> bool:
+    return output.shape[:2] == logits.shape and torch.allclose(output.flatten(2).mean(2), logits)
+
+
 def _stages(seen: Sequence[Seen]) -> list[str]:
     """Names of the modules that give the last map of each size; of one size, those of repeated blocks."""
+    seen = [each for each in seen if _side(each.output) > 1 and not isinstance(each.module, NO_MAPS)]
     outer = [each for each in seen if each.name.count(".") < DEPTH]
     last: dict[int, Seen] = {}
     for each in outer:

@@ -24,6 +24,7 @@ setup(
     install_requires=(root / "requirements.txt").read_text().split(),
     extras_require={
         "plots": ["matplotlib"],
-        "dev": ["matplotlib", "pre-commit", "pytest", "pytest-xdist", "hypothesis", "ruff"],
+        "models": ["timm", "safetensors"],
+        "dev": ["matplotlib", "pre-commit", "pytest", "pytest-xdist", "hypothesis", "ruff", "timm", "safetensors"],
     },
 )

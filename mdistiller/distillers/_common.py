@@ -119,10 +119,10 @@ def stage_offset(student: NetworkFacts, teacher: NetworkFacts, rule: str) -> int
     Args:
         student: facts of the student, which has maps.
         teacher: facts of the teacher, which has maps.
-        rule: ``"matched"``: the i-th map belongs to the i-th where both networks have equally many maps; else their first
-            stages belong together, also where only one of them has a map of its stem before. Where one network has more
-            stages and the strides of the pairs differ then, the deepest maps belong together. ``"skip_first"``: the i-th belongs to the i-th,
-            mdistiller's rule.
+        rule: ``"matched"``: the i-th map belongs to the i-th where both networks have equally many maps; else their
+            first stages belong together, also where only one of them has a map of its stem before. Where one network
+            has more stages and the strides of the pairs differ then, the deepest maps belong together.
+            ``"skip_first"``: the i-th belongs to the i-th, mdistiller's rule.
 
     Raises:
         InputError: an unknown rule; a network without maps.

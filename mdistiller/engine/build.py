@@ -59,7 +59,9 @@ def build_student(cfg: Any, num_classes: int) -> nn.Module:
 
 
 def adapted(cfg: Any, role: str, entry: ModelEntry, num_classes: int, pretrained: bool = False) -> nn.Module:
-    """A network with ``DISTILLER.<role>_ARGS``, ``_MAPS`` and ``_INPUT``, see :func:`~mdistiller.models.any.with_features`.
+    """A network with ``DISTILLER.<role>_ARGS``, ``_MAPS`` and ``_INPUT``.
+
+    See :func:`~mdistiller.models.any.with_features`.
 
     Args:
         cfg: the configuration.

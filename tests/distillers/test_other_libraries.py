@@ -1,5 +1,7 @@
 """Every method on networks of timm and torchvision: it takes a step, or refuses with the network's name."""
 
+import re
+
 import pytest
 import torch
 from method_cases import IMAGES, TEACHER_METHODS, config, make_batch
@@ -18,7 +20,8 @@ PAIRS = {
 }
 REFUSED = {
     "OFD": r"the teacher \w+ does not say by get_bn_before_relu\(\)",
-    "MDR": r"MDR relates stages one to one, but the student \w+ has \d of them and the teacher \w+ has \d",
+    "MDR": r"MDR relates stages one to one, but the student \w+ has \d of them and the teacher \w+ \d",
+    "FITNET": r"takes a student's map to a teacher's that is smaller, equal or twice as large, not 4x4 to 16x16",
 }
 
 
@@ -41,8 +44,7 @@ def test_a_step_of_every_method(method, pair):
     try:
         distiller = build_distiller(cfg, student, teacher, num_data=IMAGES).train()
     except InputError as error:
-        assert method in REFUSED, error
-        pytest.raises(InputError, lambda: (_ for _ in ()).throw(error)).match(REFUSED[method])
+        assert re.search(REFUSED.get(method, "nothing"), str(error)), error
         return
     batch = make_batch(method, size=32)
     _, losses = distiller(**batch, epoch=1)

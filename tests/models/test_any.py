@@ -1,4 +1,4 @@
-"""Networks of other libraries: the plain network's logits and state dict, maps, pooled features, and what is refused."""
+"""Networks of other libraries: logits and state dict of the plain network, maps, and what is refused."""
 
 import copy
 import sys
@@ -11,6 +11,7 @@ from torch import nn
 
 from mdistiller.engine.build import build_student, build_teacher
 from mdistiller.engine.cfg import load_config
+from mdistiller.engine.folder.checkpoint import CheckpointError, load_weights
 from mdistiller.models import cifar_model_dict
 from mdistiller.models.any import Input, find_network, is_code, with_features
 from mdistiller.models.any.timm_maps import stages_of
@@ -165,6 +166,19 @@ def test_a_file_of_the_library_is_a_teacher_or_a_start(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters(), strict=True))
 
 
+def test_a_safetensors_file_is_read_and_a_damaged_one_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "weights.safetensors"
+    state = timm.create_model("test_resnet", num_classes=10).state_dict()
+    save_file(state, path)
+    found = load_weights(path)
+    assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is damaged"):
+        load_weights(path)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -186,7 +200,7 @@ def test_what_cannot_be_built_is_refused(name, message):
 
 
 def test_wrong_arguments_maps_and_second_adaption_are_refused():
-    with pytest.raises(InputError, match="DISTILLER.STUDENT timm:test_resnet cannot be built with .*depth"):
+    with pytest.raises(InputError, match=r"DISTILLER\.STUDENT timm:test_resnet cannot be built with .*depth"):
         build_student(options("DISTILLER.STUDENT", "timm:test_resnet", "DISTILLER.STUDENT_ARGS.depth", 3), 10)
     with pytest.raises(InputError, match="ResNet has no module 'layer5'; closest: layer"):
         with_features(torchvision.models.resnet18(), 32, ["layer5"])
@@ -202,13 +216,13 @@ def test_wrong_arguments_maps_and_second_adaption_are_refused():
 
 def test_a_factory_is_code_that_the_command_line_may_name_and_a_file_may_not(tmp_path, monkeypatch):
     (tmp_path / "mine_of_any.py").write_text(
-        "import torch\n\n\ndef net(num_classes, width=4):\n    return torch.nn.Sequential(torch.nn.Conv2d(3, width, 3, 2), "
-        "torch.nn.ReLU(True), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(width, num_classes))\n"
+        "from torch import nn\n\n\ndef net(num_classes, width=4):\n    return nn.Sequential(nn.Conv2d(3, width, 3, 2), "
+        "nn.ReLU(True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert is_code("mine_of_any:net") and not is_code("timm:resnet18") and not is_code("resnet8")
     (tmp_path / "a.yaml").write_text("DATASET: {TYPE: digits}\nDISTILLER: {STUDENT: 'mine_of_any:net'}\n")
-    with pytest.raises(InputError, match="DISTILLER.STUDENT names code"):
+    with pytest.raises(InputError, match=r"DISTILLER\.STUDENT names code"):
         load_config(str(tmp_path / "a.yaml"))
     assert "mine_of_any" not in sys.modules
     for cfg in (

@@ -283,13 +283,21 @@ def load_checkpoint(path: StrPath) -> Any:
     path = Path(path)
     with _opened(path) as file:
         try:
-            return _read(file, path)
+            return _read_safetensors(path) if path.suffix == ".safetensors" else _read(file, path)
         except CheckpointError:
             raise
         except pickle.UnpicklingError as error:
             raise CheckpointError(_explain_unpickling(path, error)) from None
         except Exception:  # damaged bytes end in anything: an end too early, a huge allocation
             raise CheckpointError(_damaged(path)) from None
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise CheckpointError(f"{path} needs safetensors: pip install mdistiller[models]") from None
+    return load_file(path)
 
 
 def _opened(path: Path) -> BinaryIO:

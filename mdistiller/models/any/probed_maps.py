@@ -18,7 +18,7 @@ NO_MAPS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Identity, 
 
 
 class Tap:
-    """A hook that keeps what a module returns, or the first thing that it is given. A copy belongs to its copied store."""
+    """A hook that keeps what a module returns, or its first argument. A copied hook belongs to the copied store."""
 
     def __init__(self, store: dict[str, Tensor], name: str, given: bool = False) -> None:
         self.store, self.name, self.given = store, name, given
@@ -81,9 +81,8 @@ def reader_of(network: nn.Module, image: Tensor, maps: Sequence[str]) -> tuple[P
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"{type(network).__name__} must return logits (B, K), not {found}")
-    seen = [
-        each for each in seen if maps or not _is_mean_of(logits, each.output)
-    ]  # a convolution may be the classifier
+    # Where a convolution is the classifier, its map is no feature.
+    seen = [each for each in seen if maps or not _is_mean_of(logits, each.output)]
     by_name = {each.name: each for each in seen}
     for name in maps:
         if name not in by_name:

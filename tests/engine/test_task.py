@@ -207,7 +207,7 @@ def plan(tmp_path, monkeypatch):
 
 
 def test_a_plan_tabulates_it_and_the_lower_error_wins(plan):
-    done = run_tool("reproduce", ["--plan", "plan.yaml", "--jobs", 1])
+    done = run_tool("reproduce", ["--plan", "plan.yaml", "--jobs", 1, "--allow-plugins"])
     assert done.err == ""
     table = list(csv.reader(Path("output/squares/table.csv").read_text().splitlines()))
     assert table[0][2] == "last-epoch MAE [px]"
@@ -232,7 +232,7 @@ def test_a_plan_of_two_tasks_is_refused(plan):
     Path("digits.yaml").write_text(yaml.safe_dump({"DATASET": {"TYPE": "digits"}}))
     Path("plan.yaml").write_text(yaml.safe_dump(plan))
     with pytest.raises(InputError, match=r"scored by .*(MAE on squares.* top-1 on digits|top-1 on digits.* MAE)"):
-        load_plan("plan.yaml")
+        load_plan("plan.yaml", allow_plugins=True)
 
 
 def test_an_unknown_task_is_named_before_anything_is_loaded(tmp_path):

@@ -118,4 +118,4 @@ def test_variants_are_settings_of_a_run():
     for values in TRAIN_VARIANTS.values():
         options = [part for key, value in values.items() for part in (key.replace("__", "."), value)]
         load_config(options=["DISTILLER.TYPE", "KD", "DATASET.VIEW_WEAK", "plain", *options])
-    assert set(COMMANDS) == {"loss", "step", "data", "teacher", "train", "profile", "memory"}
+    assert set(COMMANDS) == {"loss", "step", "data", "teacher", "layout", "train", "profile", "memory"}

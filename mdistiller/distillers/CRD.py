@@ -1,19 +1,20 @@
-"""CRD: a contrastive loss (NCE) of the image's embeddings by student and teacher, with negatives from memory banks.
+"""CRD: contrastive representation distillation, an NCE loss with memory banks.
 
-Tian, Krishnan, Isola. Contrastive Representation Distillation. ICLR 2020. arXiv:1910.10699. Shapes: B images of N, D
-embedding, K negatives of each.
+Tian, Krishnan, Isola. Contrastive Representation Distillation. ICLR 2020. arXiv:1910.10699. Shapes: N training images,
+B images in a batch, D entries of an embedding, K negatives of an image.
 
-The pooled features of each network are projected to ``FEAT.DIM`` dimensions and normalised. Two banks hold such an
-embedding of every training image, one for each network. An image's student embedding is compared with the teacher's
-bank, and the reverse: with its own entry, the positive, and with those of ``NCE.K`` images of other classes (Eq. 18;
-:func:`nce_loss`). Then the image's entries move: half of what they were, half of the new embedding.
+A linear layer projects each network's pooled features to ``FEAT.DIM`` dimensions; the result is normalised. Two memory
+banks, one for each network, hold an embedding of every training image. The loss contrasts an image's student embedding
+with entries of the teacher's bank, and the teacher embedding with entries of the student's bank (Eq. 18;
+:func:`nce_loss`). The positive is the image's own entry, the negatives are the entries of ``NCE.K`` images of other
+classes. Then the banks are updated: half of the old entry plus half of the new embedding.
 
-The density ratio is ``exp(similarity / TEMPERATURE) / Z``. As in the authors' code, Z is estimated once, from the first
-batch, and kept; both projections are trained.
+The density ratio is ``exp(similarity / TEMPERATURE) / Z``. As in the authors' code, Z is estimated from the first batch
+and then constant, and both projections are trained.
 
-Departs from mdistiller: the loss is computed from log-densities; with several processes Z and the entries of all of
-them are exchanged, so that every process has the same banks; the widths of the features are the networks' own.
-``MODE`` and the negatives: ``mdistiller/dataset/negatives.py``.
+Departs from mdistiller: the loss is computed from log-densities; several processes share Z and the new entries, so that
+all have the same banks; the networks give the widths of the features. ``mdistiller/dataset/negatives.py`` explains
+``MODE`` and draws the negatives.
 """
 
 from __future__ import annotations
@@ -53,17 +54,22 @@ WHOLE_BANK = 16  # times the negatives: up to which bank size comparing with all
 
 
 def nce_loss(log_ratio: Tensor, num_data: int) -> Tensor:
-    """Noise-contrastive estimation: is a pair drawn from the data, or one of K times as many from the noise? (Eq. 18)
+    """``-log(r_0 / (r_0 + c)) - sum_k log((K / N) / (r_k + c))``, mean over the batch (Eq. 18).
 
-    With the density ratio r and the noise's density ``c = K / num_data + eps``, ``-log(r / (r + c))`` for the positive
-    plus ``-log(K / num_data / (r + c))`` for each negative: logistic losses of ``log r - log c``.
+    This is noise-contrastive estimation: classify a pair as drawn from the data or from K times more noise. r is the
+    density ratio, of the positive (0) and of the negatives (1 to K); ``c = K / N + 1e-7``. Plain form:
+    tests/oracles/crd.py. The code uses logistic losses of ``log r - log c``.
 
     Args:
-        log_ratio: ``(B, K + 1)``, the positive first, K at least 1; gradient flows.
-        num_data: N, the number of images the noise draws from, each with the same probability.
+        log_ratio: ``(B, K + 1)`` log density ratios, the positive first, K at least 1; gradient flows.
+        num_data: N, the number of images. The noise draws each with the same probability.
 
     Returns:
-        Scalar ``()`` in float32 or better: sum over the row, mean over the batch.
+        Scalar ``()`` in float32 or better.
+
+    Example:
+        >>> nce_loss(torch.tensor([[2.0, -1.0, -1.0]]), num_data=2)
+        tensor(0.7535)
     """
     log_ratio = at_least_float32(log_ratio)
     count = log_ratio.shape[1] - 1
@@ -74,10 +80,10 @@ def nce_loss(log_ratio: Tensor, num_data: int) -> Tensor:
 
 
 def similarities(embedding: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    """Products of each embedding with its rows of a bank, which may be written to afterwards.
+    """``embedding . bank[index]``: scalar products of each embedding with its rows of a bank.
 
-    Where the bank isn't much larger than the rows, the product with all of it, which reads it once for all images, is
-    cheaper than picking ``B (K + 1)`` rows of it.
+    The bank may be updated afterwards. For a small bank the product with the whole bank is cheaper than a selection of
+    ``B (K + 1)`` rows, since it reads the bank once.
 
     Args:
         embedding: ``(B, D)``; gradient flows.
@@ -111,7 +117,7 @@ class ContrastMemory(nn.Module):
         num_data: N.
         num_negatives: K.
         temperature: divides the similarities.
-        momentum: what an entry keeps of itself when it is written to.
+        momentum: share of the old entry in an update.
     """
 
     def __init__(self, dim: int, num_data: int, num_negatives: int, temperature: float, momentum: float) -> None:
@@ -125,13 +131,13 @@ class ContrastMemory(nn.Module):
         self.register_buffer("memory_v2", torch.empty(num_data, dim).uniform_(-bound, bound))  # the teacher's
 
     def forward(self, embed_s: Tensor, embed_t: Tensor, index: Tensor, contrastive_index: Tensor) -> list[Tensor]:
-        """Log density ratios of the student's and of the teacher's embeddings; then the banks are written to.
+        """Log density ratios of the student's and of the teacher's embeddings. The banks are updated afterwards.
 
         Args:
             embed_s: ``(B, D)``; gradient flows.
             embed_t: ``(B, D)``; gradient flows.
-            index: ``(B,)`` positions of the images.
-            contrastive_index: ``(B, K + 1)``, see :func:`nce_loss`.
+            index: ``(B,)`` positions of the images in the training set.
+            contrastive_index: ``(B, K + 1)`` positions of the positive and the negatives, see :func:`nce_loss`.
 
         Returns:
             Two ``(B, K + 1)``.
@@ -148,7 +154,7 @@ class ContrastMemory(nn.Module):
 
     @torch.no_grad()
     def _z(self, place: int, scores: Tensor) -> Tensor:
-        """The constant at ``place``; the first batch's scores set it. The device is not waited for."""
+        """The constant Z at ``place``. The first batch's scores set it, without a wait for the device."""
         z = gather_rows(scores.exp().mean(1)).mean() * len(self.memory_v1)
         self.params[place] = torch.where(self.params[place] < 0, z, self.params[place])
         return self.params[place].clone()
@@ -170,7 +176,7 @@ class CRD(Distiller):
         self.contrast = ContrastMemory(feat.DIM, num_data, nce.K, nce.TEMPERATURE, nce.MOMENTUM)
 
     def get_extra_parameters(self) -> int:
-        """The projections' elements and, as mdistiller counts, those of the banks."""
+        """The number of elements of the projections and, as in mdistiller, of the banks."""
         return super().get_extra_parameters() + sum(buffer.numel() for buffer in self.contrast.buffers())
 
     def forward_train(

@@ -1,14 +1,14 @@
-"""CTKD: KD at a temperature that is learned against the student, and harder from epoch to epoch.
+"""CTKD: KD with a temperature that is learned adversarially, by a curriculum from easy to hard.
 
 Li, Li, Yang, Zhao, Song, Luo, Li, Yang. Curriculum Temperature for Knowledge Distillation. AAAI 2023. arXiv:2211.16231.
 
-The temperature ``T = T_START + T_END * sigmoid(g)`` has one parameter ``g``, "Global-T". The student lowers KD's loss,
-``g`` raises it: its gradient is multiplied by lambda, which falls from ``DECAY_MAX`` 0 to ``DECAY_MIN`` -1 along half a
-cosine within ``DECAY_LOOPS`` epochs. The paper names the range of T by its ends; in the authors' code, which this
-follows, ``T_END`` is its width, so that T lies in (1, 21) and starts at 15.6.
+The temperature ``T = T_START + T_END * sigmoid(g)`` has one parameter ``g``, "Global-T". The student lowers KD's loss
+and ``g`` raises it: the gradient of ``g`` is multiplied by lambda. Lambda falls from ``DECAY_MAX`` 0 to ``DECAY_MIN``
+-1 along half a cosine within ``DECAY_LOOPS`` epochs. In the paper, T's range is given by its two ends. This follows the
+authors' code, where ``T_END`` is the width of the range: T lies in (1, 21) and starts at 15.6.
 
-Not here: the temperature of each image ("Instance-T"). Standardised logits (``EXPERIMENT.LOGIT_STAND``) are LSKD's,
-arXiv:2403.01427.
+Not implemented: a temperature for each image ("Instance-T"). Standardised logits (``EXPERIMENT.LOGIT_STAND``) come
+from LSKD, arXiv:2403.01427.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ PAPER = "Li et al., AAAI 2023, arXiv:2211.16231"
 
 
 def learned_temperature(g: Tensor, t_start: float, t_end: float, lambda_: float) -> Tensor:
-    """``t_start + t_end * sigmoid(g)``, with the gradient of ``g`` multiplied by ``lambda_``: reversed if negative.
+    """``t_start + t_end * sigmoid(g)``, with the gradient of ``g`` multiplied by ``lambda_``.
 
     Args:
-        g: ``(1,)``.
+        g: ``(1,)``; gradient flows.
         t_start: lowest temperature.
         t_end: width of the range.
-        lambda_: :func:`reversal` of the epoch.
+        lambda_: the factor, see :func:`reversal`. A negative factor reverses the gradient.
 
     Returns:
         ``(1,)``.
@@ -54,20 +54,20 @@ def learned_temperature(g: Tensor, t_start: float, t_end: float, lambda_: float)
 
 
 def reversal(epoch: int, decay_max: float, decay_min: float, loops: int) -> float:
-    """Lambda in ``epoch`` (from 1): from ``decay_max`` to ``decay_min`` along half a cosine, then constant.
+    """Lambda in ``epoch``: it falls from ``decay_max`` to ``decay_min`` along half a cosine and is then constant.
 
     Args:
         epoch: from 1.
         decay_max: lambda before the first epoch.
-        decay_min: from epoch ``loops`` on.
-        loops: epochs that the fall takes; 0: none.
+        decay_min: lambda from epoch ``loops`` on.
+        loops: number of epochs of the fall; 0: ``decay_min`` from the start.
     """
     share = min(epoch / loops, 1.0) if loops else 1.0
     return decay_min + (decay_max - decay_min) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number."""
+    """The identity; the gradient is multiplied by a number."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:

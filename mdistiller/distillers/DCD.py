@@ -1,26 +1,27 @@
-"""DCD: tell each image's teacher embedding from the batch's others, alike from both sides.
+"""DCD: a contrastive and a consistency loss on the embeddings of the batch.
 
-Giakoumoglou, Stathaki. Discriminative and Consistent Representation Distillation. arXiv:2407.11802. Shapes: B images,
-D embedding. Sections and figures are the supplement's, Algorithm 1 too.
+Giakoumoglou, Stathaki. Discriminative and Consistent Representation Distillation. arXiv:2407.11802. Sections and
+figures are the supplement's, and so is Algorithm 1. Shapes: B images, D entries of an embedding.
 
-Pooled features of both networks are projected to ``FEAT_DIM`` dimensions and normalised. Of the similarities
-``tau * s t^T + b`` ``(B, B)``, rows are classified by their diagonal (contrastive), and the softmax over rows is drawn
-to that over columns (consistency): ``CE + LAMBDA * KD + BETA * (contrastive + ALPHA * consistency)``. There is no
-memory bank: negatives are the batch's other images, of the same class too.
+A linear layer projects each network's pooled features to ``FEAT_DIM`` dimensions; the result is normalised. With the
+similarities ``S = tau * s t^T + b`` ``(B, B)``, the contrastive loss classifies each row of S, the diagonal being the
+target. The consistency loss is the KL divergence between the softmax over rows and the softmax over columns. Total:
+``CE + LAMBDA * KD + BETA * (contrastive + ALPHA * consistency)``. There is no memory bank: the negatives of an image
+are the other images of the batch, including those of its class.
 
-Departs from Algorithm 1, whose slips the authors' code mends: the softmax over columns is transposed, so that both
-sides of the KL divergence are distributions, and the divergence is a mean over the batch.
+Departs from Algorithm 1 as the authors' code does: the softmax over columns is transposed, so that both sides of the
+KL divergence are distributions; the divergence is a mean over the batch.
 
-What text and code leave open or settle differently; these are our readings:
+Text and code leave open the following points, or differ. Our readings:
 
 - ``tau = exp(theta)``, at most ``MAX_TAU``, multiplies. ``theta`` and ``b`` are learned, as the text says
   (``LEARN_TEMPERATURE``); the authors' scripts never give them to the optimiser. They have no weight decay;
-- above ``MAX_TAU`` the gradient of ``theta`` is zero and it could never come back, so it is held just below;
-- ``b`` starts at 0 and cancels in both softmaxes: it has no gradient and no effect, and is kept for the checkpoints;
-- the target of the consistency term is not detached (``DETACH_TARGET``), as in the authors' code;
-- ``LAMBDA`` weights :func:`~mdistiller.distillers.KD.kd_loss`: 0 is the paper's DCD, 1 its DCD+KD. The supplement only
-  says "typically set to 1.0";
-- negatives come from the batches of all processes (``GATHER``), with gradient: losses and gradients are those of one
+- above ``MAX_TAU`` the gradient of ``theta`` is zero, so ``theta`` could never return. It is held just below;
+- ``b`` starts at 0 and cancels in both softmaxes. It has no gradient and no effect; checkpoints contain it;
+- the target of the consistency term has a gradient, as in the authors' code (``DETACH_TARGET`` removes it);
+- ``LAMBDA`` weights :func:`~mdistiller.distillers.KD.kd_loss`: 0 is the paper's DCD, 1 its DCD+KD. The supplement says
+  "typically set to 1.0" only;
+- negatives come from the batches of all processes, with gradient (``GATHER``). Losses and gradients equal those of one
   process with the global batch;
 - both projections are trained, although the text counts no trainable parameters.
 """
@@ -69,24 +70,32 @@ def dcd_loss(
     alpha: float = 0.5,
     detach_target: bool = False,
 ) -> Tensor:
-    """Contrastive plus ``alpha`` times consistency loss of paired embeddings.
+    """``CE(S, diagonal) + alpha * KL(C || R)``, mean over the batch (Algorithm 1).
 
-    Computed in float32 or better, under autocast too. The batch is what the embeddings hold: what is to be compared
-    across processes must be gathered before, see :func:`~mdistiller.functional.gather.gather_with_gradient`.
+    ``S = tau * embed_s embed_t^T + b``. R is the softmax of S over each row. C is the softmax of S over each column,
+    transposed: ``C[i]`` is the distribution over students for teacher i.
+
+    Computed in float32 or better, under autocast too. To compare across processes, gather the embeddings first
+    (:func:`~mdistiller.functional.gather.gather_with_gradient`).
 
     Args:
         embed_s: ``(B, D)`` with rows of length 1; gradient flows.
-        embed_t: ``(B, D)``, likewise, gradient included; row i belongs to row i of ``embed_s``.
-        tau: the similarities' scale, an inverse temperature; gradient flows.
-        b: added to all of them, which changes nothing.
-        alpha: weight of ``KL(columns || rows)``, where ``columns[i]`` is the softmax over students for teacher i.
-        detach_target: hold the columns constant.
+        embed_t: ``(B, D)`` with rows of length 1, row i for the image of ``embed_s[i]``; gradient flows.
+        tau: scale of the similarities, an inverse temperature; gradient flows.
+        b: bias of the similarities; cancels.
+        alpha: weight of the consistency term.
+        detach_target: treat C as a constant.
 
     Returns:
-        Scalar ``()``. With one image, 0.
+        Scalar ``()``. For one image, 0.
 
     Raises:
         InputError: embeddings of different shapes.
+
+    Example:
+        >>> embed = torch.eye(3)
+        >>> dcd_loss(embed, embed, tau=2.0, b=0.0), dcd_loss(embed, embed.flip(0), tau=2.0, b=0.0)
+        (tensor(0.2395), tensor(1.5729))
     """
     require_one_shape("dcd_loss", embed_s, embed_t)
     with torch.autocast(embed_s.device.type, enabled=False):
@@ -99,7 +108,7 @@ def dcd_loss(
 
 
 def bounded_scale(theta: Tensor, max_tau: float) -> Tensor:
-    """``exp(theta)`` for ``theta`` ``()``, at most ``max_tau``; no gradient above."""
+    """``min(exp(theta), max_tau)`` for ``theta`` ``()``. There is no gradient above the bound."""
     return theta.exp().clamp(max=max_tau)
 
 
@@ -160,7 +169,7 @@ class DCD(Distiller):
         return F.normalize(projection(at_least_float32(features["pooled_feat"])), dim=1)
 
     def tau(self) -> Tensor:
-        """The scale; what is learned of it is held below the bound first, and watched."""
+        """The scale, also a monitor. A learned ``theta`` is first held below the bound."""
         if self.learn_temperature:
             with torch.no_grad():
                 self.theta.clamp_(max=math.log(self.max_tau) - BELOW)

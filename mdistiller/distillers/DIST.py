@@ -88,31 +88,41 @@ PLUS_PAPER = "Huang et al., DIST+: Knowledge Distillation from A Stronger Adapti
 
 
 def pearson_distance(a: Tensor, b: Tensor, dim: int = -1, eps: float = EPS) -> Tensor:
-    """1 - Pearson's correlation (Eq. 6, 7) of the vectors along ``dim``, which the result lacks; in [0, 2].
+    """``1 - cov(a, b) / (std(a) std(b))`` of the vectors along ``dim`` (Eq. 6, 7); in [0, 2].
 
-    Blind to a positive scale and a shift of either vector, but for ``eps``. Half precision is taken to float32 first.
+    A positive scale or a shift of either vector changes nothing, except through ``eps``.
 
     Args:
         a: any shape; gradient flows.
         b: the shape of ``a``; gradient flows.
-        dim: the axis that holds a vector.
-        eps: added to the product of the norms of the centred vectors, as in the authors' code. It silences vectors
+        dim: the axis of the vectors. The result lacks this axis.
+        eps: added to the product of the norms of the centred vectors, as in the authors' code. It suppresses vectors
             with a tiny spread, such as columns of classes that are absent from a batch.
 
     Returns:
-        Where a vector is constant: 1, without gradient.
+        The shape of ``a`` without ``dim``, in float32 or better. A constant vector gives 1, without gradient.
 
     Raises:
         InputError: different shapes.
+
+    Example:
+        >>> a = torch.tensor([-1.0, 0.0, 1.0])
+        >>> pearson_distance(a, 2 * a + 3), pearson_distance(a, -a)
+        (tensor(-1.1921e-07), tensor(2.))
     """
     require_one_shape("pearson_distance", a, b)
     return _angular_distance(_centred(at_least_float32(a), dim), _centred(at_least_float32(b), dim), dim, eps)
 
 
 def cosine_distance(a: Tensor, b: Tensor, dim: int = -1, eps: float = EPS) -> Tensor:
-    """1 - cosine similarity of the vectors along ``dim``; where one is zero: 1, without gradient.
+    """``1 - <a, b> / (||a|| ||b||)`` of the vectors along ``dim``. A zero vector gives 1, without gradient.
 
-    Arguments are those of :func:`pearson_distance`, of which it is the ablation in Tab. 11: blind to scale only.
+    This is the ablation of :func:`pearson_distance` in Tab. 11; it has the same arguments. A positive scale of either
+    vector changes nothing; a shift does.
+
+    Example:
+        >>> cosine_distance(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+        tensor(1.)
     """
     require_one_shape("cosine_distance", a, b)
     a, b = at_least_float32(a), at_least_float32(b)
@@ -127,24 +137,29 @@ def dist_loss(
     eps: float = EPS,
     column_group: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Inter-class and intra-class loss (Eq. 8, 9), without the factor ``tau ** 2``.
+    """``L_inter = mean over rows of d_p``, ``L_intra = mean over columns of d_p`` (Eq. 8, 9), without ``tau^2``.
 
-    Half-precision logits are taken to float32 first.
+    d_p is the :func:`pearson_distance` of ``softmax(z_s / tau)`` and ``softmax(z_t / tau)``.
 
     Args:
         logits_s: ``(B, C)`` raw scores, or ``(B, C, ...)`` with every position a sample; gradient flows.
-        logits_t: the teacher's; constant.
+        logits_t: the teacher's, of the same shape; constant.
         tau: temperature above 0.
-        relation: ``"pearson"``; ``"cosine"``; ``"kl"``, the divergence of the student from the teacher.
+        relation: ``"pearson"``; ``"cosine"``; ``"kl"``: KL(teacher || student).
         eps: see :func:`pearson_distance`.
-        column_group: length of a column: the samples fall into groups of so many in their order, the last of which may
-            be smaller, and the second loss is the mean over the groups; 0: all samples are one column.
+        column_group: length of a column. The samples form groups of this size in their order, the last group may be
+            smaller, and L_intra is the mean over the groups. 0: all samples are one column.
 
     Returns:
-        Two scalars ``()``: the means over samples and over classes. Zero for equal logits, but for ``eps``.
+        Two scalars ``()`` in float32 or better. Equal logits give 0, up to ``eps``.
 
     Raises:
         InputError: logits of different shapes, or an unknown relation.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), torch.eye(3)[[0, 2]]
+        >>> dist_loss(student, teacher, tau=1.0)
+        (tensor(0.7500), tensor(0.6667))
     """
     require_one_shape("dist_loss", logits_s, logits_t)
     z_s, z_t = (_samples(at_least_float32(z)) / tau for z in (logits_s, logits_t.detach()))
@@ -161,22 +176,30 @@ def dist_loss(
 def acclimation_loss(
     logits_s: Tensor, logits_t: Tensor, target: Tensor, tau: float = 1.0, kind: str = "nontarget", eps: float = EPS
 ) -> Tensor:
-    """What the teacher learns from the student (Eq. 14): Pearson distance of non-target classes, mean over samples.
+    """``mean over samples of d_p(softmax(z_t / tau), softmax(z_s / tau))`` over the non-target classes (Eq. 14).
+
+    The teacher learns this loss from the student. d_p is the :func:`pearson_distance`.
 
     Args:
         logits_s: ``(B, C)`` raw scores; constant.
         logits_t: ``(B, C)`` raw scores; gradient flows.
-        target: class numbers ``(B,)``, or ``(B, C)`` shares of mixed labels, of which the largest counts.
+        target: ``(B,)`` class numbers, or ``(B, C)`` shares of mixed labels; the largest share counts.
         tau: temperature above 0.
-        kind: ``"nontarget"``: the softmax over all classes but the target, whose logit neither counts nor learns;
-            ``"all"``: all classes; ``"kl"``: KL(student || teacher) over all classes.
+        kind: ``"nontarget"``: the softmax runs over all classes but the target, whose logit has no effect and no
+            gradient; ``"all"``: all classes; ``"kl"``: KL(student || teacher) over all classes.
         eps: see :func:`pearson_distance`.
 
     Returns:
-        Scalar ``()``. With two classes, one is left, and there is nothing to correlate: 1, without gradient.
+        Scalar ``()`` in float32 or better. With two classes there is one non-target class and no correlation: the loss
+        is 1, without gradient.
 
     Raises:
-        InputError: logits of different shapes, not as many targets, or an unknown kind.
+        InputError: logits of different shapes, a different number of targets, or an unknown kind.
+
+    Example:
+        >>> student, teacher = torch.tensor([[9.0, 1.0, 0.0]]), torch.tensor([[9.0, 0.0, 1.0]])
+        >>> acclimation_loss(student, teacher, torch.tensor([0]))
+        tensor(2.)
     """
     require_one_shape("acclimation_loss", logits_s, logits_t)
     require_same_images("acclimation_loss", logits_s, target)
@@ -194,23 +217,27 @@ def acclimation_loss(
 def feature_relation_loss(
     f_s: Tensor, f_t: Tensor, relation: str = "pearson", eps: float = EPS
 ) -> tuple[Tensor, Tensor]:
-    """Channel relation (Eq. 15) and spatial relation (Eq. 16).
+    """``L_cr = mean d_p(f_s, f_t)``, ``L_sr = mean d_p(sum over D of f_s, sum over D of f_t)`` (Eq. 15, 16).
 
-    The first is the distance of the channels' vectors at each position, mean over images and positions; the second that
-    of the maps summed over channels (with ``"mse"``: averaged), as vectors of H W positions, mean over images.
-    Half-precision maps are taken to float32 first.
+    d_p is the :func:`pearson_distance`: for L_cr of the D channels, mean over images and positions; for L_sr of the H W
+    positions, mean over images. ``"mse"`` averages over channels instead of the sum. Plain form: tests/oracles/dist.py.
 
     Args:
-        f_s: the student's maps ``(B, D, H, W)``, aligned to the teacher's width; gradient flows, once.
-        f_t: the teacher's maps ``(B, D, H, W)``; constant.
+        f_s: ``(B, D, H, W)`` the student's maps, aligned to the teacher's width; gradient flows, first derivative only.
+        f_t: ``(B, D, H, W)`` the teacher's maps; constant.
         relation: ``"pearson"``, ``"cosine"`` or ``"mse"``.
         eps: see :func:`pearson_distance`.
 
     Returns:
-        Two scalars ``()``.
+        Two scalars ``()`` in float32 or better.
 
     Raises:
         InputError: maps of different shapes, or an unknown relation.
+
+    Example:
+        >>> f_s, f_t = torch.arange(12.0).view(1, 3, 2, 2), torch.arange(12.0).square().view(1, 3, 2, 2)
+        >>> feature_relation_loss(f_s, f_t)
+        (tensor(0.0241), tensor(0.0033))
     """
     require_one_shape("feature_relation_loss", f_s, f_t)
     if check_choice("relation", relation, FEATURE_RELATIONS) == "pearson":
@@ -225,12 +252,24 @@ def feature_relation_loss(
 
 
 def channel_relation_loss(f_s: Tensor, f_t: Tensor, relation: str = "pearson", eps: float = EPS) -> Tensor:
-    """The first of :func:`feature_relation_loss`, ``()``."""
+    """``L_cr`` (Eq. 15), the first loss of :func:`feature_relation_loss`, ``()``.
+
+    Example:
+        >>> f_s, f_t = torch.arange(12.0).view(1, 3, 2, 2), torch.arange(12.0).square().view(1, 3, 2, 2)
+        >>> channel_relation_loss(f_s, f_t)
+        tensor(0.0241)
+    """
     return feature_relation_loss(f_s, f_t, relation, eps)[0]
 
 
 def spatial_relation_loss(f_s: Tensor, f_t: Tensor, relation: str = "pearson", eps: float = EPS) -> Tensor:
-    """The second of :func:`feature_relation_loss`, ``()``."""
+    """``L_sr`` (Eq. 16), the second loss of :func:`feature_relation_loss`, ``()``.
+
+    Example:
+        >>> f_s, f_t = torch.arange(12.0).view(1, 3, 2, 2), torch.arange(12.0).square().view(1, 3, 2, 2)
+        >>> spatial_relation_loss(f_s, f_t)
+        tensor(0.0033)
+    """
     return feature_relation_loss(f_s, f_t, relation, eps)[1]
 
 
@@ -238,9 +277,9 @@ class _ChannelRelation(torch.autograd.Function):
     """``pearson_distance(f_s, f_t, 1, eps)`` and both means over channels, each ``(B, H, W)``.
 
     With ``x``, ``y`` standardised along channels, ``r = mean(x y)`` and ``n`` the product of the centred vectors'
-    norms, the correlation is ``rho = r n / (n + eps)``, and its derivative by ``f_s`` is
-    ``std_t (y - rho x) / (n + eps)``: a third of the plain form's time, which passes over the maps many times more.
-    Channels come last here: with ``channels_last`` the maps lie in memory that way.
+    norms, the correlation is ``rho = r n / (n + eps)``, and its derivative by ``f_s`` is ``std_t (y - rho x) / (n +
+    eps)``. This takes a third of the plain form's time, since the plain form reads the maps many more times. Channels
+    are the last axis here; with ``channels_last`` this is the maps' memory layout.
     """
 
     @staticmethod
@@ -267,10 +306,10 @@ class _ChannelRelation(torch.autograd.Function):
 
 
 def _standardised(f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(B, D, H, W)`` to ``(B, H, W, D)`` of mean 0 and variance 1; mean, deviation, and where it is constant.
+    """``(B, D, H, W)`` as ``(B, H, W, D)`` of mean 0, variance 1; mean; deviation; mask of constants.
 
-    Constant is a vector that deviates by less than ``NOISE`` roundings of its mean, both of which are known already; or
-    by as little as ``tiny``, which keeps the inverse finite.
+    A vector is constant if it deviates by less than ``NOISE`` roundings of its mean, or by about ``tiny ** 0.5``, which
+    keeps the inverse finite.
     """
     f = at_least_float32(f.movedim(1, -1)).contiguous()
     limits = torch.finfo(f.dtype)
@@ -289,7 +328,7 @@ def _centred(x: Tensor, dim: int) -> Tensor:
 
 
 def _silenced(x: Tensor, reference: Tensor, dim: int) -> Tensor:
-    """``x`` with zeros, which have no gradient, for the vectors that are but rounding beside those of ``reference``."""
+    """``x``, with zeros without gradient for vectors that are rounding errors of those in ``reference``."""
     largest, scale = (y.detach().abs().amax(dim, keepdim=True) for y in (x, reference))
     return torch.where(largest > NOISE * torch.finfo(x.dtype).eps * scale, x, 0.0)
 
@@ -399,7 +438,7 @@ class DISTPlus(DIST):
         return list(self.acclimated)
 
     def parameter_groups(self, cfg: Any) -> list[dict[str, Any]]:
-        """The student's side as usual, and the teacher's with its own rate and no weight decay."""
+        """The student's parameters as usual; the teacher's with their own rate and no weight decay."""
         moving = {id(p) for p in self.acclimated}
         groups = [{"params": [p for p in self.get_learnable_parameters() if id(p) not in moving]}]
         if self.acclimated:
@@ -409,7 +448,7 @@ class DISTPlus(DIST):
 
     @torch.no_grad()
     def hold_teacher(self) -> None:
-        """Take weights that have gone further than ``ACCLIMATE_RADIUS`` back to that distance from their start."""
+        """Take weights beyond ``ACCLIMATE_RADIUS`` back to that distance from their start."""
         for number, parameter in enumerate(self.acclimated if self.radius else ()):
             start = self.get_buffer(f"start_{number}")
             way = parameter - start

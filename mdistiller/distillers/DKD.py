@@ -1,14 +1,14 @@
-"""DKD: KD's divergence taken apart into target class against the rest, and among the non-target classes.
+"""DKD: decoupled KD, the target class and the other classes get separate weights.
 
 Zhao, Cui, Song, Qiu, Liang. Decoupled Knowledge Distillation. CVPR 2022. arXiv:2203.08679. Equations are the paper's.
 Shapes: B images, K classes.
 
-``KD = TCKD + (1 - p_t) NCKD`` (Eq. 6), with ``p_t`` the teacher's probability of the target class: where the teacher is
-sure, KD hardly conveys what it knows of the other classes. DKD is ``ALPHA * TCKD + BETA * NCKD`` (Eq. 7).
+``KD = TCKD + (1 - p_t) NCKD`` (Eq. 6), with ``p_t`` the teacher's probability of the target class. If the teacher is
+sure of the target, KD almost ignores the other classes. DKD minimises ``ALPHA * TCKD + BETA * NCKD`` (Eq. 7).
 
-Departs from the paper: none in the values. Both distributions are computed from log-probabilities, see
-:func:`tckd_loss`; the authors' code takes the logarithm of a probability, which is infinite in float32 from a
-difference of about 104 between logits. Standardised logits (``EXPERIMENT.LOGIT_STAND``) are LSKD's, arXiv:2403.01427.
+The values are the paper's. Both distributions are computed from log-probabilities (:func:`tckd_loss`). The authors'
+code takes the logarithm of a probability; in float32 that is infinite if two logits differ by more than about 104.
+Standardised logits (``EXPERIMENT.LOGIT_STAND``) come from LSKD, arXiv:2403.01427.
 """
 
 from __future__ import annotations
@@ -45,22 +45,29 @@ def dkd_loss(
     temperature: float | Tensor,
     logit_stand: bool = False,
 ) -> Tensor:
-    """``alpha * TCKD + beta * NCKD`` (Eq. 7), times T^2, mean over the batch.
+    """``T^2 * (alpha * TCKD + beta * NCKD)``, mean over the batch (Eq. 7; :func:`tckd_loss`, :func:`nckd_loss`).
+
+    Plain form: tests/oracles/dkd.py.
 
     Args:
         logits_student: ``(B, K)`` raw scores, K at least 2; gradient flows.
-        logits_teacher: ``(B, K)`` raw scores; gradient flows where they carry one.
-        target: ``(B,)`` class numbers, or ``(B, K)`` shares of mixed labels, of which the largest counts.
-        alpha: weight of :func:`tckd_loss`.
-        beta: weight of :func:`nckd_loss`, which is 0 for two classes.
+        logits_teacher: ``(B, K)`` raw scores; gradient flows if they require one.
+        target: ``(B,)`` class numbers, or ``(B, K)`` shares of mixed labels; the largest share counts.
+        alpha: weight of TCKD. The paper's value is 1.
+        beta: weight of NCKD, which is 0 for two classes. The paper: 1 to 8.
         temperature: T > 0.
-        logit_stand: standardise both before they are softened (:func:`~mdistiller.functional.zs_norm`).
+        logit_stand: standardise both networks' logits first (:func:`~mdistiller.functional.zs_norm`).
 
     Returns:
-        Scalar ``()``, zero for equal logits.
+        Scalar ``()`` in float32 or better; 0 for equal logits.
 
     Raises:
-        InputError: logits of different shapes, or not as many targets.
+        InputError: logits of different shapes, or a different number of targets.
+
+    Example:
+        >>> student, teacher = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[2.0, 0.0, 1.0]])
+        >>> dkd_loss(student, teacher, torch.tensor([0]), alpha=1.0, beta=8.0, temperature=4.0)
+        tensor(3.9793)
     """
     require_one_shape("dkd_loss", logits_student, logits_teacher)
     require_same_images("dkd_loss", logits_student, target)
@@ -73,18 +80,23 @@ def dkd_loss(
 
 
 def tckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
-    """KL divergence of the two-way distributions "target class or another" (Eq. 5), mean over the batch.
+    """``KL(b_t || b_s)`` of ``b = (p_target, 1 - p_target)``, mean over the batch (TCKD of Eq. 5).
 
-    With the margin ``m = z_target - logsumexp(z_others)``, these are ``sigmoid(m)`` and ``sigmoid(-m)``, whose
-    logarithms are exact at any size of the logits.
+    With the margin ``m = z_target - logsumexp(z_others)``, ``b = (sigmoid(m), sigmoid(-m))``. Their logarithms are
+    exact for logits of any size.
 
     Args:
-        logits_student: ``(B, K)``, divided by the temperature already.
-        logits_teacher: ``(B, K)``, likewise.
-        target: ``(B,)``.
+        logits_student: ``(B, K)``, already divided by the temperature; gradient flows.
+        logits_teacher: ``(B, K)``, already divided by the temperature; gradient flows if it requires one.
+        target: ``(B,)`` class numbers.
 
     Returns:
         Scalar ``()``.
+
+    Example:
+        >>> student, teacher = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[2.0, 0.0, 1.0]])
+        >>> tckd_loss(student, teacher, torch.tensor([1]))
+        tensor(0.0795)
     """
     two_way = []
     for logits in (logits_student, logits_teacher):
@@ -94,17 +106,22 @@ def tckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) ->
 
 
 def nckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
-    """KL divergence of the distributions over all classes but the target (Eq. 5), mean over the batch.
+    """``KL(q_t || q_s)`` of ``q = softmax(z_others)``, mean over the batch (NCKD of Eq. 5).
 
-    With two classes there is one other class, all distributions over it are equal, and this is 0.
+    With two classes q has one entry, and the loss is 0.
 
     Args:
-        logits_student: ``(B, K)``, divided by the temperature already.
-        logits_teacher: ``(B, K)``, likewise.
-        target: ``(B,)``.
+        logits_student: ``(B, K)``, already divided by the temperature; gradient flows.
+        logits_teacher: ``(B, K)``, already divided by the temperature; gradient flows if it requires one.
+        target: ``(B,)`` class numbers.
 
     Returns:
         Scalar ``()``.
+
+    Example:
+        >>> student, teacher = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[2.0, 0.0, 1.0]])
+        >>> nckd_loss(student, teacher, torch.tensor([0]))
+        tensor(0.4621)
     """
     others = (_others(logits, target).log_softmax(1) for logits in (logits_student, logits_teacher))
     return F.kl_div(*others, reduction="batchmean", log_target=True)

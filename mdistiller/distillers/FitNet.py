@@ -3,14 +3,15 @@
 Romero, Ballas, Kahou, Chassang, Gatta, Bengio. FitNets: Hints for Thin Deep Nets. ICLR 2015. arXiv:1412.6550.
 Shapes: B images, C channels, H, W positions.
 
-A regressor (:class:`~mdistiller.distillers._common.ConvReg`: convolution, batch norm, ReLU) takes a map of the student
-to the shape of the teacher's, the hint; their squared difference is the loss (Eq. 3).
+A regressor (:class:`~mdistiller.distillers._common.ConvReg`: convolution, batch norm, ReLU) maps a feature map of the
+student to the shape of the teacher's map, the hint. The loss is their squared difference (Eq. 3).
 
-Departs from the paper, as mdistiller does: hint and labels are learned together, not in two stages; the loss is a mean
-over all elements; the regressor ends in batch norm and ReLU. Departs from mdistiller (docs/differences.md):
-``MULTI_STAGE`` gives every stage a hint and a regressor, whose losses are summed; building the regressors leaves the
-networks as they are; and where the networks have different numbers of maps, ``HINT_LAYER`` is a number of the
-teacher's (``STAGES``).
+Departs from the paper, as mdistiller does: one training stage with hint and labels, not two; the loss is a mean over
+all elements; the regressor ends in batch norm and ReLU.
+
+Departs from mdistiller (docs/differences.md): ``MULTI_STAGE`` gives every stage a hint and a regressor and sums the
+losses; new regressors leave the networks' state unchanged; for networks with different numbers of maps, ``HINT_LAYER``
+counts the teacher's maps (``STAGES``).
 """
 
 from __future__ import annotations
@@ -47,17 +48,21 @@ PAPER = "Romero et al., ICLR 2015, arXiv:1412.6550"
 
 
 def hint_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
-    """Squared difference, mean over all elements (Eq. 3 without its factor 1/2).
+    """``mean((r(F_s) - F_t)^2)`` over all elements (Eq. 3 without its factor 1/2).
 
     Args:
-        f_s: ``(B, C, H, W)``, regressed from the student's map; gradient flows.
-        f_t: of the same shape; gradient flows where it carries one.
+        f_s: ``(B, C, H, W)``, the regressor's output; gradient flows.
+        f_t: ``(B, C, H, W)``; gradient flows if it requires one.
 
     Returns:
-        Scalar ``()``.
+        Scalar ``()`` in float32 or better.
 
     Raises:
-        InputError: different shapes, as images of another size than the regressor was built for give them.
+        InputError: maps of different shapes. Images of another size than ``DATASET.IMAGE_SIZE`` cause this.
+
+    Example:
+        >>> hint_loss(torch.ones(2, 4, 8, 8), torch.zeros(2, 4, 8, 8))
+        tensor(1.)
     """
     require_same_images("hint_loss", f_s, f_t)
     if f_s.shape != f_t.shape:
@@ -93,7 +98,13 @@ class FitNet(FeatureDistiller):
 
 
 def single_pair(layer: int, num_s: int, num_t: int, offset: int) -> tuple[int, int]:
-    """Numbers of the student's map and of the teacher's, which ``HINT_LAYER`` names.
+    """Numbers of the student's and of the teacher's map for ``HINT_LAYER``.
+
+    Args:
+        layer: ``HINT_LAYER``.
+        num_s: number of the student's maps.
+        num_t: number of the teacher's maps.
+        offset: see :func:`~mdistiller.distillers._common.stage_offset`.
 
     Raises:
         InputError: there is no such pair.

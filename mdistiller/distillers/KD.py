@@ -3,8 +3,8 @@
 Hinton, Vinyals, Dean. Distilling the Knowledge in a Neural Network. arXiv:1503.02531.
 Departs from the paper: the weights of the two terms are free (mdistiller: 0.1 and 0.9).
 
-LSKD (Sun, Ren, Li, Wang, Cao. Logit Standardization in Knowledge Distillation. CVPR 2024. arXiv:2403.01427) is this
-with ``EXPERIMENT.LOGIT_STAND``, temperature 2 and weight 9.
+``EXPERIMENT.LOGIT_STAND`` with temperature 2 and weight 9 gives LSKD (Sun, Ren, Li, Wang, Cao. Logit Standardization in
+Knowledge Distillation. CVPR 2024. arXiv:2403.01427).
 """
 
 from __future__ import annotations
@@ -35,23 +35,27 @@ def kd_loss(
     logit_stand: bool = False,
     reduce: bool = True,
 ) -> Tensor:
-    """T^2 * KL(teacher || student) of the softened classes, mean over the batch.
+    """``T^2 * KL(softmax(z_t / T) || softmax(z_s / T))``, mean over the batch.
 
-    Half-precision logits are taken to float32 first.
+    The factor T^2 keeps the size of the gradient roughly independent of T (Sec. 2).
 
     Args:
         logits_student: ``(B, K)`` raw scores; gradient flows.
-        logits_teacher: ``(B, K)`` raw scores; gradient flows where they carry one.
-        temperature: T > 0, gradient flows. The factor T^2 keeps the size of the gradient roughly independent of T
-            (Sec. 2).
-        logit_stand: standardise both before they are softened (:func:`~mdistiller.functional.zs_norm`).
-        reduce: take the mean over the batch; else each image's value is returned.
+        logits_teacher: ``(B, K)`` raw scores; gradient flows if they require one.
+        temperature: T > 0; gradient flows.
+        logit_stand: standardise both networks' logits first (:func:`~mdistiller.functional.zs_norm`).
+        reduce: mean over the batch; ``False`` returns each image's value.
 
     Returns:
-        Scalar ``()``, or ``(B,)``; zero for equal logits.
+        Scalar ``()``, or ``(B,)``, in float32 or better; 0 for equal logits.
 
     Raises:
         InputError: logits of different shapes.
+
+    Example:
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 0.0]])
+        >>> kd_loss(student, teacher, temperature=4.0)
+        tensor(1.7751)
     """
     require_one_shape("kd_loss", logits_student, logits_teacher)
     student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher)
@@ -93,8 +97,8 @@ class KD(Distiller):
 class KDTwoViews(KD):
     """KD on a weak and a strong view: each term is the sum over both (as MLLD and VRM sum theirs).
 
-    The fair opponent of the methods that see two views. The frozen teacher takes both views in one pass;
-    the student takes them one by one, so that BatchNorm doesn't mix their statistics.
+    This is the fair baseline of methods that see two views. The frozen teacher takes both views in one batch. The
+    student takes one view after the other, so that BatchNorm does not mix their statistics.
     """
 
     def forward_train(

@@ -1,20 +1,22 @@
-"""KDSVD: match how the main directions of one stage relate to those of the next.
+"""KDSVD: match the relation between the main directions of consecutive stages.
 
 Lee, Kim, Song. Self-supervised Knowledge Distillation Using Singular Value Decomposition. ECCV 2018.
 arXiv:1807.06819. Shapes: B images, C channels, H, W positions, k directions.
 
-A map is read as a matrix of C * H rows and W columns, whose first right singular vectors ``v`` are its directions. The
-student's are put in the teacher's order and sign by their cosines, and both are weighted by the teacher's singular
-values. Between consecutive stages, ``exp(-(v_i - v'_j)^2 / 8)`` of all entries is compared by its squared difference.
+A map is a matrix of C * H rows and W columns. Its first right singular vectors ``v`` are its directions. By their
+cosines, the student's directions are put in the teacher's order and sign. The teacher's singular values weight both
+networks' directions. The relation of two consecutive stages is ``exp(-(v_i - v'_j)^2 / 8)`` of all entries, and the
+loss is the squared difference of the networks' relations.
 
 Departs from the paper, as mdistiller does: the paper's matrix has a row for each position and a column for each
 channel. Departs from mdistiller (docs/differences.md):
 
-- the singular vectors' sign, which a decomposition leaves open and the loss depends on, is fixed (:func:`directions`);
-- directions come from the eigenvectors of the W x W matrix ``X^T X`` in float64, and their gradient leaves out pairs of
-  equal singular values, between which it is infinite;
-- of maps of different size the larger is pooled to the smaller, where mdistiller fails;
-- which maps are compared where the networks have different numbers of them (``STAGES``).
+- a decomposition leaves the sign of singular vectors open, and the loss depends on it. Here the sign is fixed
+  (:func:`directions`);
+- directions come from the eigenvectors of the W x W matrix ``X^T X`` in float64. Between equal singular values the
+  gradient is infinite; such pairs are left out;
+- the larger of two maps is pooled to the smaller size; mdistiller fails on such maps;
+- the choice of maps for networks with different numbers of maps (``STAGES``).
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ SPARE = 3  # directions of the student beyond k, among which the teacher's look 
 class EigenVectors(torch.autograd.Function):
     """Eigenvectors of symmetric matrices ``(B, W, W)``, in columns, and eigenvalues, ascending.
 
-    The gradient of ``torch.linalg.eigh`` divides by the differences of eigenvalues. Those that float32 cannot tell from
-    0, relative to the largest eigenvalue, are left out here: the two vectors may be any that span the same plane.
+    The gradient of ``torch.linalg.eigh`` divides by differences of eigenvalues. This one leaves out differences that
+    float32 cannot tell from 0, relative to the largest eigenvalue: the two eigenvectors are any basis of their plane.
     """
 
     @staticmethod
@@ -70,15 +72,15 @@ class EigenVectors(torch.autograd.Function):
 
 
 def directions(feat: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The first right singular vectors of maps, read as matrices ``(C * H, W)``, and the singular values' shares.
+    """The first right singular vectors of maps as ``(C * H, W)`` matrices, and the normalised singular values.
 
     Args:
         feat: ``(B, C, H, W)``; gradient flows through the vectors.
-        k: how many; at most W are there.
+        k: number of vectors, at most W.
 
     Returns:
-        ``(B, W, k)`` vectors in columns, each with the sign that makes its sum positive, and ``(B, k)``, the singular
-        values at length 1; both in float32 or better. Maps of zeros have singular values 0.
+        ``(B, W, k)`` vectors in columns, each with a sum of at least 0, and ``(B, k)`` singular values as a vector of
+        length 1. Both are in float32 or better. A map of zeros has singular values 0.
     """
     rows = at_least_float32(feat).flatten(1, 2)
     exact = rows.double()
@@ -91,11 +93,11 @@ def directions(feat: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def aligned(v_s: Tensor, v_t: Tensor) -> Tensor:
-    """For each direction of the teacher the student's most like it, up to sign, with the sign that makes it alike.
+    """The student's direction with the largest ``|cosine|`` to each of the teacher's, with the sign of that cosine.
 
     Args:
         v_s: ``(B, W, n)``; gradient flows.
-        v_t: ``(B, W, k)``.
+        v_t: ``(B, W, k)``; constant.
 
     Returns:
         ``(B, W, k)``.
@@ -107,19 +109,26 @@ def aligned(v_s: Tensor, v_t: Tensor) -> Tensor:
 
 
 def kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int) -> Tensor:
-    """Squared difference of the relations of consecutive stages, summed over stages and entries, mean over images.
+    """``sum (R_s - R_t)^2`` over consecutive stages and all entries, mean over images; R is :func:`relation`.
+
+    Plain form: tests/oracles/kdsvd.py.
 
     Args:
-        g_s: of each stage ``(B, C, H, W)``; gradient flows.
-        g_t: of each stage ``(B, C, H, W)``; constant.
-        k: directions of each stage.
+        g_s: the student's maps, ``(B, C_s, H_s, W_s)`` each; gradient flows.
+        g_t: the teacher's maps, the same number; constant.
+        k: number of directions of each stage.
 
     Returns:
         Scalar ``()``, 0 for equal maps.
 
     Raises:
-        InputError: a map that has fewer than ``k`` columns.
+        InputError: a map with fewer than ``k`` columns, or maps with different numbers of images.
         ValueError: lists of different length.
+
+    Example:
+        >>> maps = [torch.arange(start, start + 32.0).square().cos().view(1, 2, 4, 4) for start in (0, 32)]
+        >>> kdsvd_loss(maps, maps, k=1), kdsvd_loss(maps, maps[::-1], k=1)
+        (tensor(0.), tensor(0.0702))
     """
     stages = []
     with torch.autocast(g_s[0].device.type, enabled=False):
@@ -137,7 +146,15 @@ def kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int) -> Tensor:
 
 
 def relation(v: Tensor, before: Tensor) -> Tensor:
-    """``exp(-(v_i - before_j)^2 / 8)`` of all pairs of entries: ``(B, W, W', k)`` of ``(B, W, k)``, ``(B, W', k)``."""
+    """``exp(-(v_i - before_j)^2 / 8)`` for all pairs of entries.
+
+    Args:
+        v: ``(B, W, k)`` directions of a stage.
+        before: ``(B, W', k)`` directions of the stage before.
+
+    Returns:
+        ``(B, W, W', k)``.
+    """
     return torch.exp(-(v[:, :, None] - before[:, None]).square() / 8)
 
 

@@ -111,7 +111,7 @@ Batches = Callable[[int], Iterable[dict[str, Tensor]]]
 
 
 def angle_matrix(z_pos: Tensor, z_anchor: Tensor) -> Tensor:
-    """Cosines of positives and anchors (Eq. 4); a zero vector has cosine 0 with all, and a finite gradient.
+    """``A[i, j] = cos(z_pos[i], z_anchor[j])`` (Eq. 4). A zero vector has cosine 0 with all and a finite gradient.
 
     Args:
         z_pos: ``(M, D)``; gradient flows.
@@ -125,15 +125,15 @@ def angle_matrix(z_pos: Tensor, z_anchor: Tensor) -> Tensor:
 
 
 def length_matrix(z_pos: Tensor, z_anchor: Tensor, *, mu_gradient: bool = True) -> Tensor:
-    """Absolute differences of lengths, divided by their mean over all pairs (Eq. 9, 10).
+    """``| ||z_pos[i]|| - ||z_anchor[j]|| | / mu``, mu the mean over all pairs (Eq. 9, 10).
 
     Args:
         z_pos: ``(M, D)``; gradient flows.
         z_anchor: ``(N, D)``; gradient flows.
-        mu_gradient: let the gradient pass through the mean.
+        mu_gradient: the gradient passes through mu.
 
     Returns:
-        ``(M, N)`` of mean 1, in float32 or better; all 0 where all lengths are equal.
+        ``(M, N)`` of mean 1, in float32 or better; all 0 if all lengths are equal.
     """
     lengths, of_anchors = (at_least_float32(z).norm(dim=1) for z in (z_pos, z_anchor))
     difference = (lengths[:, None] - of_anchors).abs()
@@ -141,20 +141,20 @@ def length_matrix(z_pos: Tensor, z_anchor: Tensor, *, mu_gradient: bool = True) 
 
 
 def distance_matrix(z_pos: Tensor, z_anchor: Tensor, *, mu_gradient: bool = True) -> Tensor:
-    """Euclidean distances (Eq. 6), divided by their mean over all pairs; arguments as :func:`length_matrix`."""
+    """``||z_pos[i] - z_anchor[j]|| / mu``, mu the mean over all pairs (Eq. 6). Arguments as :func:`length_matrix`."""
     z_pos, z_anchor = at_least_float32(z_pos), at_least_float32(z_anchor)
     distance = torch.cdist(z_pos, z_anchor, compute_mode="donot_use_mm_for_euclid_dist")  # exact for near vectors
     return _over_its_mean(distance, mu_gradient)
 
 
 def pair_ranks(matrix: Tensor, anchor_of: Tensor, *, descending: bool, dim: str = "anchor") -> Tensor:
-    """How many are better than each positive's own anchor (Eq. 8): 0 is the best rank; equals are not better.
+    """Rank of each positive's own anchor (Eq. 8): the number of strictly better ones. 0 is the best rank.
 
     Args:
         matrix: ``(M, N)`` relations of positives (rows) and anchors.
         anchor_of: ``(M,)`` int64, the column of each positive's own anchor.
-        descending: large is good (similarities); otherwise small is (distances).
-        dim: ``"anchor"`` compares with the other anchors, in the positive's row; ``"positive"`` with the other
+        descending: a large value is good (similarities); else a small value is good (distances).
+        dim: ``"anchor"`` compares with the other anchors, in the positive's row; ``"positive"`` compares with the other
             positives, in the anchor's column.
 
     Returns:
@@ -202,10 +202,12 @@ def relation_kl(
     reduction: str = "mean",
     stage_reduction: str = "sum",
 ) -> Tensor:
-    """T^2 * KL(teacher || student) of the softened similarities in the chosen stages (Eq. 12).
+    """``T^2 * KL(softmax(A_t / T) || softmax(A_s / T))``, A a positive's similarities in a chosen stage (Eq. 12).
+
+    Plain form: tests/oracles/mdr.py.
 
     Args:
-        student: ``(K, M, N)`` similarities, large is near; gradient flows.
+        student: ``(K, M, N)`` similarities, a large value is near; gradient flows.
         teacher: ``(K, M, N)``; constant.
         chosen: ``(n, M)`` int64, stages of each positive.
         temperature: T > 0.
@@ -214,10 +216,15 @@ def relation_kl(
         stage_reduction: over the n chosen stages, ``"sum"`` or ``"mean"``.
 
     Returns:
-        Scalar ``()`` in float32 or better; over the anchors, 0 for equal similarities and above 0 otherwise.
+        Scalar ``()`` in float32 or better. Over the anchors it is 0 for equal similarities, else positive.
 
     Raises:
         InputError: similarities of different shapes, or an unknown name.
+
+    Example:
+        >>> student, teacher = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[1.0, 0.0]]])
+        >>> relation_kl(student, teacher, chosen=torch.tensor([[0]]))
+        tensor(0.0820)
     """
     require_one_shape("relation_kl", student, teacher)
     check_choice("relation_dim", relation_dim, DIMENSIONS)
@@ -234,13 +241,13 @@ def relation_kl(
 def length_loss(
     student: Tensor, teacher: Tensor, chosen: Tensor, *, reduction: str = "mean", stage_reduction: str = "sum"
 ) -> Tensor:
-    """Squared difference of the relations in the chosen stages (Eq. 11).
+    """``mean((Dif_s - Dif_t)^2)`` over the M x N entries in the chosen stages (Eq. 11; :func:`length_matrix`).
 
     Args:
         student: ``(K, M, N)``; gradient flows.
         teacher: ``(K, M, N)``; constant.
         chosen: ``(n, M)`` int64, stages of each positive.
-        reduction: over the M x N entries, ``"mean"`` or ``"sum"``.
+        reduction: over the entries, ``"mean"`` or ``"sum"``.
         stage_reduction: over the n chosen stages, ``"sum"`` or ``"mean"``.
 
     Returns:
@@ -248,6 +255,11 @@ def length_loss(
 
     Raises:
         InputError: relations of different shapes, or an unknown name.
+
+    Example:
+        >>> student, teacher = torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[1.0, 1.0]]])
+        >>> length_loss(student, teacher, chosen=torch.tensor([[0]]))
+        tensor(1.)
     """
     require_one_shape("length_loss", student, teacher)
     for key, value in (("reduction", reduction), ("stage_reduction", stage_reduction)):
@@ -290,10 +302,10 @@ def rotated(image: Tensor) -> Positives:
 
 
 def mixed(image: Tensor, index: Tensor, epoch: int, seed: int, quantiles: Tensor, alpha: float) -> Positives:
-    """Each image mixed with three others of the batch, by draws that follow from seed, epoch and index.
+    """Each image mixed with three others of the batch. The draws are functions of seed, epoch and index.
 
     Args:
-        image: ``(N, 3, H, W)``; an image that is alone in its batch is mixed with itself.
+        image: ``(N, 3, H, W)``. A single image is mixed with itself.
         index: ``(N,)`` int64, positions in the training set.
         epoch: from 1.
         seed: of the run.
@@ -350,7 +362,7 @@ class MDR(Distiller):
 
     @property
     def student_images_per_sample(self) -> int:
-        """Anchor and positives, or the anchor alone where no term needs positives."""
+        """The anchor and its positives; the anchor alone if no term needs positives."""
         return 1 + POSITIVES if self.own.KD_WEIGHT or self.uses_relations else 1
 
     @property
@@ -389,7 +401,7 @@ class MDR(Distiller):
         return logits_s[:count], losses
 
     def positives(self, image: Tensor, index: Tensor | None, epoch: int) -> Positives:
-        """Three augmented images of each; without ``index`` their positions in the batch stand in."""
+        """Three augmented images of each anchor. Without ``index``, positions in the batch replace it."""
         if self.own.AUGMENT == "rotation":
             return rotated(image)
         if index is None:
@@ -443,17 +455,17 @@ class MDR(Distiller):
     # The first phase
 
     def prepare(self, batches: Batches, autocast: Callable[[], AbstractContextManager]) -> dict[str, Any]:
-        """Train the teacher's SMs from the start, each with a classifier that is thrown away afterwards.
+        """Train the teacher's SMs from their initial weights.
 
-        The classes of anchors and positives by cross-entropy, or by Eq. 5, as ``SM_TRAINING`` says; summed over the
-        stages. The result follows from the seed and does not depend on the student.
+        ``SM_TRAINING`` says how: ``ce``, the cross-entropy of a temporary classifier on anchors and positives, or
+        ``contrastive``, Eq. 5; summed over the stages. The result depends on the seed and not on the student.
 
         Args:
             batches: gives the batches of an epoch, as ``forward_train`` gets them.
             autocast: context for the networks.
 
         Returns:
-            Means over the last epoch: the loss; of each stage SMP accuracy and the classifier's accuracy on anchors.
+            Means over the last epoch: the loss; for each stage SMP accuracy and the classifier's accuracy on anchors.
         """
         own = self.own
         if own.SM_TRAINING == "none":
@@ -484,7 +496,10 @@ class MDR(Distiller):
         return facts
 
     def preparation(self) -> tuple[nn.Module, dict[str, Any]]:
-        """What :meth:`prepare` trains, and the settings, beside teacher, data and seed, that it depends on."""
+        """The modules that :meth:`prepare` trains, and the settings on which they depend.
+
+        They also depend on teacher, data and seed.
+        """
         if not self.uses_relations:
             return nn.Identity(), {}  # nobody reads the modules
         used = {"STAGES", "AUGMENT", "MIXUP_ALPHA"} | {key for key in self.own if key.startswith("SM_")}
@@ -501,7 +516,7 @@ class MDR(Distiller):
         classifiers: nn.ModuleList,
         autocast: Callable[[], AbstractContextManager],
     ) -> tuple[Tensor, list[Tensor]]:
-        """The loss of a batch; of each stage SMP accuracy, then of each the classifier's accuracy on anchors."""
+        """The loss of a batch; each stage's SMP accuracy; each classifier's accuracy on anchors."""
         image, target = batch["image"], batch["target"]
         positives, count = self.positives(image, batch.get("index"), epoch), len(image)
         with torch.no_grad(), autocast():
@@ -522,7 +537,7 @@ class MDR(Distiller):
     # What it is built of
 
     def _fresh_teacher_modules(self) -> tuple[nn.ModuleList, nn.ModuleList]:
-        """The teacher's SMs and their classifiers, as the seed initialises them."""
+        """The teacher's SMs and their classifiers with the seed's initial weights."""
         modules = self._build_modules(self.teacher_facts, self.teacher_stages, TEACHER_KEY)
         with generator_kept(self._seed_of(CLASSIFIER_KEY)):
             return modules, nn.ModuleList(nn.Linear(self.own.SM_WIDTH, self.teacher_facts.classes) for _ in modules)
@@ -554,17 +569,17 @@ def pooled_stages(features: dict[str, Any], stages: tuple[int, ...]) -> list[Ten
 
 
 def stages_of(facts: NetworkFacts, rule: str) -> tuple[int, ...]:
-    """Numbers of the maps that are stages, as ``MDR.STAGES`` says: what the network declares, or all but the first."""
+    """Numbers of the maps that are stages, by ``MDR.STAGES``: the declared stages, or all maps but the first."""
     return facts.stages if rule == "declared" else tuple(range(1, len(facts.need("shapes"))))
 
 
 def mixed_cross_entropy(logits: Tensor, target: Tensor, positives: Positives) -> Tensor:
-    """Mean cross-entropy over anchors and positives; a positive's labels are mixed as its images are.
+    """Mean cross-entropy over anchors and positives. A positive's labels are mixed as its images are.
 
     Args:
         logits: ``(N + M, C)``, anchors first; gradient flows.
         target: ``(N,)`` class numbers of the anchors, or their shares ``(N, C)``.
-        positives: says of each the anchor, the partner and the anchor's share.
+        positives: anchor, partner and share of each positive.
 
     Returns:
         Scalar ``()``.
@@ -593,11 +608,11 @@ def _relations(matrix: Callable[..., Tensor], z: list[Tensor], **options: Any) -
 
 
 def _pick(matrices: Tensor, chosen: Tensor) -> Tensor:
-    """Of each positive the rows ``(n, M, N)`` of its chosen stages, from ``(K, M, N)``."""
+    """The rows ``(n, M, N)`` of each positive's chosen stages, from ``(K, M, N)``."""
     return matrices[chosen, torch.arange(chosen.shape[1], device=chosen.device)]
 
 
 @torch.no_grad()
 def _smp(angles: Tensor, anchor_of: Tensor) -> list[Tensor]:
-    """Share of positives with which no anchor ranks before their own, of each stage."""
+    """For each stage, the share of positives whose own anchor has rank 0."""
     return [(pair_ranks(matrix, anchor_of, descending=True) == 0).float().mean() for matrix in angles]

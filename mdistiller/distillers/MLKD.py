@@ -1,23 +1,23 @@
-"""MLKD (MLLD): match predictions at several temperatures, image by image, over the batch and over the classes.
+"""MLKD (MLLD): match predictions at several temperatures, at the level of images, of the batch and of the classes.
 
-Jin, Wang, Lin. Multi-Level Logit Distillation. CVPR 2023. The name is that of the fork LSKD; the authors' code calls it
-``KD_ours``, which is known here too. Shapes: B images, K classes.
+Jin, Wang, Lin. Multi-Level Logit Distillation. CVPR 2023. The fork LSKD uses the name MLKD. The authors' code uses
+``KD_ours``, which is also a name here. Shapes: B images, K classes.
 
-The networks see a weak and a strong view. With p the predictions at a temperature, the terms are KL divergence for each
-image (``kd``), and squared distances of the Gram matrices ``p^T p`` ``(K, K)`` over classes (``cc``) and ``p p^T``
-``(B, B)`` over the batch (``bc``); each is summed over the temperatures ``KD.TEMPERATURE``, 3, 5, 2 and 6. Weights and
-temperature are KD's (section ``KD``), as in the authors' code. With ``EXPERIMENT.LOGIT_STAND`` (LSKD, arXiv:2403.01427)
-``kd`` sees standardised logits, ``cc`` and ``bc`` do not.
+The networks see a weak and a strong view. With p the predictions at one temperature, the terms are the KL divergence
+for each image (``kd``) and the squared distances of Gram matrices: ``p^T p`` ``(K, K)`` over classes (``cc``), and
+``p p^T`` ``(B, B)`` over the batch (``bc``). Each term is summed over the temperatures ``KD.TEMPERATURE``, 3, 5, 2 and
+6. Weights and temperature are KD's (section ``KD``), as in the authors' code. ``EXPERIMENT.LOGIT_STAND`` (LSKD,
+arXiv:2403.01427) standardises the logits of ``kd`` only.
 
-The authors' code means to leave out of the weak view's terms the images (in ``cc``, the classes) of which the teacher
-is surer than of the median one. It averages before it masks, so that each term is multiplied by the share of what is
-kept, about a half; and of the strong view's ``kd``, the last two temperatures see the weak view's logits.
+The authors' code masks the weak view's terms: images (for ``cc``, classes) drop out if the teacher is surer of them
+than of the median one. But the code takes the mean before it masks. So each term is multiplied by the kept share,
+about a half. Also, the last two temperatures of the strong view's ``kd`` see the weak view's logits.
 
-- ``KD.MLKD.AS_PUBLISHED`` True (default) computes that: the published numbers of MLLD, and of LSKD on it, came from it;
-- False masks image by image and class by class, and the strong view's terms see the strong view. That is our reading of
-  what the code means: the mask of ``kd`` is on images, of ``cc`` and ``bc`` on columns of the Gram matrix.
+- ``KD.MLKD.AS_PUBLISHED`` True (default) computes this. It gave the published numbers of MLLD and of LSKD on MLLD;
+- False masks each image and each class, and the strong view's terms see the strong view. This is our reading of the
+  code's intention: the mask of ``kd`` is on images, the masks of ``cc`` and ``bc`` are on columns of the Gram matrix.
 
-The strong view's ``cc`` and ``bc``, which the authors' code computes and drops, are not computed.
+The authors' code computes ``cc`` and ``bc`` of the strong view too, and drops them. They are not computed here.
 """
 
 from __future__ import annotations
@@ -46,26 +46,39 @@ STRONG = 3  # in the authors' code, the strong view's terms see it at the first 
 
 
 def cc_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, reduce: bool = True) -> Tensor:
-    """Squared distance of the classes' Gram matrices ``p^T p``, over K.
+    """``sum((p_t^T p_t - p_s^T p_s)^2) / K``, p the softened predictions: the classes' Gram matrices.
 
     Args:
         logits_student: ``(B, K)`` raw scores; gradient flows.
-        logits_teacher: ``(B, K)`` raw scores; gradient flows where they carry one.
+        logits_teacher: ``(B, K)`` raw scores; gradient flows if they require one.
         temperature: T > 0; there is no factor T^2.
-        reduce: whether to sum over the entries.
+        reduce: sum over the entries; ``False`` returns every entry.
 
     Returns:
-        ``()`` or ``(K, K)``.
+        Scalar ``()``, or ``(K, K)``, in float32 or better.
 
     Raises:
         InputError: logits of different shapes.
+
+    Example:
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 0.0]])
+        >>> cc_loss(student, teacher, temperature=4.0)
+        tensor(0.0591)
     """
     require_one_shape("cc_loss", logits_student, logits_teacher)
     return _gram_distance(*_predictions(logits_student, logits_teacher, temperature, transposed=True), reduce)
 
 
 def bc_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, reduce: bool = True) -> Tensor:
-    """Squared distance of the batch's Gram matrices ``p p^T``, over B. As :func:`cc_loss`, ``()`` or ``(B, B)``."""
+    """``sum((p_t p_t^T - p_s p_s^T)^2) / B``, p the softened predictions: the images' Gram matrices.
+
+    Arguments and errors are those of :func:`cc_loss`. Returns a scalar ``()``, or ``(B, B)``.
+
+    Example:
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 0.0]])
+        >>> bc_loss(student, teacher, temperature=4.0)
+        tensor(0.0114)
+    """
     require_one_shape("bc_loss", logits_student, logits_teacher)
     return _gram_distance(*_predictions(logits_student, logits_teacher, temperature, transposed=False), reduce)
 
@@ -82,7 +95,7 @@ def _gram_distance(p_student: Tensor, p_teacher: Tensor, reduce: bool) -> Tensor
 
 
 def below_median(confidence: Tensor) -> Tensor:
-    """Which entries of ``(N,)`` are at most the median: the mean of the middle two where N is even."""
+    """Which entries of ``(N,)`` are at most the median. For even N the median is the mean of the middle two."""
     middle = confidence.kthvalue((len(confidence) + 1) // 2).values  # nothing lies between the middle two
     return confidence <= middle
 
@@ -94,11 +107,14 @@ def mlkd_losses(
     logit_stand: bool = False,
     as_published: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms ``kd`` (both views), ``cc`` and ``bc`` (weak view), summed over the temperatures.
+    """``kd`` (both views), ``cc`` and ``bc`` (weak view), each summed over the temperatures.
+
+    The three terms are :func:`~mdistiller.distillers.KD.kd_loss`, :func:`cc_loss` and :func:`bc_loss`, masked. Plain
+    form: tests/oracles/mlkd.py.
 
     Args:
         student: logits ``(B, K)`` of the weak and of the strong view; gradient flows.
-        teacher: likewise; constant.
+        teacher: the teacher's logits of both views; constant.
         temperature: the first of the five temperatures.
         logit_stand: standardise the logits for ``kd``.
         as_published: masks and strong view as in the authors' code, see the top of the file.
@@ -108,6 +124,11 @@ def mlkd_losses(
 
     Raises:
         InputError: logits of different shapes.
+
+    Example:
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 0.0]])
+        >>> mlkd_losses((student, student), (teacher, teacher), temperature=4.0)
+        (tensor(16.9210), tensor(0.2057), tensor(0.1322))
     """
     student, teacher = [at_least_float32(z) for z in student], [at_least_float32(z.detach()) for z in teacher]
     certainty = teacher[0].softmax(1)

@@ -1,13 +1,14 @@
-"""NST: match the channels' activation patterns by maximum mean discrepancy (MMD): neuron selectivity transfer.
+"""NST: neuron selectivity transfer, match the channels' activation patterns by maximum mean discrepancy (MMD).
 
 Huang, Wang. Like What You Like: Knowledge Distill via Neuron Selectivity Transfer. 2017. arXiv:1707.01219.
+Shapes: B images, C channels, H, W positions.
 
-Each channel of a stage, over its positions, is a unit vector: a sample of where a neuron fires. The two sets of
-samples are compared by squared maximum mean discrepancy with the polynomial kernel ``(x . y)^2``, summed over the
-stages. Shapes: B images, C channels, H, W positions.
+Each channel of a stage is a vector over positions, normalised to length 1: a sample of a neuron's selectivity. The loss
+is the squared MMD between the student's and the teacher's samples with the polynomial kernel ``(x . y)^2``, summed over
+the stages.
 
-Departs from the paper, as mdistiller does: the larger of two maps is pooled to the smaller. Departs from mdistiller
-(docs/differences.md): which maps are compared where the networks have different numbers of them (``STAGES``).
+Departs from the paper, as mdistiller does: the larger of two maps is pooled to the smaller size. Departs from
+mdistiller (docs/differences.md): the choice of maps for networks with different numbers of maps (``STAGES``).
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ PAPER = "Huang and Wang, 2017, arXiv:1707.01219"
 
 
 def kernel_mean(a: Tensor, b: Tensor) -> Tensor:
-    """Mean of the polynomial kernel ``(a_i . b_j)^2`` over images and pairs of channels.
+    """``mean (a_i . b_j)^2`` over images and pairs of channels.
 
-    ``sum_ij (a_i . b_j)^2 = <A^T A, B^T B>``: of the C_a x C_b products and the P x P second moments, the smaller is
-    computed. mdistiller's form holds C_a x C_b x P numbers for each image.
+    ``sum_ij (a_i . b_j)^2 = <A^T A, B^T B>``. The code computes the smaller of both: C_a x C_b products or P x P second
+    moments. mdistiller's form stores C_a x C_b x P numbers for each image.
 
     Args:
         a: ``(B, C_a, P)``; gradient flows.
@@ -51,14 +52,24 @@ def kernel_mean(a: Tensor, b: Tensor) -> Tensor:
 
 
 def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
-    """Squared maximum mean discrepancy of the channels of two maps.
+    """``mean k(t, t') + mean k(s, s') - 2 mean k(s, t)``, ``k(x, y) = (x . y)^2``: squared MMD of two maps' channels.
+
+    Plain form: tests/oracles/nst.py.
 
     Args:
         f_s: ``(B, C_s, H_s, W_s)``; gradient flows.
         f_t: ``(B, C_t, H_t, W_t)``; constant.
 
     Returns:
-        Scalar ``()``, 0 where both sets of channels have equal second moments, equal sets above all.
+        Scalar ``()`` in float32 or better; 0 if both sets of channels have equal second moments.
+
+    Raises:
+        InputError: the maps have different numbers of images.
+
+    Example:
+        >>> f_s, f_t = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 1.0]]]])
+        >>> single_stage_nst_loss(f_s, f_t)
+        tensor(2.)
     """
     with torch.autocast(f_s.device.type, enabled=False):
         f_s, f_t = (unit(x.flatten(2)) for x in pool_to_common(f_s, f_t.detach()))
@@ -66,18 +77,23 @@ def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
 
 
 def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
-    """:func:`single_stage_nst_loss`, summed over pairs of maps.
+    """``sum over stages of MMD^2`` (:func:`single_stage_nst_loss`).
 
     Args:
         g_s: the student's maps, ``(B, C_s, H_s, W_s)`` each; gradient flows.
-        g_t: the teacher's, as many; constant.
+        g_t: the teacher's maps, the same number; constant.
 
     Returns:
         Scalar ``()``.
 
     Raises:
-        InputError: maps of unequally many images.
+        InputError: maps with different numbers of images.
         ValueError: lists of different length.
+
+    Example:
+        >>> maps_s, maps_t = [torch.eye(4).view(1, 4, 2, 2)], [torch.ones(1, 8, 2, 2)]
+        >>> nst_loss(maps_s, maps_t)
+        tensor(0.7500)
     """
     return sum(single_stage_nst_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t, strict=True))
 

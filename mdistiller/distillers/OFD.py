@@ -1,19 +1,19 @@
-"""OFD: match the teacher's feature maps before the ReLU, cut off at a negative margin, by a partial L2 distance.
+"""OFD: match the teacher's feature maps before the ReLU by a partial L2 distance with a margin.
 
 Heo, Kim, Yun, Park, Kwak, Choi. A Comprehensive Overhaul of Feature Distillation. ICCV 2019. arXiv:1904.01866. Shapes:
 B images, maps ``(B, C, H, W)``.
 
-The student's map passes a 1x1 convolution and a batch norm. The teacher's passes a margin ReLU ``max(x, m)``, where the
-margin ``m < 0`` of each channel is what its negative responses are on average, computed from the batch norm that the
-map comes from (:func:`margins`). The partial L2 distance (:func:`ofd_loss`) asks nothing where the student is below a
-teacher that is below 0. Stages count half as much as the next deeper one.
+A 1x1 convolution and a batch norm transform the student's map. A margin ReLU ``max(x, m)`` transforms the teacher's.
+The margin ``m < 0`` of a channel is the mean of its negative responses, computed from the batch norm before the ReLU
+(:func:`margins`). The partial L2 distance (:func:`ofd_loss`) ignores positions where the teacher is negative and the
+student is below the margin ReLU. A stage has half the weight of the next deeper one.
 
-The teacher's batch norms use the statistics of the batch, as the student's do, which the paper argues for
-(``TEACHER_BATCH_STATISTICS``). Departs from mdistiller: their running statistics do not move meanwhile.
+The teacher's batch norms use the statistics of the batch, as the student's do; the paper argues for this
+(``TEACHER_BATCH_STATISTICS``). Departs from mdistiller: their running statistics do not change.
 
-Which maps: all but the first (in most networks the stem's), matched from the deep end, as many as both networks and the
-teacher's list of batch norms have. A student without such maps (MobileNetV2, whose stages end without an activation)
-gives its maps as they are.
+Maps: all but the first, the stem's in most networks. They are matched from the deep end; their number is the smallest
+of both networks' numbers and the number of the teacher's batch norms. MobileNetV2 has no maps before an activation,
+since its stages end without one; its maps are taken as they are.
 """
 
 from __future__ import annotations
@@ -47,18 +47,25 @@ NEVER = 0.001  # a channel that is negative with at most this probability has th
 
 
 def ofd_loss(f_s: Tensor, f_t: Tensor, margin: Tensor) -> Tensor:
-    """Partial L2 distance to the margin ReLU of the teacher's map.
+    """``sum over C, H, W of c * (F_s - max(F_t, m))^2``, mean over the batch: the partial L2 distance.
+
+    ``c`` is 0 where ``F_t <= 0`` and ``F_s <= max(F_t, m)``, else 1.
 
     Args:
-        f_s: ``(B, C, H, W)``, behind the connector; gradient flows.
+        f_s: ``(B, C, H, W)``, the connector's output; gradient flows.
         f_t: ``(B, C, H, W)``, before the teacher's ReLU; constant.
-        margin: of each channel, ``(1, C, 1, 1)``, negative.
+        margin: m of each channel, ``(1, C, 1, 1)``, negative.
 
     Returns:
-        Scalar ``()``: sum over ``C, H, W``, mean over the batch.
+        Scalar ``()`` in float32 or better.
 
     Raises:
         InputError: maps of different shapes.
+
+    Example:
+        >>> f_s, f_t = torch.tensor([[[[1.0, -4.0]]]]), torch.tensor([[[[3.0, -2.0]]]])
+        >>> ofd_loss(f_s, f_t, margin=torch.full((1, 1, 1, 1), -1.0))
+        tensor(4.)
     """
     require_one_shape("ofd_loss", f_s, f_t)
     f_s, f_t = at_least_float32(f_s), at_least_float32(f_t.detach())
@@ -68,14 +75,14 @@ def ofd_loss(f_s: Tensor, f_t: Tensor, margin: Tensor) -> Tensor:
 
 
 def margins(weight: Tensor, bias: Tensor) -> Tensor:
-    """The mean of the negative part of ``N(bias, |weight|)`` for each channel.
+    """``E[x | x < 0]`` for ``x ~ N(bias, |weight|)``, channel by channel.
 
     Args:
-        weight: ``(C,)`` of a batch norm; its size is the deviation of what the batch norm gives.
-        bias: ``(C,)``, the mean.
+        weight: ``(C,)`` of a batch norm; ``|weight|`` is the deviation of the batch norm's output.
+        bias: ``(C,)`` of the batch norm, the mean of its output.
 
     Returns:
-        ``(C,)``; ``-3 |weight|`` where a value below 0 is rarer than ``NEVER``.
+        ``(C,)``; ``-3 |weight|`` if the probability of ``x < 0`` is at most ``NEVER``.
     """
     dtype, weight, bias = weight.dtype, weight.double(), bias.double()
     deviation = weight.abs()
@@ -85,9 +92,14 @@ def margins(weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def connector(student_channels: int, teacher_channels: int, kernel_size: int) -> nn.Sequential:
-    """Convolution (odd ``kernel_size``, same size) and batch norm from the student's width to the teacher's.
+    """Convolution and batch norm from the student's width to the teacher's. The size of the map stays.
 
-    The weights follow He's initialisation by the outgoing connections, from torch's generator.
+    He's initialisation by the outgoing connections, from torch's generator.
+
+    Args:
+        student_channels: width of the student's map.
+        teacher_channels: width of the teacher's map.
+        kernel_size: of the convolution, odd.
     """
     conv = nn.Conv2d(student_channels, teacher_channels, kernel_size, padding=(kernel_size - 1) // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -95,11 +107,11 @@ def connector(student_channels: int, teacher_channels: int, kernel_size: int) ->
 
 
 class Connectors(nn.Module):
-    """The connectors of all stages, shallow to deep, under mdistiller's names in the state dict.
+    """The connectors of all stages, shallow to deep, with mdistiller's names in the state dict.
 
     Args:
         student_channels: widths of the student's maps.
-        teacher_channels: widths of the teacher's, as many.
+        teacher_channels: widths of the teacher's maps, the same number.
         kernel_size: of the convolutions, odd.
     """
 

@@ -3,12 +3,12 @@
 Passalis, Tefas. Learning Deep Representations with Probabilistic Knowledge Transfer. ECCV 2018. arXiv:1803.10837.
 Shapes: B images, D entries of an embedding.
 
-Cosines of the pooled features, brought to [0, 1], are the probability that an image has another as its neighbour; the
-student's are drawn to the teacher's by KL divergence.
+The cosines of the pooled features, scaled to [0, 1], give the probability that image j is a neighbour of image i. The
+loss is the KL divergence of the student's probabilities from the teacher's.
 
-Departs from the paper, as the authors' code and mdistiller do: an image is a neighbour of itself, and the divergence
-is a mean over the B x B pairs, not a sum over the others: hence the weight of 30000. Departs from mdistiller
-(docs/differences.md): the gradient is finite at an embedding of zeros.
+Departs from the paper, as the authors' code and mdistiller do: an image is a neighbour of itself, and the divergence is
+a mean over the B x B pairs, not a sum. The weight 30000 belongs to the mean. Departs from mdistiller
+(docs/differences.md): the gradient of an embedding of zeros is finite.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ PAPER = "Passalis and Tefas, ECCV 2018, arXiv:1803.10837"
 
 
 def neighbour_probabilities(embed: Tensor, eps: float = 1e-7) -> Tensor:
-    """Row i: the probabilities of the batch's images as neighbours of image i, by the cosine kernel ``(cos + 1) / 2``.
+    """``P[i, j] = K[i, j] / sum_j K[i, j]`` with the cosine kernel ``K = (cos + 1) / 2``.
 
     Args:
-        embed: ``(B, D)``; gradient flows, but not to rows of zeros, whose direction is undefined.
+        embed: ``(B, D)``; gradient flows. A row of zeros has no direction and no gradient.
         eps: added to lengths.
 
     Returns:
-        ``(B, B)`` in float32 or better, rows of sum 1.
+        ``(B, B)`` in float32 or better, rows of sum 1. Row i: the images as neighbours of image i.
     """
     with torch.autocast(embed.device.type, enabled=False):
         embed = at_least_float32(embed)
@@ -46,18 +46,23 @@ def neighbour_probabilities(embed: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
-    """KL(teacher || student) of the neighbours' probabilities, mean over the B x B pairs.
+    """``mean over i, j of P_t log(P_t / P_s)``, P the :func:`neighbour_probabilities`.
 
     Args:
         f_s: ``(B, D_s)``; gradient flows.
-        f_t: ``(B, D_t)``; gradient flows where it carries one.
-        eps: added to lengths and to the probabilities in the logarithm.
+        f_t: ``(B, D_t)``; gradient flows if it requires one.
+        eps: added to lengths, and to both probabilities in the logarithm.
 
     Returns:
-        Scalar ``()``, 0 for equal cosines.
+        Scalar ``()`` in float32 or better; 0 for equal cosines.
 
     Raises:
-        InputError: embeddings of unequally many images.
+        InputError: embeddings of different numbers of images.
+
+    Example:
+        >>> f_s, f_t = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> pkt_loss(f_s, f_t)
+        tensor(0.0283)
     """
     require_same_images("pkt_loss", f_s, f_t)
     p_s, p_t = neighbour_probabilities(f_s, eps), neighbour_probabilities(f_t, eps)

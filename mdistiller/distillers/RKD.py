@@ -1,17 +1,17 @@
-"""RKD: match the distances between images' embeddings, and the angles in the triangles that they form.
+"""RKD: match the distances between images' embeddings and the angles in triangles of images.
 
 Park, Kim, Lu, Cho. Relational Knowledge Distillation. CVPR 2019. arXiv:1904.05068. Shapes: B images, D entries of an
 embedding, the pooled features.
 
 - RKD-D: distances of all pairs, divided by their mean;
-- RKD-A: cosines of the angles of all triples;
+- RKD-A: cosines of the angles of all triples.
 
-each is compared with the teacher's by the Huber loss.
+The Huber loss compares each with the teacher's.
 
-Departs from the paper, as mdistiller does: pairs of an image with itself and triples with repeated images count in the
-means, although they are equal in both networks. Departs from mdistiller (docs/differences.md): distances are those of
-the differences, not by ``|a|^2 + |b|^2 - 2 a.b``, which in float32 cannot tell near images apart; images that coincide
-have a finite gradient, and a batch of one image a loss of 0.
+Departs from the paper, as mdistiller does: the means include pairs of an image with itself and triples with repeated
+images, although these are equal in both networks. Departs from mdistiller (docs/differences.md): distances are
+computed from the differences. mdistiller's ``|a|^2 + |b|^2 - 2 a.b`` in float32 cannot tell near images apart. Equal
+images have a finite gradient, and a batch of one image has the loss 0.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def differences(embed: Tensor) -> Tensor:
 
 
 def relative_distances(difference: Tensor, squared: bool = False, eps: float = 1e-12) -> Tensor:
-    """Distances of all pairs, divided by the mean of those of different images.
+    """``||x_j - x_i|| / mean``, for all pairs. The mean is over pairs of different images.
 
     Args:
-        difference: ``(B, B, D)``; gradient flows, through the mean too.
-        squared: squared distances instead.
-        eps: the least squared distance of different images; no gradient below.
+        difference: ``(B, B, D)``; gradient flows, also through the mean.
+        squared: take squared distances.
+        eps: the least squared distance of different images; a smaller one has no gradient.
 
     Returns:
         ``(B, B)`` with zeros on the diagonal.
@@ -65,10 +65,13 @@ def relative_distances(difference: Tensor, squared: bool = False, eps: float = 1
 
 
 def angles(difference: Tensor) -> Tensor:
-    """Cosines at the first image of all triples, ``(B, B, B)``; 0 where two images coincide.
+    """Cosines of the angles of all triples, at the first image. Equal images give 0.
 
     Args:
         difference: ``(B, B, D)``; gradient flows.
+
+    Returns:
+        ``(B, B, B)``.
     """
     direction = unit(difference)
     return direction @ direction.mT
@@ -82,21 +85,30 @@ def rkd_loss(
     distance_weight: float = 25.0,
     angle_weight: float = 50.0,
 ) -> Tensor:
-    """Weighted sum of the Huber losses of distances (mean over pairs) and angles (mean over triples).
+    """``distance_weight * mean h(d_s - d_t) + angle_weight * mean h(a_s - a_t)``, h the Huber loss with delta 1.
+
+    d are the relative distances of all pairs, a the cosines of the angles of all triples. Plain form:
+    tests/oracles/rkd.py.
 
     Args:
         f_s: ``(B, ...)``; gradient flows.
         f_t: ``(B, ...)``; constant.
         squared: compare squared distances.
-        eps: the least squared distance, in the units of the embeddings.
+        eps: the least squared distance, in squared units of the embeddings.
         distance_weight: of RKD-D.
         angle_weight: of RKD-A.
 
     Returns:
-        Scalar ``()``; does not change where the student's embeddings are moved, turned or scaled.
+        Scalar ``()`` in float32 or better. Shift, rotation and scale of the student's embeddings do not change the
+        loss.
 
     Raises:
-        InputError: embeddings of unequally many images.
+        InputError: embeddings of different numbers of images.
+
+    Example:
+        >>> f_s, f_t = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[0.0], [1.0], [3.0]])
+        >>> rkd_loss(f_s, 2 * f_s), rkd_loss(f_s, f_t)
+        (tensor(0.), tensor(0.3472))
     """
     require_same_images("rkd_loss", f_s, f_t)
     with torch.autocast(f_s.device.type, enabled=False):

@@ -1,17 +1,17 @@
-"""ReviewKD: each stage of the teacher teaches the student's stages up to that depth.
+"""ReviewKD: each stage of the teacher teaches the student's stages up to the same depth.
 
 Chen, Liu, Zhao, Jia. Distilling Knowledge via Knowledge Review. CVPR 2021. arXiv:2104.09044. Shapes: B images, maps
-``(B, C, H, W)``; a network's levels are its maps and, deepest, the pooled features as a 1x1 map.
+``(B, C, H, W)``. A network's levels are its maps and, as the deepest level, the pooled features as a 1x1 map.
 
-From the deepest level up, an attention-based fusion (:class:`ABF`) merges a student's level with what the deeper ones
-pass on, and turns it into the shape of the teacher's level. The results are compared with the teacher's maps before
-their activation by the hierarchical context loss (:func:`hcl_loss`), at full size and pooled to 4x4, 2x2 and 1x1.
+From the deepest level upwards, an attention-based fusion (:class:`ABF`) merges a student's level with the result of the
+deeper levels and transforms it to the shape of the teacher's level. The hierarchical context loss (:func:`hcl_loss`)
+compares the results with the teacher's maps before their activation, at full size and pooled to 4x4, 2x2 and 1x1.
 
-Levels are matched from the deep end; the teacher's are all its maps but the first, and the student's as many. Widths
-and sizes follow from the networks.
+Levels are matched from the deep end: all maps of the teacher but the first, and the same number of the student's. The
+networks give widths and sizes.
 
-Departs from the paper: what the authors' code does where the text is silent (the first map is left out, the teacher's
-maps are taken before their activation, the weight rises over ``WARMUP_EPOCHS``).
+Departs from the paper: where the text is silent, this follows the authors' code (the first map is left out, the
+teacher's maps are taken before their activation, the weight rises over ``WARMUP_EPOCHS``).
 """
 
 from __future__ import annotations
@@ -46,21 +46,26 @@ POOLED_SIDES = (4, 2, 1)
 
 
 def hcl_loss(maps_student: Sequence[Tensor], maps_teacher: Sequence[Tensor]) -> Tensor:
-    """Hierarchical context loss: mean squared error at full size and pooled, summed over the levels.
+    """``sum over levels of (sum_l w_l * MSE_l) / (sum_l w_l)``, ``w = 1, 1/2, 1/4, 1/8``: hierarchical context loss.
 
-    The weights of a level's sizes are 1, 1/2, 1/4, 1/8 in the order of use, divided by their sum; pooling to a side
-    that is not smaller than the map's height is left out.
+    The sizes l are the full size, 4x4, 2x2 and 1x1. A size that is not smaller than the map's height is left out. Plain
+    form: tests/oracles/reviewkd.py.
 
     Args:
         maps_student: ``(B, C, H, W)`` for each level; gradient flows.
         maps_teacher: of the same shapes; constant.
 
     Returns:
-        Scalar ``()``.
+        Scalar ``()`` in float32 or better.
 
     Raises:
         InputError: maps of different shapes.
         ValueError: lists of different length.
+
+    Example:
+        >>> maps_s, maps_t = [torch.ones(1, 2, 8, 8)], [torch.zeros(1, 2, 8, 8)]
+        >>> hcl_loss(maps_s, maps_t), hcl_loss(2 * maps_s, 2 * maps_t)
+        (tensor(1.), tensor(2.))
     """
     total = 0.0
     for f_s, f_t in zip(maps_student, maps_teacher, strict=True):
@@ -80,12 +85,12 @@ def hcl_loss(maps_student: Sequence[Tensor], maps_teacher: Sequence[Tensor]) -> 
 
 
 class ABF(nn.Module):
-    """Attention-based fusion of a student's map with the deeper levels', and its projection to the teacher's shape.
+    """Attention-based fusion: merge a student's map with the deeper level, then project it to the teacher's shape.
 
     Args:
-        in_channels: of the student's map.
-        mid_channels: in which the two are fused.
-        out_channels: of the teacher's map.
+        in_channels: width of the student's map.
+        mid_channels: width of the fusion.
+        out_channels: width of the teacher's map.
         fuse: whether there is a deeper level.
     """
 
@@ -100,11 +105,11 @@ class ABF(nn.Module):
             nn.init.kaiming_uniform_(conv.weight, a=1)
 
     def forward(self, x: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """What is compared with the teacher's map, and what goes up to the next level.
+        """The map to compare with the teacher's, and the map for the next level.
 
         Args:
-            x: ``(B, in_channels, H, W)``.
-            deeper: ``(B, mid_channels, H', W')`` from the level below; ``None`` without one.
+            x: ``(B, in_channels, H, W)``; gradient flows.
+            deeper: ``(B, mid_channels, H', W')`` from the deeper level; ``None`` for the deepest level.
             size: of the teacher's map, ``(H_t, W_t)``.
 
         Returns:
@@ -120,8 +125,8 @@ class ABF(nn.Module):
     def _fuse(self, x: Tensor, deeper: Tensor) -> Tensor:
         """``x * a + up(deeper) * b``, with ``a, b = att_conv(cat(x, up(deeper)))``.
 
-        A 1x1 convolution commutes with nearest upsampling, so that only its two channels are upsampled for the
-        attention, and the concatenated map is not written out.
+        A 1x1 convolution commutes with nearest upsampling. So the attention upsamples its two channels only, and the
+        code does not store the concatenated map.
         """
         conv, squash = self.att_conv
         of_x, of_deeper = conv.weight.split([x.shape[1], deeper.shape[1]], dim=1)

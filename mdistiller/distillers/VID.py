@@ -3,14 +3,14 @@
 Ahn, Hu, Damianou, Lawrence, Dai. Variational Information Distillation for Knowledge Transfer. CVPR 2019.
 arXiv:1904.05835. Shapes: B images, C channels, H, W positions.
 
-The mutual information of a pair of maps is bounded from below by how likely the teacher's is under a Gaussian whose
-mean is regressed from the student's, and whose variance, one for each channel of the teacher, is learned:
-``softplus(log_scale) + EPS``. The negative logarithm of that, summed over the stages, is the loss.
+The bound for a pair of maps is the log-likelihood of the teacher's map under a Gaussian. A regressor computes the
+Gaussian's mean from the student's map. Its variance is ``softplus(log_scale) + EPS``, one learned parameter for each
+channel of the teacher. The loss is the negative log-likelihood, summed over the stages.
 
-Departs from the paper, as mdistiller does: of two maps the larger is pooled to the smaller; the logits' term is left
-out. Departs from mdistiller (docs/differences.md), whose variances stay at ``INIT_PRED_VAR``: they are learned, saved
-and resumed (``LEARN_VARIANCE``); building the regressors leaves the networks as they are; networks with different
-numbers of maps work (``STAGES``).
+Departs from the paper, as mdistiller does: the larger of two maps is pooled to the smaller size; there is no term for
+the logits. Departs from mdistiller (docs/differences.md): variances are learned, saved and resumed, while mdistiller's
+stay at ``INIT_PRED_VAR`` (``LEARN_VARIANCE``); new regressors leave the networks' state unchanged; networks may have
+different numbers of maps (``STAGES``).
 """
 
 from __future__ import annotations
@@ -46,20 +46,27 @@ def predicted_variance(log_scale: Tensor, eps: float) -> Tensor:
 
 
 def vid_loss(regressor: nn.Module, log_scale: Tensor, f_s: Tensor, f_t: Tensor, eps: float = 1e-5) -> Tensor:
-    """Negative log-likelihood of the teacher's map without its constant, mean over all elements.
+    """``mean of ((F_t - m(F_s))^2 / v + log v) / 2`` over all elements: negative log-likelihood without its constant.
+
+    v is the :func:`predicted_variance` of each channel, m the regressor. Plain form: tests/oracles/vid.py.
 
     Args:
-        regressor: from ``(B, C_s, H, W)`` to ``(B, C_t, H, W)``; gradient flows.
-        log_scale: ``(C_t,)``, see :func:`predicted_variance`; gradient flows.
+        regressor: m, from ``(B, C_s, H, W)`` to ``(B, C_t, H, W)``; gradient flows.
+        log_scale: ``(C_t,)``, one for each channel; gradient flows.
         f_s: ``(B, C_s, H_s, W_s)``; gradient flows.
-        f_t: ``(B, C_t, H_t, W_t)``; gradient flows where it carries one.
-        eps: least variance.
+        f_t: ``(B, C_t, H_t, W_t)``; gradient flows if it requires one.
+        eps: least variance, in squared units of the teacher's map.
 
     Returns:
         Scalar ``()``, at least log(eps) / 2.
 
     Raises:
-        InputError: maps of unequally many images, or a regressor to another width.
+        InputError: the maps have different numbers of images, or the regressor has another output width.
+
+    Example:
+        >>> f_s, f_t = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+        >>> vid_loss(nn.Identity(), torch.zeros(4), f_s, f_t)
+        tensor(0.5381)
     """
     f_s, f_t = pool_to_common(f_s, f_t)
     mean = at_least_float32(regressor(f_s))
@@ -105,7 +112,7 @@ def inverse_softplus(x: float) -> float:
 
 
 def mean_regressor(s_channels: int, t_channels: int) -> nn.Sequential:
-    """The mean: three convolutions of one position, as wide as the teacher's map."""
+    """The Gaussian's mean: three 1x1 convolutions of the teacher's width."""
     return nn.Sequential(
         nn.Conv2d(s_channels, t_channels, kernel_size=1, bias=False),
         nn.ReLU(),

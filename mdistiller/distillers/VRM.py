@@ -118,29 +118,38 @@ def vrm_loss(
     edge_eps: float = 1e-3,
     huber_delta: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Distance of the student's virtual relations to the teacher's, between samples and between classes.
+    """``mean ||e_s - e_t||^2 / D`` over the kept edges of the inter-sample and of the inter-class graph (Eq. 1 to 3).
 
-    An edge is kept if the student's uncertainty of it is at most the percentile of its graph, and if it is not
-    shorter than ``edge_eps`` times its graph's mean length in either network. Without kept edges the loss is zero.
-    What it costs stands at :func:`~mdistiller.functional.graphs.compare_graphs`. The gradient can be taken once.
+    An edge is ``e = (x - y) / ||x - y||``, x a vertex of the real view, y of the virtual view. Vertices are the rows of
+    the probabilities, D = C (inter-sample), or the columns, D = B (inter-class). Options change this default formula.
+
+    An edge is kept if the student's uncertainty of it is at most the percentile of its graph (Eq. 2), and if in both
+    networks its length is at least ``edge_eps`` times its graph's mean length. Without kept edges the loss is zero. See
+    :func:`~mdistiller.functional.graphs.compare_graphs` for the cost. Second derivatives are not supported. Plain form:
+    tests/oracles/vrm.py.
 
     Args:
         p_real_s: ``(B, C)`` the student's class probabilities for the real views; gradient flows.
-        p_virtual_s: ``(B, C)`` for the virtual views; gradient flows.
-        p_real_t: ``(B, C)`` the teacher's; constant, as is the next.
-        p_virtual_t: ``(B, C)``.
-        prune_percentile: this and the rest as in :class:`~mdistiller.functional.graphs.Rules`.
+        p_virtual_s: ``(B, C)`` the student's for the virtual views; gradient flows.
+        p_real_t: ``(B, C)`` the teacher's for the real views; constant.
+        p_virtual_t: ``(B, C)`` the teacher's for the virtual views; constant.
+        prune_percentile: in [0, 100]; see :class:`~mdistiller.functional.graphs.Rules` for this and the other options.
         metric: ``"mse"``, ``"l1"``, ``"huber"`` or ``"cosine"``.
         reduction: ``"element"``, ``"edge"`` or ``"sum"``.
         uncertainty: ``"cross"``, ``"mixture"`` or ``"sum"``, see :func:`edge_uncertainty`.
-        edge_eps: 0 drops no edge for its length.
-        huber_delta: where Huber's loss turns from half the square to linear.
+        edge_eps: share of the mean length; 0 drops no edge for its length.
+        huber_delta: Huber's loss is half the square below this difference and linear above.
 
     Returns:
         The inter-sample and the inter-class loss, each ``()`` and unweighted, in float32 or better.
 
     Raises:
         InputError: an unknown name, a value out of range, or shapes that differ.
+
+    Example:
+        >>> real, virtual = torch.tensor([[0.75, 0.25], [0.25, 0.75]]), torch.tensor([[0.5, 0.5], [0.0, 1.0]])
+        >>> vrm_loss(real, virtual, virtual, real)
+        (tensor(1.3333), tensor(1.3333))
     """
     inputs = (p_real_s, p_virtual_s, p_real_t, p_virtual_t)
     if p_real_s.ndim != 2 or any(p.shape != p_real_s.shape for p in inputs):
@@ -154,19 +163,19 @@ def vrm_loss(
 
 
 def stack_views(views: Sequence[Tensor]) -> Tensor:
-    """Real and virtual vertices ``(B, D)`` as ``(2, B, D)``, in the precision that graphs are compared in."""
+    """Real and virtual vertices ``(B, D)`` as ``(2, B, D)``, in the working precision of graphs."""
     return in_working_precision(torch.stack(tuple(views)))
 
 
 def compare_samples(student: Tensor, teacher: Tensor, rules: Rules, beliefs: Tensor | None = None) -> Comparison:
-    """The inter-sample graphs of vertices ``(2, B, D)``; uncertainties are the vertices' or those of ``beliefs``."""
+    """The inter-sample graphs of vertices ``(2, B, D)``; ``beliefs`` default to the student's vertices."""
     return compare_graphs(student, teacher, student if beliefs is None else beliefs, rules)
 
 
 def compare_classes(
     student: Tensor, teacher: Tensor, rules: Rules, beliefs: Tensor | None = None, normalize: bool = True
 ) -> Comparison:
-    """The inter-class graphs, whose vertices are the columns; ``normalize``: ``ICV_NORMALIZE``."""
+    """The inter-class graphs. Vertices are the columns; ``normalize`` is ``ICV_NORMALIZE``."""
     shares = (student if beliefs is None else beliefs).detach().mT
     if normalize:
         shares = shares / shares.sum(2, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)

@@ -1,15 +1,14 @@
-"""Random numbers as a pure function of integer keys.
+"""Random numbers as a function of integer keys.
 
-A draw is a hash of what it is for, ``(seed, epoch, view, sample, slot)`` say, rather than the next
-number of a generator with hidden state. So it does not depend on what was drawn before, on the order
-or the company in which samples come, on the number of worker processes, or on the device; and nothing
-has to be saved to continue a run.
+A draw is a hash of its keys, for example ``(seed, epoch, view, sample, slot)``. There is no generator with a hidden
+state. So a draw does not depend on earlier draws, on the order or the batch of the samples, on the number of worker
+processes or on the device. A run saves no state of its draws.
 
-The hash is the finaliser of splitmix64 (Steele, Lea, Flood. Fast Splittable Pseudorandom Number
-Generators. OOPSLA 2014), chained over the keys. It is not for cryptography.
+The hash is the finaliser of splitmix64 (Steele, Lea, Flood. Fast Splittable Pseudorandom Number Generators. OOPSLA
+2014), chained over the keys. The hash is not for cryptography.
 
-Keys are Python integers, or integer tensors that broadcast against each other. Tensors must agree on
-the device, and the result lies there; integers alone give a result on the CPU.
+Keys are Python integers or integer tensors. Tensors broadcast against each other and lie on one device; the result lies
+on that device. Integers alone give a result on the CPU.
 """
 
 from __future__ import annotations
@@ -23,14 +22,15 @@ FACTOR_2 = 0x94D049BB133111EB - 2**64
 
 
 def hash_keys(*keys: int | Tensor, start: int | Tensor = 0) -> Tensor:
-    """A 64-bit hash of the sequence of keys, all bits usable.
+    """A 64-bit hash of the sequence of keys. All bits are usable.
 
     Args:
         keys: the order matters: ``(1, 2)`` and ``(2, 1)`` have different hashes.
-        start: an earlier hash to go on from: ``hash_keys(b, start=hash_keys(a))`` equals
-            ``hash_keys(a, b)``, which saves hashing a common beginning again and again.
+        start: an earlier hash that this one continues: ``hash_keys(b, start=hash_keys(a))`` equals ``hash_keys(a, b)``.
+            Calls whose keys begin alike can share the hash of that beginning.
+
     Returns:
-        int64, of the keys' broadcast shape, over the whole signed range.
+        int64 over the whole signed range, in the keys' broadcast shape.
     """
     state = start
     for key in keys:
@@ -39,12 +39,12 @@ def hash_keys(*keys: int | Tensor, start: int | Tensor = 0) -> Tensor:
 
 
 def uniform(*keys: int | Tensor, start: int | Tensor = 0) -> Tensor:
-    """float32 numbers in [0, 1), multiples of 2**-24: exact, hence the same on every device."""
+    """float32 numbers in [0, 1). They are multiples of 2**-24, hence exact and the same on every device."""
     return _shift_right(hash_keys(*keys, start=start), 40).float() * 2.0**-24
 
 
 def integers(low: int, high: int, *keys: int | Tensor, start: int | Tensor = 0) -> Tensor:
-    """int64 numbers in ``low .. high - 1``; no value is likelier than another by more than 2**-32.
+    """int64 numbers in ``low .. high - 1``. The probabilities of two values differ by at most 2**-32.
 
     Raises:
         ValueError: the range is empty or has more than 2**31 values.
@@ -64,12 +64,12 @@ def _plain(key: int | Tensor) -> int | Tensor:
 
 
 def _wrap(value: int | Tensor) -> int | Tensor:
-    """Signed 64-bit wrap-around, which int64 tensors have by themselves."""
+    """Signed 64-bit wrap-around. int64 tensors wrap by themselves."""
     return value if isinstance(value, Tensor) else (value + 2**63) % 2**64 - 2**63
 
 
 def _shift_right(value: int | Tensor, bits: int) -> int | Tensor:
-    """Logical shift: ``>>`` of a signed number repeats the sign, the mask removes it."""
+    """Logical shift. ``>>`` of a negative number fills in ones; the mask removes them."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 

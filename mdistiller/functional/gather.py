@@ -14,14 +14,14 @@ from .precision import at_least_float32
 
 
 def this_process() -> tuple[int, int]:
-    """Rank and number of the processes that train together; ``(0, 1)`` where there is one."""
+    """Rank and number of the processes that train together; ``(0, 1)`` for a single process."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 class _Batch:
-    """What is known of the batch under way; set by :func:`batch_of_processes`."""
+    """Facts of the current batch, set by :func:`batch_of_processes`."""
 
     counts: Sequence[int] | None = None
     gathered = False
@@ -29,11 +29,11 @@ class _Batch:
 
 @contextmanager
 def batch_of_processes(counts: Sequence[int] | None, *, gathered: bool = False) -> Iterator[None]:
-    """Around a method's forward pass: how many rows of the batch each process has.
+    """Context of a method's forward pass: how many rows of the batch each process has.
 
     Args:
-        counts: by rank; ``None``: equally many.
-        gathered: the method has the rows of all processes already, so :func:`gather_with_gradient` changes nothing.
+        counts: number of rows by rank; ``None``: equal numbers.
+        gathered: the method already has the rows of all processes. :func:`gather_with_gradient` then returns its input.
     """
     before = _Batch.counts, _Batch.gathered
     _Batch.counts, _Batch.gathered = counts, gathered
@@ -44,25 +44,30 @@ def batch_of_processes(counts: Sequence[int] | None, *, gathered: bool = False) 
 
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
-    """The rows of all processes, those of rank 0 first; ``tensor`` itself where there is one process.
+    """The rows of all processes, in the order of the ranks. With one process, ``tensor`` itself.
 
-    For losses that compare images with each other. Every process computes the loss of the global batch from the same
-    rows, and the backward pass sums, over processes, the gradient that reaches a process's own rows. Together with the
-    *mean* of gradients over processes, which DistributedDataParallel takes, this is the gradient of the mean of the
-    processes' losses: if each computes the loss of the global batch, that of one process with the global batch, to
-    rounding. This holds for parameters before the gather and after it, so that nothing is to be multiplied by the
-    number of processes; losses on a process's own rows (cross-entropy) may be added. Where processes have unequally
-    many rows, the trainer weights each process's losses by its share.
+    This is for losses that compare images with each other. Every process computes the loss of the global batch from the
+    same rows. The backward pass sums, over the processes, the gradient of a process's own rows. DistributedDataParallel
+    then takes the *mean* of the gradients over processes. Together they give the gradient of the mean of the processes'
+    losses. If every process computes the loss of the global batch, this equals, up to rounding, the gradient of one
+    process with the global batch.
 
-    Forward and backward are collective: every process must take part in both, in one order. So whether the tensor needs
-    a gradient must not differ between them. Its own gradient may not be differentiated again.
+    This holds for parameters before and after the gather, so a loss needs no factor for the number of processes. Losses
+    on a process's own rows (cross-entropy) may be added. If processes have different numbers of rows, the trainer
+    weights each process's losses by its share.
+
+    Forward and backward pass are collective: every process must call both, in the same order. So all processes must
+    agree on whether the tensor needs a gradient. Second derivatives are not supported.
 
     Args:
-        tensor: ``(B, ...)``, of one shape and type in all processes; gradient flows. B may differ where the trainer
-            has told how many images each process has, see :func:`batch_of_processes`; it is a multiple of that then.
+        tensor: ``(B, ...)``, of one shape and type in all processes; gradient flows. B may differ if the trainer has
+            given the number of images of each process (:func:`batch_of_processes`). B is a multiple of that number.
 
     Returns:
         ``(W * B, ...)``, W the number of processes.
+
+    Raises:
+        ValueError: B is no multiple of the number of images.
     """
     _, world = this_process()
     if world == 1 or _Batch.gathered:
@@ -71,7 +76,7 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
 
 
 def _rows(tensor: Tensor, counts: Sequence[int] | None, world: int) -> list[int]:
-    """How many rows of this kind of tensor each process has."""
+    """How many rows of this tensor each process has."""
     if counts is None or len(set(counts)) == 1:
         return [len(tensor)] * world
     own = counts[this_process()[0]]
@@ -81,12 +86,12 @@ def _rows(tensor: Tensor, counts: Sequence[int] | None, world: int) -> list[int]
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """The rows of all processes without gradient, those of rank 0 first; what memory banks are written with.
+    """The rows of all processes without gradient, in the order of the ranks. Memory banks are updated with these rows.
 
     Collective, as :func:`gather_with_gradient`.
 
     Args:
-        tensor: ``(B, ...)``, of one type and width in all processes. B may differ, as there.
+        tensor: ``(B, ...)``, of one type and width in all processes. B may differ, as in :func:`gather_with_gradient`.
 
     Returns:
         ``(sum of all B, ...)``; with one process ``tensor`` itself, detached.
@@ -95,13 +100,13 @@ def gather_rows(tensor: Tensor) -> Tensor:
 
 
 def join_rows(tensor: Tensor, rows: Sequence[int], *, same_losses: bool = False) -> Tensor:
-    """What :func:`gather_with_gradient` does, for ``rows[r]`` rows in process r.
+    """:func:`gather_with_gradient` with ``rows[r]`` rows in process r.
 
     Args:
-        tensor: ``(rows[own rank], ...)``; gradient flows. The layout of images and maps (NHWC) is kept.
-        rows: at least one each.
-        same_losses: all processes compute one and the same loss of what is gathered. The sum of the gradients is
-            then the own one times W, and the backward pass is not collective.
+        tensor: ``(rows[own rank], ...)``; gradient flows. NHWC images and maps stay in that layout.
+        rows: number of rows of each process, at least 1.
+        same_losses: all processes compute the same loss from the gathered rows. The sum of the gradients is then W
+            times the process's own gradient, and the backward pass is not collective.
     """
     if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         return _Gather.apply(tensor.permute(0, 2, 3, 1), rows, same_losses).permute(0, 3, 1, 2)

@@ -1,13 +1,15 @@
-"""Graphs of relations between the vertices of two views, and how far a student's graph is from its teacher's.
+"""Relation graphs between the vertices of two views, and the distance of a student's graph to its teacher's.
 
-A graph has N vertices x of a real view and N vertices y of a virtual one, D entries each, and an edge from every x to
-every y. What an edge says is its *relation* (:class:`Rules`): the difference ``(x_i - y_j) / ||x_i - y_j||`` itself, an
-inner product, or the angles between edges. With ``y = x`` it is the graph within one view, in which every edge is there
-twice and the diagonal has length zero.
+A graph has N vertices x of a real view and N vertices y of a virtual view. A vertex has D entries. An edge joins every
+x to every y. The value of an edge is its *relation* (:class:`Rules`): the unit difference
+``(x_i - y_j) / ||x_i - y_j||``, an inner product, or the angles between edges. With ``y = x`` the graph lies within one
+view: every edge occurs twice, and the edges on the diagonal have length zero.
 
-Differences are never written out as ``[N, N, D]`` where that can be helped. For unit vectors ``||e_s - e_t||^2 =
-2 - 2 <e_s, e_t>``, and ``<x_s - y_s, x_t - y_t>`` and both lengths expand into products of ``N x N`` matrices, as the
-gradient does. What does not expand (L1, Huber with a small delta, angles) is computed in chunks of bounded size.
+The code avoids ``[N, N, D]`` tensors of differences. For unit vectors ``||e_s - e_t||^2 = 2 - 2 <e_s, e_t>``. Both
+``<x_s - y_s, x_t - y_t>`` and the lengths expand into products of matrices, and so does the gradient. L1, Huber with a
+small delta, and angles do not expand; the code computes them in chunks of bounded size.
+
+Plain form: tests/oracles/vrm.py.
 """
 
 from __future__ import annotations
@@ -38,26 +40,26 @@ ZERO = {torch.float64: 1e-150, torch.float32: 1e-18}  # in place of a length of 
 
 @dataclass(frozen=True)
 class Rules:
-    """How two graphs are compared; checked when made, in messages that begin with an option's name in upper case.
+    """How two graphs are compared. Error messages begin with an option's name in upper case.
 
     Args:
-        prune_percentile: in [0, 100]; edges whose uncertainty lies above this percentile of their graph are dropped.
-            100 drops none, 0 leaves the most certain one.
-        metric: of student's and teacher's relation, entry by entry: ``"mse"`` the squared difference; ``"l1"``;
-            ``"huber"``; ``"cosine"`` half the squared difference, which summed over a unit edge is 1 - cosine.
-        reduction: ``"element"`` mean over the entries of the kept relations; ``"edge"`` sum over a relation's entries,
-            mean over the kept ones; ``"sum"`` over all entries of the kept ones.
+        prune_percentile: in [0, 100]. Edges whose uncertainty lies above this percentile of their graph are dropped.
+            100 drops no edge, 0 keeps the most certain edge.
+        metric: distance of student's and teacher's relation, entry by entry. ``"mse"``: squared difference; ``"l1"``;
+            ``"huber"``; ``"cosine"``: half the squared difference, whose sum over a unit edge is 1 - cosine.
+        reduction: ``"element"``: mean over the entries of the kept relations; ``"edge"``: sum over a relation's
+            entries, mean over the kept relations; ``"sum"``: sum over all entries of the kept relations.
         uncertainty: see :func:`edge_uncertainty`.
-        edge_eps: an edge is dropped too where in either network it is shorter than this times its graph's mean length.
-            With 0 none is; an edge of length zero is a zero vector then, without gradient.
-        huber_delta: where Huber's loss turns from half the square to linear.
-        relation: ``"difference"`` D entries; ``"gram"`` one, the inner product of the vertices; ``"angle"`` the cosine
-            of the angle at a real vertex between two of its edges, for all pairs of kept edges.
-        edge_norm: differences of unit length, or inner products of vertices of unit length (cosines). Where edges
-            are not normalised, or are inner products, ``edge_eps`` drops none.
+        edge_eps: an edge is also dropped if, in either network, its length is below ``edge_eps`` times the mean length
+            of its graph. 0 drops no edge. An edge of length zero is then a zero vector without gradient.
+        huber_delta: Huber's loss is half the square below this difference and linear above.
+        relation: ``"difference"``: D entries; ``"gram"``: one entry, the inner product of the vertices; ``"angle"``:
+            the cosine of the angle at a real vertex between two of its edges, for all pairs of kept edges.
+        edge_norm: differences have unit length; inner products are those of unit vectors (cosines). ``edge_eps`` drops
+            no edge if ``edge_norm`` is off or the relation is an inner product.
 
     Raises:
-        InputError: an unknown name, a value out of range, or options that make no sense together.
+        InputError: an unknown name, a value out of range, or options that contradict each other.
     """
 
     prune_percentile: float = 95.0
@@ -89,9 +91,9 @@ class Rules:
 
     @property
     def squared_factor(self) -> float | None:
-        """The metric as a multiple of the squared difference of two unit edges; ``None`` where it is none.
+        """The factor c if the metric of two unit edges is ``c * (squared difference)``, else ``None``.
 
-        Their entries differ by up to 2, so Huber's loss is one if it is quadratic up to there.
+        Entries of unit edges differ by at most 2. So Huber's loss is quadratic if its delta is 2 or more.
         """
         if self.metric == "mse":
             return 1.0
@@ -108,14 +110,19 @@ class Rules:
         return self.squared_factor * (student - teacher).square()
 
     def scale(self, relations: Tensor, entries: int) -> float | Tensor:
-        """What the sum over all entries is divided by, for so many kept relations of so many entries each."""
+        """The divisor of the sum over all entries.
+
+        Args:
+            relations: number of kept relations, ``()``.
+            entries: number of entries of a relation.
+        """
         return (
             1.0 if self.reduction == "sum" else relations.clamp_min(1) * (entries if self.reduction == "element" else 1)
         )
 
 
 class Comparison(NamedTuple):
-    """The loss, ``()``, and two facts without gradient: the share of edges kept, and the mean uncertainty in nats."""
+    """The loss ``()`` and two facts without gradient: the share of kept edges, and the mean uncertainty in nats."""
 
     loss: Tensor
     kept: Tensor
@@ -123,18 +130,20 @@ class Comparison(NamedTuple):
 
 
 def compare_graphs(student: Tensor, teacher: Tensor, beliefs: Tensor, rules: Rules) -> Comparison:
-    """How far the student's graph is from the teacher's.
+    """The distance of the student's graph to the teacher's.
 
-    Cost: a dozen products of ``N x D`` matrices and a few ``N x N`` matrices of memory for differences under ``mse``,
-    ``cosine``, and ``huber`` with ``huber_delta`` of 2 or more, and for inner products. The rest is computed edge by
-    edge in chunks, angles even in N^3 steps, which is much slower. All in float64, or in float32 on devices that have
-    nothing better (MPS). Gradients of gradients are refused, but for inner products and edges without normalising.
+    All computations are in float64; devices without float64 (MPS) use float32.
+
+    Cost of inner products, and of differences under ``mse``, ``cosine`` or ``huber`` with ``huber_delta`` 2 or more: a
+    dozen products of ``N x D`` matrices and a few ``N x N`` matrices of memory. Other rules are much slower: the code
+    visits every edge, in chunks, and angles take N^3 steps. Second derivatives exist only for inner products and for
+    ``mse`` of differences without ``edge_norm``; else a RuntimeError is raised.
 
     Args:
         student: ``(2, N, D)`` vertices of the real and of the virtual view; gradient flows.
-        teacher: ``(2, N, D)``, constant.
-        beliefs: ``(2, N, K)`` the student's distribution at each vertex, constant: what uncertainties are taken of.
-        rules: how.
+        teacher: ``(2, N, D)``; constant.
+        beliefs: ``(2, N, K)`` the student's distribution at each vertex, for the uncertainties; constant.
+        rules: how the graphs are compared.
     """
     student, teacher, beliefs = (in_working_precision(x) for x in (student, teacher.detach(), beliefs.detach()))
     unreliable, uncertainty = unreliable_edges(*beliefs, rules)
@@ -148,18 +157,18 @@ def compare_graphs(student: Tensor, teacher: Tensor, beliefs: Tensor, rules: Rul
 
 
 def in_working_precision(x: Tensor) -> Tensor:
-    """float64: in float32 the expanded lengths of near vertices cancel. MPS has none."""
+    """``x`` in float64. In float32 the expanded lengths of near vertices cancel. MPS has float32 only."""
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def edge_uncertainty(p_real: Tensor, p_virtual: Tensor, kind: str = "cross") -> Tensor:
-    """How uncertain the edge between two predictions is, for all pairs, without gradient.
+    """The uncertainty of the edge between two predictions, for all pairs, without gradient.
 
     Args:
         p_real: ``(B, C)`` distributions p.
         p_virtual: ``(B, C)`` distributions q.
-        kind: ``"cross"`` the cross entropy ``-sum_c p_c log q_c``, with logarithms of zero cut off at that of the
-            smallest normal number; ``"mixture"`` the entropy of ``(p + q) / 2``; ``"sum"`` that of p plus that of q.
+        kind: ``"cross"``: the cross entropy ``-sum_c p_c log q_c``, with q at least the smallest normal number;
+            ``"mixture"``: the entropy of ``(p + q) / 2``; ``"sum"``: the entropy of p plus the entropy of q.
 
     Returns:
         ``(B, B)`` in nats, real views along the rows, in float32 or better.
@@ -186,8 +195,9 @@ def _uncertainty(p: Tensor, q: Tensor, kind: str) -> Tensor:
 def unreliable_edges(real: Tensor, virtual: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
     """The edges above the percentile, ``(N, N)`` bool, and the mean uncertainty, ``()``.
 
-    An edge is kept if ``H <= torch.quantile(H, m / 100)``, without that function's sort and its limit of 16.7 million
-    entries: the quantile lies between two neighbours in size, so what lies at or below it lies at or below the lower.
+    An edge is kept if ``H <= torch.quantile(H, m / 100)``. The code avoids that function's sort and its limit of 16.7
+    million entries. The quantile lies between two neighbouring values of the sorted H. So an H at or below the quantile
+    is also at or below the lower neighbour.
     """
     with torch.no_grad():
         h = _uncertainty(real, virtual, rules.uncertainty)
@@ -223,7 +233,7 @@ def _plain_differences(student: Tensor, teacher: Tensor, dropped: Tensor, rules:
 
 
 class _Edges(torch.autograd.Function):
-    """The loss and how many edges were kept; the gradient is computed along with it."""
+    """The loss and the number of kept edges. The forward pass also computes the gradient."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, dropped: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
@@ -248,13 +258,13 @@ class _Edges(torch.autograd.Function):
 def _sum_over_edges(
     vertices: Tensor, dropped: Tensor, rules: Rules, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The sum, its gradient ``(2, N, D)`` to the student's vertices, and the edges dropped, ``(N, N)`` bool.
+    """The sum, its gradient ``(2, N, D)`` to the student's vertices, and the dropped edges, ``(N, N)`` bool.
 
     Args:
         vertices: ``(2, 2, N, D)``: student and teacher, real and virtual view.
-        dropped: ``(N, N)`` bool, what is dropped for its uncertainty.
-        rules: how.
-        with_gradient: else the gradient is ``None``.
+        dropped: ``(N, N)`` bool, the edges that are dropped for their uncertainty.
+        rules: how the graphs are compared.
+        with_gradient: compute the gradient, else it is ``None``.
     """
     if not rules.edge_norm:
         return *_by_edges(vertices, ~dropped, rules, with_gradient), dropped
@@ -281,10 +291,10 @@ def _sum_over_edges(
 
 
 def _lengths(vertices: Tensor, centred: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``(2, N, N)`` lengths ``||x_i - y_j||`` in both networks, and what a mean of them has by rounding, ``(2, 1, 1)``.
+    """Lengths ``||x_i - y_j||`` in both networks, ``(2, N, N)``, and the rounding error of their mean, ``(2, 1, 1)``.
 
-    Lengths come from the expanded squares and are at least ``ZERO``. Where ``near`` ``(N, N)`` is given, it is set to
-    which edges are short enough to have lost digits, and those are computed from the differences.
+    Lengths come from the expanded squares and are at least ``ZERO``. ``near`` ``(N, N)``, if given, receives the edges
+    that are so short that they lose digits. Their lengths are computed from the differences.
     """
     squares = torch.linalg.vector_norm(centred, dim=3).square_()
     both = squares[:, 0, :, None] + squares[:, 1, None]
@@ -304,11 +314,11 @@ def _lengths(vertices: Tensor, centred: Tensor, near: Tensor | None) -> tuple[Te
 def _by_products(
     centred: Tensor, lengths: Tensor, has_edges: Tensor, dropped: Tensor, factor: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum over the kept edges of ``factor * ||e_s - e_t||^2``, and its gradient. ``lengths`` are overwritten.
+    """The sum over the kept edges of ``factor * ||e_s - e_t||^2``, and its gradient. ``lengths`` are overwritten.
 
-    With d the differences, n their lengths and ``c = <e_s, e_t>``, the gradient of an edge's ``2 - 2c`` with respect
-    to d_s is ``2 (Q d_s - P d_t)``, ``Q = c / n_s^2``, ``P = 1 / (n_s n_t)``. Over all edges, with the row sums of Q
-    and P on a diagonal, that makes ``(diag(Q 1) x_s - Q y_s) - (diag(P 1) x_t - P y_t)`` for the real vertices x.
+    With d the differences, n their lengths and ``c = <e_s, e_t>``, the gradient of an edge's ``2 - 2c`` with respect to
+    d_s is ``2 (Q d_s - P d_t)``, ``Q = c / n_s^2``, ``P = 1 / (n_s n_t)``. Over all edges, with the row sums of Q and P
+    on a diagonal, the gradient is ``(diag(Q 1) x_s - Q y_s) - (diag(P 1) x_t - P y_t)`` for the real vertices x.
     """
     (x_s, y_s), (x_t, y_t) = centred
     inner_x, inner_y = (centred[0] * centred[1]).sum(2)
@@ -331,7 +341,7 @@ def _by_products(
 
 
 def _by_edges(vertices: Tensor, edges: Tensor, rules: Rules, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum of the metric over ``edges`` ``(N, N)``, written out in chunks, and its gradient."""
+    """The sum of the metric over ``edges`` ``(N, N)`` and its gradient, computed edge by edge in chunks."""
 
     def sum_over(student: Tensor, i: Tensor, j: Tensor) -> Tensor:
         # Of the vertices as given: centring rounds, which short edges do not bear in float32.
@@ -342,7 +352,7 @@ def _by_edges(vertices: Tensor, edges: Tensor, rules: Rules, with_gradient: bool
 
 
 def _by_angles(vertices: Tensor, edges: Tensor, rules: Rules, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum of the metric over the cosines ``<e_ij, e_ik>`` of pairs of ``edges``, and its gradient."""
+    """The sum of the metric over the cosines ``<e_ij, e_ik>`` of pairs of ``edges``, and its gradient."""
     count, width = vertices.shape[2:]
 
     def sum_over(student: Tensor, rows: slice) -> Tensor:
@@ -357,7 +367,7 @@ def _by_angles(vertices: Tensor, edges: Tensor, rules: Rules, with_gradient: boo
 def _accumulate(
     part: Callable[..., Tensor], student: Tensor, chunks: Iterator[tuple[Any, ...]], with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum of ``part(student, *chunk)`` over chunks, and its gradient to ``student``, one chunk in memory at a time."""
+    """The sum of ``part(student, *chunk)`` over chunks, and its gradient to ``student``. Memory holds one chunk."""
     total = student.new_zeros(())
     gradient = torch.zeros_like(student) if with_gradient else None
     for chunk in chunks:
@@ -371,20 +381,20 @@ def _accumulate(
 
 
 def _unit(difference: Tensor) -> Tensor:
-    """``(..., D)`` with unit length; a zero vector stays one, without gradient."""
+    """``(..., D)`` with unit length. A zero vector stays zero and has no gradient."""
     squares = difference.square().sum(-1, keepdim=True)
     zero = squares == 0
     return difference.masked_fill(zero, 0) / squares.masked_fill(zero, 1).sqrt()
 
 
 def _pairs(edges: Tensor, vertices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows and columns of what is set in an ``(N, N)`` mask, in chunks."""
+    """Rows and columns of the set entries of an ``(N, N)`` mask, in chunks."""
     pairs = edges.nonzero()
     for rows in _chunks(len(pairs), 2 * vertices.shape[3]):
         yield pairs[rows, 0], pairs[rows, 1]
 
 
 def _chunks(count: int, entries: int) -> Iterator[slice]:
-    """Slices of ``count`` rows of so many entries each."""
+    """Slices of ``count`` rows, for rows of ``entries`` entries each."""
     step = max(1, CHUNK // entries)
     return (slice(start, start + step) for start in range(0, count, step))

@@ -1,4 +1,4 @@
-"""What several methods do to logits before they compare them."""
+"""Transformations of logits that several methods share."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from .precision import at_least_float32
 
 
 def zs_norm(logits: Tensor) -> Tensor:
-    """Each sample's logits with mean 0 and standard deviation 1 over the classes.
+    """``(z - mean(z)) / (std(z) + 1e-7)`` of each sample, over its classes. The deviation is unbiased.
 
-    LSKD's logit standardisation (Sun et al., arXiv:2403.01427), VRM's ZSNorm: unbiased deviation, 1e-7 added to it.
-    Gradient flows through mean and deviation. A sample whose logits are all equal, as those of a classifier that starts
-    at zero, becomes zeros without a gradient; the formula would give it 1e7 times what comes in. Half precision is
-    taken to float32 first.
+    LSKD calls this logit standardisation (Sun et al., arXiv:2403.01427), VRM calls it ZSNorm. Gradient flows through
+    mean and deviation. A sample whose logits are all equal, for example those of a classifier with zero weights,
+    becomes zeros without gradient. By the formula its gradient would be 1e7 times the incoming one. Half precision
+    becomes float32.
 
     Args:
-        logits: ``(B, K)``, K at least 2. With K = 2 nothing is left of a sample but which class is ahead.
+        logits: ``(B, K)``, K at least 2. With K = 2 only the order of the two classes remains.
 
     Returns:
-        ``(B, K)``.
+        ``(B, K)`` in float32 or better.
+
+    Example:
+        >>> zs_norm(torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]))
+        tensor([[-1.0000,  0.0000,  1.0000],
+                [ 0.0000,  0.0000,  0.0000]])
     """
     logits = at_least_float32(logits)
     deviation = logits.std(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Feature maps: their means over positions, and those of two networks side by side."""
+"""Feature maps: means over positions, and one size for the maps of two networks."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .shapes import require_same_images
 
 
 def same_size(map_s: Tensor, map_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps at the smaller height and the smaller width of the two, by adaptive average pooling.
+    """Both maps at the smaller height and the smaller width, by adaptive average pooling.
 
     Args:
         map_s: ``(B, C_s, H_s, W_s)``; gradient flows.
         map_t: ``(B, C_t, H_t, W_t)``; gradient flows.
 
     Returns:
-        ``(B, C_s, H, W)`` and ``(B, C_t, H, W)``; a map that has this size already is returned as it is.
+        ``(B, C_s, H, W)`` and ``(B, C_t, H, W)``. A map that already has this size is returned unchanged.
 
     Raises:
-        InputError: maps of unequally many images.
+        InputError: the maps have different numbers of images.
     """
     require_same_images("same_size", map_s, map_t)
     size = tuple(min(a, b) for a, b in zip(map_s.shape[2:], map_t.shape[2:], strict=True))
@@ -36,13 +36,13 @@ def pool_to_common(map_s: Tensor, map_t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def channel_mean_square(maps: Tensor) -> Tensor:
-    """Mean of the squares over images, height and width.
+    """``maps.square().mean((0, 2, 3))``: the mean of the squares over images and positions.
 
-    The same as ``maps.square().mean((0, 2, 3))``, whose gradient comes without the maps' memory layout: of maps that
-    are channels_last, everything behind would be converted back and forth, which takes longer than convolutions do.
+    The gradient keeps the maps' memory layout; torch's gradient of this expression does not. For channels_last maps
+    every earlier layer would convert its gradient, which takes longer than the convolutions do.
 
     Args:
-        maps: ``(B, C, H, W)`` in float32 or better; gradient flows, once.
+        maps: ``(B, C, H, W)`` in float32 or better; gradient flows, first derivative only.
 
     Returns:
         ``(C,)``.
@@ -64,10 +64,10 @@ class _ChannelMeanSquare(torch.autograd.Function):
 
 
 def gradient_in_layout(maps: Tensor) -> Tensor:
-    """``maps``, whose gradient will lie in memory as they do.
+    """``maps``, with a gradient in the memory layout of ``maps``.
 
-    A loss that reads maps row by row (flattened, squared, as matrices) hands back its gradient in the plain layout. In
-    a network that is channels_last, every layer behind would have to mix the two, several times slower.
+    A loss that flattens maps returns its gradient in the contiguous layout. In a channels_last network every earlier
+    layer would then mix two layouts and be several times slower.
 
     Args:
         maps: ``(B, C, H, W)``; gradient flows.
@@ -87,16 +87,16 @@ class _GradientInLayout(torch.autograd.Function):
 
 
 def spatial_mean(maps: Tensor) -> Tensor:
-    """Mean over height and width, in float32 where the maps are in half precision.
+    """``at_least_float32(maps).mean((2, 3))``: the mean over height and width.
 
-    The same as ``at_least_float32(maps).mean((2, 3))``, whose backward pass would write a float32 map of equal numbers
-    and convert it; here the gradient is converted first and spread without being written.
+    torch's backward pass would write a float32 map of equal numbers and convert the map. This one converts the gradient
+    first and expands it without a copy.
 
     Args:
-        maps: ``(B, C, H, W)``; gradient flows, once.
+        maps: ``(B, C, H, W)``; gradient flows, first derivative only.
 
     Returns:
-        ``(B, C)``.
+        ``(B, C)``, float32 for maps in half precision.
     """
     return _SpatialMean.apply(maps)
 

@@ -1,4 +1,4 @@
-"""MixUp and CutMix: their labels, and shares Beta(alpha, alpha) from uniform draws (one each, no rejection)."""
+"""MixUp and CutMix: labels, and shares from Beta(alpha, alpha) by one uniform draw each, without rejection."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ GRID = 4096  # intervals of the table of quantiles
 
 
 def class_numbers(target: Tensor) -> Tensor:
-    """Class numbers ``(B,)`` of labels that are such numbers, or shares ``(B, K)``, of which the largest counts."""
+    """Class numbers ``(B,)`` of a target. Class numbers stay as they are; of shares ``(B, K)`` the largest counts."""
     return target.argmax(1) if target.ndim == 2 else target
 
 
 def share_quantiles(alpha: float) -> Tensor:
-    """Quantiles ``(GRID + 1,)`` at even steps of ``x^min(alpha, 1)``, x the smaller share of Beta(alpha, alpha).
+    """Quantiles ``(GRID + 1,)`` of ``x^min(alpha, 1)`` at even steps, x the smaller share of Beta(alpha, alpha).
 
-    In this power of x the density is bounded for every alpha, so that the table may be interpolated.
+    In this power of x the density is bounded for every alpha, so linear interpolation of the table is accurate.
     """
     power = min(alpha, 1.0)
     grid = torch.linspace(0, 0.5**power, GRID + 1, dtype=torch.float64)
@@ -46,6 +46,6 @@ def smaller_shares(uniform: Tensor, quantiles: Tensor, alpha: float) -> Tensor:
 
 
 def beta_shares(uniform: Tensor, quantiles: Tensor, alpha: float) -> Tensor:
-    """Draws from Beta(alpha, alpha), in [0, 1]; arguments are those of :func:`smaller_shares`."""
+    """Draws from Beta(alpha, alpha), in [0, 1]. See :func:`smaller_shares` for the arguments."""
     smaller = smaller_shares((2 * uniform) % 1, quantiles, alpha)
     return torch.where(uniform < 0.5, smaller, 1 - smaller)

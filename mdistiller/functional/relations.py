@@ -1,4 +1,4 @@
-"""What relations between vectors are made of."""
+"""Building blocks of relations between vectors."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def unit(x: Tensor, dim: int = -1) -> Tensor:
-    """``x`` with vectors of length 1 along ``dim``; a zero vector stays, and gets the gradient of the identity.
+    """``x / ||x||`` along ``dim``. A zero vector stays zero and has the gradient of the identity.
 
-    ``F.normalize`` agrees in value, but multiplies the gradient by 10^12 at a zero vector, such as a dead unit's or the
-    difference of two equal images.
+    ``F.normalize`` has the same value, but multiplies the gradient of a zero vector by 10^12. Zero vectors occur: a
+    dead unit, or the difference of two equal images.
     """
     length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return x / length.masked_fill(length == 0, 1)

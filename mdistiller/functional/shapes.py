@@ -1,4 +1,4 @@
-"""Refusing tensors that do not belong together, which arithmetic would broadcast without a word."""
+"""Checks of two tensors' shapes. Without them arithmetic would silently broadcast."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from mdistiller.registry import InputError
 
 
 def require_one_shape(name: str, a: Tensor, b: Tensor) -> None:
-    """Make sure that two tensors have the same shape.
+    """Check that two tensors have the same shape.
 
     Args:
-        name: of the function that was given them, for the message.
+        name: the calling function, for the message.
         a: any shape.
         b: the shape of ``a``.
 
     Raises:
-        InputError: they differ.
+        InputError: the shapes differ.
     """
     if a.shape != b.shape:
         raise InputError(f"{name} takes two tensors of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
 
 
 def require_same_images(name: str, a: Tensor, b: Tensor) -> None:
-    """Make sure that two tensors have as many rows, one for each image.
+    """Check that two tensors have the same number of rows, one for each image.
 
     Args:
-        name: of the function that was given them, for the message.
+        name: the calling function, for the message.
         a: ``(B, ...)``.
         b: ``(B, ...)``.
 
     Raises:
-        InputError: they have not.
+        InputError: the numbers differ.
     """
     if a.shape[:1] != b.shape[:1]:
         raise InputError(f"{name} takes as many rows of both, got {tuple(a.shape)} and {tuple(b.shape)}")

@@ -8,14 +8,15 @@ from yacs.config import CfgNode
 from mdistiller.dataset import Split, build_loaders, dataset_dict, get_dataset, load_splits
 from mdistiller.dataset.base import resize_images
 from mdistiller.dataset.views import is_random
+from mdistiller.distillers import Distiller
 from mdistiller.registry import MODEL_FAMILIES, InputError, UnknownName, distiller_dict
 
 
-class OneView:
+class OneView(Distiller):
     def forward_train(self, image, target, **kwargs): ...
 
 
-class TwoViews:
+class TwoViews(Distiller):
     def forward_train(self, image_weak, image_strong, target, **kwargs): ...
 
 

@@ -8,27 +8,28 @@ from mdistiller.dataset import CIFAR100, Digits, build_loaders
 from mdistiller.dataset.fields import chosen_recipes, views_of
 from mdistiller.dataset.randaugment import RandAugment
 from mdistiller.dataset.views import Cutout, Draws, HorizontalFlip, RandomCrop, apply_view
+from mdistiller.distillers import Distiller
 from mdistiller.engine.cfg import CFG, load_config
 from mdistiller.registry import InputError
 
 
-class Plain:
+class Plain(Distiller):
     def forward_train(self, image, target, **kwargs): ...
 
 
-class TwoViews:
+class TwoViews(Distiller):
     def forward_train(self, image_weak, image_strong, target, index, epoch, weight=1.0, **kwargs): ...
 
 
-class Anything:
+class Anything(Distiller):
     def forward_train(self, *args, **kwargs): ...
 
 
-class NeedsMore:
+class NeedsMore(Distiller):
     def forward_train(self, image, target, contrastive_index, saliency): ...
 
 
-class Rotated:
+class Rotated(Distiller):
     def forward_train(self, image_rotated, target): ...
 
 

@@ -30,8 +30,8 @@ from .KD import kd_loss
 DEFAULTS = {
     "T_START": Option(1.0, "lowest temperature", above=0),
     "T_END": Option(20.0, "width of the temperatures' range", above=0),
-    "DECAY_MAX": Option(0.0, "lambda before the first epoch", at_most=0),
-    "DECAY_MIN": Option(-1.0, "lambda from epoch DECAY_LOOPS on", at_most=0),
+    "DECAY_MAX": Option(0.0, "lambda before the first epoch"),
+    "DECAY_MIN": Option(-1.0, "lambda from epoch DECAY_LOOPS on"),
     "DECAY_LOOPS": Option(10, "epochs in which lambda falls", at_least=0, at_most=MANY),
     "LOSS": {"CE_WEIGHT": weight(0.1, "of the cross-entropy"), "KD_WEIGHT": weight(0.9, "of kd_loss")},
 }

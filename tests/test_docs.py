@@ -174,6 +174,8 @@ def test_walk_through_method_passes_the_registry_wide_tests(walk_through_method)
     assert len(checks) > 10
     for check in checks:
         check("MYKD")
+    examples = runpy.run_path(str(ROOT / "tests" / "distillers" / "test_examples.py"))
+    examples["test_examples_run"](walk_through_method.__module__)
 
 
 def test_walk_through_tests_pass(walk_through_method, monkeypatch):

@@ -50,7 +50,7 @@ DEFAULTS = {
 PAPER = "Tian et al., ICLR 2020, arXiv:1910.10699"
 
 EPS = 1e-7  # added to the noise's density, as in the authors' code
-WHOLE_BANK = 16  # times the negatives: up to which bank size comparing with all of it is cheaper than picking rows
+WHOLE_BANK = 16  # banks up to this many times the negatives: a product with the whole bank is cheaper than a selection
 
 
 def nce_loss(log_ratio: Tensor, num_data: int) -> Tensor:
@@ -123,8 +123,7 @@ class ContrastMemory(nn.Module):
     def __init__(self, dim: int, num_data: int, num_negatives: int, temperature: float, momentum: float) -> None:
         super().__init__()
         self.temperature, self.momentum = temperature, momentum
-        # mdistiller's layout: the last is the momentum; the two in front of it are the student's and the teacher's Z,
-        # below 0 until the first batch has set them.
+        # mdistiller's layout: K, temperature, the student's Z, the teacher's Z, momentum. Z starts at -1.
         self.register_buffer("params", torch.tensor([num_negatives, temperature, -1.0, -1.0, momentum]))
         bound = 1 / math.sqrt(dim / 3)
         self.register_buffer("memory_v1", torch.empty(num_data, dim).uniform_(-bound, bound))  # the student's

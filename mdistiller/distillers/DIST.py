@@ -1,38 +1,39 @@
 """DIST and DIST+: match how predictions relate to each other, not their values.
 
-Huang, You, Wang, Qian, Xu. Knowledge Distillation from A Stronger Teacher. NeurIPS 2022, arXiv:2205.10536. DIST+, and
-all equations, sections and tables named here, are its journal version's. Shapes: B images, C classes, D channels.
+Huang, You, Wang, Qian, Xu. Knowledge Distillation from A Stronger Teacher. NeurIPS 2022, arXiv:2205.10536. Its journal
+version contains DIST+; equations, sections and tables are the journal version's. Shapes: B images, C classes, D
+channels.
 
 With ``p = softmax(z / TAU)`` ``(B, C)`` and ``d_p = 1 - Pearson's correlation`` (Eq. 6): ``L_inter`` is the mean of
 ``d_p`` over rows (Eq. 8), ``L_intra`` over columns (Eq. 9), and DIST minimises ``CE + 2 L_inter + 2 L_intra`` (Eq. 10).
 DIST+ adds the same distance of the last feature maps along channels (``L_cr``, Eq. 15) and over positions (``L_sr``,
-Eq. 16), and *acclimates* the teacher: its last convolution and its classifier learn from the student's non-target
-classes (``L_ta``, Eq. 14), on the same forward pass whose outputs the student learns from.
+Eq. 16). DIST+ also *acclimates* the teacher: its last convolution and its classifier learn from the student's
+non-target classes (``L_ta``, Eq. 14). One forward pass of the teacher serves both.
 
-From the authors' code for DIST, and not in the paper: the factor ``TAU ** 2`` on both terms (``TAU_SQUARED``), and an
-``EPS`` on the product of two vectors' norms. Added here: a vector that is constant up to rounding has no correlation,
-hence distance 1 and no gradient, which with ``EPS`` alone would be huge.
+From the authors' code for DIST, and not in the paper: the factor ``TAU ** 2`` on both terms (``TAU_SQUARED``), and
+``EPS``, added to the product of two vectors' norms. Added here: a vector that is constant up to rounding has no
+correlation; its distance is 1, without gradient. With ``EPS`` alone its gradient would be huge.
 
-What the paper leaves open; these are our readings:
+The paper leaves open the following points. These are our readings:
 
-- columns are those of the process's own batch, as in the authors' code; with ``GATHER`` those of all processes'
-  batches, with gradient; with ``COLUMN_GROUP`` n, those of n images after the other, which is what n images on each of
-  several devices give (the authors' ImageNet: 8 devices with 32 each);
-- ``RELATION`` kl (Tab. 9): with rows only it is KD; columns are taken as they stand, not normalised to sum 1;
-- ``L_ta`` has the student's ``TAU`` and ``EPS``, but not the factor ``TAU ** 2``; with mixed labels ``(B, C)`` the
-  target is the likeliest class. Its rows are divided by their sums, which changes nothing but what ``EPS`` weighs: as
-  they stand in the softmax over all classes, they are tiny where both networks are sure of the target, and beside
-  ``EPS`` the loss would fade (at a probability of 0.9999, 100 classes and ``TAU`` 1, to a few per cent);
-- ``ACCLIMATE_MODULES``: by default the ``nn.Conv2d`` that the teacher calls last, and its classifier. In modules that
-  are named, BatchNorm's scale and shift stay as they are;
-- ``ACCLIMATE_LR``: a hundredth of the student's, on the same schedule, and no weight decay, which would erode the
-  teacher where the loss gives no gradient;
-- ``ACCLIMATE_RADIUS``: ``L_ta`` has nothing that holds the teacher, which the further it goes the more it forgets, so
-  rate and number of steps would decide what is left of it. Each weight tensor therefore stays within this share of its
-  own length around its start: before a step, one that has left the ball is taken back to its surface;
-- ``ACCLIMATE`` kl (Tab. 15): over all classes, the student's being the target; ``all``: Pearson over all classes;
-- the map "used for distillation" is the last one, after its activation; the student's goes through a 1x1 convolution
-  with bias and without normalisation, also where the widths agree; maps of different size are pooled to the smaller;
+- a column holds the images of the process's own batch, as in the authors' code. ``GATHER``: the images of all
+  processes, with gradient. ``COLUMN_GROUP`` n: n images, one group after the other. This equals several devices with n
+  images each (the authors' ImageNet: 8 devices with 32 each);
+- ``RELATION`` kl (Tab. 9): with rows only it is KD. Columns are not normalised to sum 1;
+- ``L_ta`` has the student's ``TAU`` and ``EPS``, but not the factor ``TAU ** 2``. With mixed labels ``(B, C)`` the
+  target is the likeliest class. Its rows are normalised to sum 1, which changes the influence of ``EPS`` only: without
+  it, rows are tiny if both networks are sure of the target, and ``EPS`` would suppress the loss (at a probability of
+  0.9999, 100 classes and ``TAU`` 1, to a few per cent);
+- ``ACCLIMATE_MODULES``: by default the ``nn.Conv2d`` that the teacher calls last, and its classifier. BatchNorm's scale
+  and shift in these modules are not trained;
+- ``ACCLIMATE_LR``: a hundredth of the student's rate, on the same schedule. There is no weight decay: it would erode
+  the teacher where the loss has no gradient;
+- ``ACCLIMATE_RADIUS``: no part of ``L_ta`` holds the teacher near its start. The further the teacher moves, the more it
+  forgets, so the rate and the number of steps would decide the result. Each weight tensor therefore stays within this
+  share of its own length around its start. Before a step, a tensor outside this ball is projected to its surface;
+- ``ACCLIMATE`` kl (Tab. 15): over all classes, with the student as the target; ``all``: Pearson over all classes;
+- the map "used for distillation" is the last one, after its activation. The student's map passes a 1x1 convolution with
+  bias and without normalisation, even for equal widths. The larger of two maps is pooled to the smaller size;
 - ``FEATURE_RELATION`` mse (Tab. 14): over all entries for ``L_cr``, over the channels' means for ``L_sr``.
 """
 
@@ -376,8 +377,8 @@ class DIST(Distiller):
 class DISTPlus(DIST):
     """DIST plus Pearson correlation of feature maps over channels and positions; the teacher's last layers are trained.
 
-    The teacher stays in eval mode. Only the parameters that are acclimated take part in autograd, so that the pass
-    through the rest of it keeps nothing for a backward pass.
+    The teacher stays in eval mode. Autograd sees the acclimated parameters only, so the forward pass of the teacher's
+    other layers stores nothing for a backward pass.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:

@@ -43,7 +43,7 @@ DEFAULTS = {
 }
 PAPER = "Lee et al., ECCV 2018, arXiv:1807.06819"
 
-SPARE = 3  # directions of the student beyond k, among which the teacher's look for their likes
+SPARE = 3  # the student has k + SPARE candidates for the teacher's k directions
 
 
 class EigenVectors(torch.autograd.Function):
@@ -85,7 +85,9 @@ def directions(feat: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rows = at_least_float32(feat).flatten(1, 2)
     exact = rows.double()
     gram = exact.mT @ exact
-    broken = ~gram.isfinite().all(2, keepdim=True).all(1, keepdim=True)  # eigh would raise; the loss shall be NaN
+    broken = ~gram.isfinite().all(2, keepdim=True).all(
+        1, keepdim=True
+    )  # eigh raises; NaN is wanted
     vectors, squares = EigenVectors.apply(gram.masked_fill(broken, 0))
     vectors, squares = vectors.masked_fill(broken, torch.nan).flip(2)[:, :, :k], squares.flip(1)[:, :k]
     sign = torch.where(vectors.detach().sum(1, keepdim=True) < 0, -1.0, 1.0)

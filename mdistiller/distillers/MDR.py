@@ -1,49 +1,51 @@
-"""MDR: match relations between images at the stage where the teacher tells them apart best.
+"""MDR: match relations between images at the stage where the teacher separates the images best.
 
 MDR: Multi-stage Decoupled Relational Knowledge Distillation with Adaptive Stage Selection. Equations, sections,
 figures and tables are the paper's. Shapes: N anchors, M = 3N positives, K stages, D entries of an embedding, C classes.
 
-A self-supervised module (SM: pooling and two linear layers) behind each stage of both networks embeds the images. The
-teacher's SMs are trained first, on the frozen teacher (:meth:`MDR.prepare`); the student's SMs with the student. Then,
-with ``z`` of an anchor and ``z~`` of a positive, an augmented anchor,
+A self-supervised module (SM: pooling and two linear layers) after each stage of both networks embeds the images. The
+teacher's SMs are trained first, on the frozen teacher (:meth:`MDR.prepare`). The student's SMs are trained with the
+student. With ``z`` the embedding of an anchor and ``z~`` of a positive, an augmented anchor, the relations are
 
-- angle: ``A[i, j] = cos(z~_i, z_j)`` (Eq. 4), of which ``softmax(A / TEMPERATURE)`` is matched by KL (Eq. 12);
-- length: ``Dif[i, j] = | ||z~_i|| - ||z_j|| | / mu`` (Eq. 9, 10), matched by the squared difference (Eq. 11);
-- each positive uses the stage where its own anchor ranks best among the anchors, chosen for angles and lengths
-  independently (Eq. 8). Ranks, not similarities: stages differ in scale.
+- angle: ``A[i, j] = cos(z~_i, z_j)`` (Eq. 4). The loss is the KL divergence of ``softmax(A / TEMPERATURE)`` (Eq. 12);
+- length: ``Dif[i, j] = | ||z~_i|| - ||z_j|| | / mu`` (Eq. 9, 10). The loss is the squared difference (Eq. 11).
 
-``L = CE(anchors) + 2 KD + 300 L_angle + L_length`` (Eq. 13). Anchors and positives go through the networks together, so
-BatchNorm sees both. Terms of weight 0 are not computed, and if only the cross-entropy is left, nor are the positives.
+Each positive uses the stage in which its own anchor has the best rank among the anchors. Angles and lengths choose
+their stages independently (Eq. 8). Ranks are used because the similarities of the stages differ in scale.
 
-The paper leaves open what follows; these are our readings, most of them with a key:
+``L = CE(anchors) + 2 KD + 300 L_angle + L_length`` (Eq. 13). Anchors and positives form one batch of the networks, so
+BatchNorm sees both. Terms of weight 0 are not computed. If only the cross-entropy remains, there are no positives.
 
-- ``STAGES``: ``skip_first`` takes all feature maps but the first, the stem (in vgg and MobileNetV1, which have no map
-  of a stem, the first block); ``declared`` takes what a network declares as stages;
-- ``SM_HIDDEN``: the hidden layer is as wide as the output;
+The paper leaves open the following points. These are our readings, most of them with a key:
+
+- ``STAGES``: ``skip_first`` takes all feature maps but the first, which is the stem (in vgg and MobileNetV1, which have
+  no map of a stem, the first block); ``declared`` takes the stages that a network declares;
+- ``SM_HIDDEN``: the hidden layer has the width of the output;
 - ``SM_EPOCHS``, ``SM_LR``, ``SM_LR_DECAY_STAGES``, ``SM_LR_DECAY_RATE``, ``SM_MOMENTUM``, ``SM_WEIGHT_DECAY``: the
-  first phase's recipe is that of SSKD's comparable phase;
-- ``AUGMENT``, ``MIXUP_ALPHA``: Sec. 3.2 names MixUp. Each positive mixes its anchor with another image of the batch,
-  partner and share drawn anew; shares are Beta(alpha, alpha), folded to at least 0.5, so that the anchor dominates.
-  Labels are mixed alike in the first phase. ``rotation`` (Sec. 3.1) turns the anchor by 90, 180 and 270 degrees;
-- the softmax of a positive runs over the anchors; the sentence that names the dimension is unclear. Over the positives
+  first phase has the recipe of SSKD's comparable phase;
+- ``AUGMENT``, ``MIXUP_ALPHA``: Sec. 3.2 names MixUp. Each positive mixes its anchor with another image of the batch;
+  partner and share are drawn for each positive. Shares are Beta(alpha, alpha), folded to at least 0.5, so that the
+  anchor dominates. In the first phase labels are mixed by the same shares. ``rotation`` (Sec. 3.1) turns the anchor by
+  90, 180 and 270 degrees;
+- the softmax of a positive runs over the anchors; the paper's sentence on the dimension is unclear. Over the positives
   the loss has no lower bound (docs/readings.md);
-- ``RANK_BY``: ranks are taken from the teacher's relations, or from the student's;
+- ``RANK_BY``: ranks come from the teacher's relations, or from the student's;
 - ``RANK_DIM``: Eq. 8 ranks "between positive sample i and all anchor samples" (``anchor``); ``positive`` ranks within
   the anchor's column, where its own three positives compete for the first place;
-- ``TIES``: good SMs rank the own anchor first in several stages; ``deep`` takes the deepest of them, ``shallow`` the
-  first, as a plain argmin does;
-- ``STAGE_REDUCTION``: several stages' losses are summed, as in Eq. 7;
-- L_angle is the mean over positives of the KL, L_length the mean over entries. The sums that are printed make L_length
-  10^4 at the start, and 300 L_angle 10^3;
+- ``TIES``: good SMs rank the own anchor first in several stages. ``deep`` takes the deepest of these stages,
+  ``shallow`` the first, as a plain argmin does;
+- ``STAGE_REDUCTION``: the losses of several stages are summed, as in Eq. 7;
+- L_angle is the mean over positives of the KL divergence, L_length the mean over entries. With the printed sums,
+  L_length is 10^4 at the start and 300 L_angle is 10^3;
 - ``MU_GRADIENT``: the gradient passes through the student's mu, as in RKD;
-- ``KD_TEMPERATURE``, ``KD_TEMPERATURE_POSITIVE``: KD on anchors and on positives, added; both temperatures seem to be
-  printed as 1. SSKD, whose terms these are, has 4 for both;
-- ``DISTANCE_WEIGHT``, ``DISTANCE_STAGES``: the ablation's L_dist (Fig. 3b), Eq. 7 with the distances of Eq. 6:
-  ``softmax(-D / (mu TEMPERATURE))`` matched by KL, in all stages; its weight would be ``ANGLE_WEIGHT``'s.
+- ``KD_TEMPERATURE``, ``KD_TEMPERATURE_POSITIVE``: KD on anchors plus KD on positives. The paper seems to print 1 for
+  both temperatures. The terms come from SSKD, which has 4 for both;
+- ``DISTANCE_WEIGHT``, ``DISTANCE_STAGES``: the ablation's L_dist (Fig. 3b), Eq. 7 with the distances of Eq. 6: the KL
+  divergence of ``softmax(-D / (mu TEMPERATURE))`` in all stages. The ablation gives it ``ANGLE_WEIGHT``'s weight.
 
 The ablations: Fig. 3a is ``ANGLE_STAGES`` and ``LENGTH_STAGES`` 0 (all) or 1, Fig. 3b the weights, Fig. 3c
-``SM_TRAINING``, Tab. 6 ``ANGLE_STAGES`` and ``LENGTH_STAGES`` 1 to 3. SMP accuracy, the share of positives with which
-no anchor ranks before their own, is monitored for each stage, and so is the share of positives that chose it.
+``SM_TRAINING``, Tab. 6 ``ANGLE_STAGES`` and ``LENGTH_STAGES`` 1 to 3. Two facts of each stage are monitored: SMP
+accuracy, the share of positives whose own anchor has the best rank, and the share of positives that chose the stage.
 """
 
 from __future__ import annotations
@@ -105,7 +107,7 @@ PAPER = "MDR: Multi-stage Decoupled Relational Knowledge Distillation with Adapt
 
 POSITIVES = 3  # of each anchor
 MIXUP_KEY = zlib.crc32(b"MDR's MixUp")
-TEACHER_KEY, CLASSIFIER_KEY, STUDENT_KEY = 1, 2, 3  # seeds of what is initialised
+TEACHER_KEY, CLASSIFIER_KEY, STUDENT_KEY = 1, 2, 3  # keys of the seeds for initial weights
 
 Batches = Callable[[int], Iterable[dict[str, Tensor]]]
 
@@ -173,9 +175,9 @@ def select_stages(ranks: Tensor, n: int = 1, ties: str = "deep") -> Tensor:
     """The stages of the ``n`` best ranks of each positive, best first (Eq. 8).
 
     Args:
-        ranks: ``(K, M)`` int64, from shallow to deep, 0 the best.
+        ranks: ``(K, M)`` int64, stages from shallow to deep, 0 is the best rank.
         n: 1 to K.
-        ties: of equal ranks, ``"deep"`` prefers the deeper stage, ``"shallow"`` the shallower.
+        ties: for equal ranks, ``"deep"`` prefers the deeper stage, ``"shallow"`` the shallower.
 
     Returns:
         ``(n, M)`` int64, 0 to K - 1.
@@ -270,13 +272,13 @@ def length_loss(
 
 
 class Positives(NamedTuple):
-    """Augmented anchors: row ``p * N + j`` is the p-th positive of anchor j.
+    """Augmented anchors. Row ``p * N + j`` is the p-th positive of anchor j.
 
     Args:
         images: ``(M, 3, H, W)``.
         anchor: ``(M,)`` int64, position of the anchor in the batch.
         partner: ``(M,)`` int64, position of the image that was mixed in.
-        share: ``(M,)`` of the anchor in the image, 1 where nothing was mixed in.
+        share: ``(M,)`` share of the anchor in the image; 1 without a mixture.
     """
 
     images: Tensor
@@ -326,7 +328,7 @@ def mixed(image: Tensor, index: Tensor, epoch: int, seed: int, quantiles: Tensor
 class MDR(Distiller):
     """KD, and angles and lengths between images, at the stage that tells them apart best in the teacher.
 
-    Without :meth:`prepare` the teacher's SMs are as initialised: random projections of its stages.
+    Without :meth:`prepare` the teacher's SMs have their initial weights: random projections of its stages.
     """
 
     mixed_labels = True
@@ -409,12 +411,12 @@ class MDR(Distiller):
         return mixed(image, index, epoch, self.seed, self.quantiles, self.own.MIXUP_ALPHA)
 
     def relation_losses(self, z_s: list[Tensor], z_t: list[Tensor], anchor_of: Tensor) -> dict[str, Tensor]:
-        """The weighted losses on the relations; fills ``monitors``.
+        """The weighted losses on the relations. This also fills ``monitors``.
 
         Args:
-            z_s: of each stage the student's embeddings, ``(N + M, D)``, anchors first.
-            z_t: the teacher's.
-            anchor_of: ``(M,)``.
+            z_s: the student's embeddings of each stage, ``(N + M, D)``, anchors first.
+            z_t: the teacher's embeddings.
+            anchor_of: ``(M,)`` int64, the anchor of each positive.
         """
         own, mu = self.own, {"mu_gradient": self.own.MU_GRADIENT}
         over_stages = {"stage_reduction": own.STAGE_REDUCTION}
@@ -501,7 +503,7 @@ class MDR(Distiller):
         They also depend on teacher, data and seed.
         """
         if not self.uses_relations:
-            return nn.Identity(), {}  # nobody reads the modules
+            return nn.Identity(), {}  # no term uses the modules
         used = {"STAGES", "AUGMENT", "MIXUP_ALPHA"} | {key for key in self.own if key.startswith("SM_")}
         if self.own.SM_TRAINING == "contrastive":
             used.add("TEMPERATURE")
@@ -534,7 +536,7 @@ class MDR(Distiller):
             *((stage[:count].argmax(1) == class_numbers(target)).float().mean() for stage in logits),
         ]
 
-    # What it is built of
+    # Parts
 
     def _fresh_teacher_modules(self) -> tuple[nn.ModuleList, nn.ModuleList]:
         """The teacher's SMs and their classifiers with the seed's initial weights."""

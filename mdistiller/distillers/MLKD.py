@@ -96,7 +96,7 @@ def _gram_distance(p_student: Tensor, p_teacher: Tensor, reduce: bool) -> Tensor
 
 def below_median(confidence: Tensor) -> Tensor:
     """Which entries of ``(N,)`` are at most the median. For even N the median is the mean of the middle two."""
-    middle = confidence.kthvalue((len(confidence) + 1) // 2).values  # nothing lies between the middle two
+    middle = confidence.kthvalue((len(confidence) + 1) // 2).values  # no entry lies between the middle two
     return confidence <= middle
 
 

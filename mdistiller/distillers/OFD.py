@@ -142,7 +142,7 @@ class OFD(Distiller):
         if not self.stages:
             raise InputError(f"OFD: the {of_student} and the {of_teacher} need a map behind the first; choose others")
         self.connectors = Connectors(widths_s[-self.stages :], widths_t[-self.stages :], kernel_size)
-        # Follow from the teacher: they move to the device with the rest, and are not saved.
+        # Margins depend on the teacher only: buffers move to the device, and are not saved.
         for i, name in enumerate(norms[-self.stages :]):
             norm = teacher.get_submodule(name)
             margin = margins(norm.weight.detach(), norm.bias.detach())[None, :, None, None]

@@ -72,7 +72,7 @@ def hcl_loss(maps_student: Sequence[Tensor], maps_teacher: Sequence[Tensor]) -> 
         require_one_shape("hcl_loss", f_s, f_t)
         pooled = difference = at_least_float32(f_s) - at_least_float32(f_t.detach())  # pooling is linear
         loss, weight, weights = channel_mean_square(difference).mean(), 1.0, 1.0
-        # What was pooled before serves where its fields are halves of the next ones'.
+        # If 4 divides both sides, each smaller pooled map is the pooled larger one.
         nested = all(length % POOLED_SIDES[0] == 0 for length in difference.shape[2:])
         for side in POOLED_SIDES:
             if side < difference.shape[2]:

@@ -4,57 +4,58 @@ Zhang, Xie, Cai, Ma. VRM: Knowledge Distillation via Virtual Relation Matching. 
 those of the arXiv version, "Knowledge Distillation via Virtual Relation Matching"; Algorithm 1 and Sec. 8 are the
 supplement's. Shapes: B images, C classes.
 
-With ``p_r``, ``p_v`` ``(B, C)`` the predictions for the real (weak) and the virtual (strong) view and ``w_r``, ``w_v``
-their columns, the edges of the two virtual graphs are
+The real view is the weak one, the virtual view the strong one. With their predictions ``p_r``, ``p_v`` ``(B, C)`` and
+the columns ``w_r``, ``w_v`` of the predictions, the edges of the two virtual graphs are
 
 - inter-sample: ``e_ISV[i, j] = (p_r[i] - p_v[j]) / ||p_r[i] - p_v[j]||``, a ``[B, B, C]`` tensor (Eq. 1, Sec. 3.5);
 - inter-class: ``e_ICV[a, b] = (w_r[a] - w_v[b]) / ||w_r[a] - w_v[b]||``, a ``[C, C, B]`` tensor (Sec. 3.4, 3.6).
 
-Student's and teacher's edges are compared, without those that the student is least certain of (Eq. 2):
-``CE(real) + CE(virtual) + ALPHA * L_ISV + BETA * L_ICV`` (Eq. 3). Neither edge tensor is ever written out; how, stands
-in ``mdistiller/functional/graphs.py``.
+The loss ``CE(real) + CE(virtual) + ALPHA * L_ISV + BETA * L_ICV`` (Eq. 3) compares the student's edges with the
+teacher's. Edges drop out if the student is least certain of them (Eq. 2). The code never stores the edge tensors;
+``mdistiller/functional/graphs.py`` explains how.
 
-The paper leaves open what follows. These are our readings, each with a key; ``docs/readings.md`` argues them:
+The paper leaves open the following points. These are our readings, each with a key; ``docs/readings.md`` gives the
+arguments:
 
-- vertices are ``softmax(ZSNorm(adaptor(z)) / TEMPERATURE)``, predictions rather than raw logits, as Algorithm 1 and
-  the experiments on features suggest; ``ZSNORM`` and ``ADAPTOR`` switch the two designs of Sec. 3.7;
-- the logit adaptor (``ADAPTOR``): the student's only, for the relations only, gone at inference. ``residual`` is
-  ``z + W2 relu(W1 z + b1) + b2`` and starts as the identity, ``mlp`` is the same without the skip, ``none`` is none;
-- ``METRIC``: the squared difference of Algorithm 1; the main text does not say;
-- ``REDUCTION``: the mean over all entries of the kept edges. Algorithm 1's plain sum is 10^6 times that, for which the
-  weights 128 and 32 make no sense;
-- ``PRUNE_PERCENTILE``: 95, the paper gives none. An edge goes if its uncertainty lies *above* the percentile, as in
-  Eq. 2; Algorithm 1's ``<`` would drop one more. 100 keeps all;
-- ``UNCERTAINTY``: the paper says joint entropy, and that it grows with the discrepancy of two predictions and comes
-  down to their own entropy as they align. The joint entropy of independent variables (``sum``) does neither, the
-  cross entropy ``H(p) + KL(p || q)`` (``cross``) and the entropy of the mixture (``mixture``) do both;
-- ``UNCERTAINTY_OF``: ``vertices``, of what the edges are made of, as in Eq. 2 and Algorithm 1; after ``ZSNORM`` all
-  images are equally sure there. ``predictions``: of the student's plain predictions ``softmax(z)``, before adaptor,
-  ZSNorm and temperature, which are as uncertain as the student is;
-- ``ICV_NORMALIZE``: the uncertainty of two classes is that of their columns normalised to sum 1 over the batch;
-- ``EDGE_EPS``: an edge shorter, in either network, than this share of its graph's mean length is dropped with the
-  pruned ones. The gradient of a normalised edge grows as 1 / length, and two views of an image may be identical;
+- vertices are ``softmax(ZSNorm(adaptor(z)) / TEMPERATURE)``: predictions, not raw logits, as Algorithm 1 and the
+  experiments on features suggest. ``ZSNORM`` and ``ADAPTOR`` switch the two designs of Sec. 3.7;
+- the logit adaptor (``ADAPTOR``) belongs to the student, serves the relations only, and is dropped at inference.
+  ``residual`` is ``z + W2 relu(W1 z + b1) + b2`` and starts as the identity; ``mlp`` has no skip; ``none``: no adaptor;
+- ``METRIC``: the squared difference of Algorithm 1; the main text names no metric;
+- ``REDUCTION``: the mean over all entries of the kept edges. Algorithm 1's plain sum is 10^6 times larger and does not
+  fit the weights 128 and 32;
+- ``PRUNE_PERCENTILE``: 95; the paper gives no value. An edge is dropped if its uncertainty lies *above* the percentile,
+  as in Eq. 2; Algorithm 1's ``<`` would drop one more edge. 100 keeps all edges;
+- ``UNCERTAINTY``: the paper calls it joint entropy. It also says that the uncertainty grows with the discrepancy of two
+  predictions and falls to their own entropy as they align. The joint entropy of independent variables (``sum``) does
+  not; the cross entropy ``H(p) + KL(p || q)`` (``cross``) and the entropy of the mixture (``mixture``) do;
+- ``UNCERTAINTY_OF``: ``vertices``, as in Eq. 2 and Algorithm 1. After ``ZSNORM`` all images are equally certain there.
+  ``predictions``: the student's plain predictions ``softmax(z)``, before adaptor, ZSNorm and temperature, which show
+  the student's own certainty;
+- ``ICV_NORMALIZE``: the uncertainty of two classes is computed from their columns, normalised to sum 1 over the batch;
+- ``EDGE_EPS``: an edge is dropped if, in either network, it is shorter than this share of its graph's mean length. The
+  gradient of a normalised edge grows as 1 / length, and two views of an image may be identical;
 - ``CE_WEIGHT``, ``CE_VIRTUAL_WEIGHT``: the cross-entropies of both views are summed;
-- ``JOINT_FORWARD``: off, the student's views pass one by one, so that BatchNorm doesn't mix their statistics;
-- ``WARMUP``: epochs in which the weights of the relations rise linearly, 0 by default. The term's gradient is large
-  where the student's logits are tiny;
-- on several devices, the graphs are those of each device's own images (``SOLVER.GATHER``: of the whole batch).
+- ``JOINT_FORWARD``: off, the student takes one view after the other, so that BatchNorm does not mix their statistics;
+- ``WARMUP``: epochs in which the weights of the relations rise linearly, 0 by default. The term's gradient is large if
+  the student's logits are tiny;
+- with several devices, a graph holds the images of one device (``SOLVER.GATHER``: of the whole batch).
 
-For the paper's ablations (Tab. 4, 6, 14 to 18, Sec. 3.3, 4.4), with what they leave open:
+For the paper's ablations (Tab. 4, 6, 14 to 18, Sec. 3.3, 4.4), with our readings:
 
-- ``VRM_ONE_VIEW``: the graphs within one view, and its cross-entropy only; ``GRAPH raw``: the graphs before redundant
-  edges are pruned, ``2B x 2B`` between samples, and columns of length 2B between classes. Both are "the virtual graph
-  of a view with itself": every edge is there twice, the diagonal is too short to be kept;
-- ``VERTEX_WEIGHT``: the vertices themselves, as KD's divergence at ``TEMPERATURE`` of what the graphs are made of,
-  with its square, summed over the views. ``WARMUP`` does not concern it;
-- ``RELATION``: ``gram`` the inner products of vertices, cosines with ``EDGE_NORM``; ``angle`` the cosine of the angle
-  at a real vertex between two of its edges. One number each, so ``element`` and ``edge`` are the same;
+- ``VRM_ONE_VIEW``: the graphs within one view, and the cross-entropy of that view. ``GRAPH raw``: the graphs before
+  redundant edges are pruned, ``2B x 2B`` between samples, and columns of length 2B between classes. Both are "the
+  virtual graph of a view with itself": every edge occurs twice, and the edges on the diagonal are too short to be kept;
+- ``VERTEX_WEIGHT``: weight of KD's divergence between the vertices at ``TEMPERATURE``, with the factor T^2, summed over
+  the views. ``WARMUP`` does not change this weight;
+- ``RELATION``: ``gram`` takes inner products of vertices, which are cosines with ``EDGE_NORM``; ``angle`` takes the
+  cosine of the angle at a real vertex between two of its edges. Both are one number, so ``element`` and ``edge`` agree;
 - ``EDGE_NORM``: edges of unit length;
-- ``LOCATION pooled``: vertices are ``ZSNorm(adaptor(f))`` of the pooled features; uncertainties are those of their
-  softmax at ``TEMPERATURE``. Where the widths differ, the adaptor's skip is a linear map to the teacher's.
+- ``LOCATION pooled``: vertices are ``ZSNorm(adaptor(f))`` of the pooled features. Uncertainties are those of their
+  softmax at ``TEMPERATURE``. If the widths differ, the adaptor's skip is a linear map to the teacher's width.
 
-What ZSNorm implies: at temperature 4 the predictions are nearly flat, and uncertainties differ little. So relations are
-computed in float32 or better under autocast too.
+After ZSNorm, at temperature 4, the predictions are nearly flat and the uncertainties differ little. So relations are
+computed in float32 or better, under autocast too.
 """
 
 from __future__ import annotations
@@ -188,9 +189,9 @@ class Adaptor(nn.Module):
     Args:
         width: D.
         out_width: D', also the hidden width.
-        residual: add the input to the output (through a linear map where D' differs), and start with zero output
-            weights, hence as the identity. Without it, the ReLU keeps the module from starting so, and the first
-            gradients have nothing to do with the logits'.
+        residual: add the input to the output (through a linear map if D' differs from D). The output weights start at
+            zero, so the module starts as the identity. Without the skip the ReLU prevents such a start, and the first
+            gradients are unrelated to the logits' gradients.
     """
 
     def __init__(self, width: int, out_width: int, residual: bool) -> None:
@@ -210,8 +211,8 @@ class Adaptor(nn.Module):
 class VRM(Distiller):
     """Relations between images and between classes, across a real and a virtual (strong) view.
 
-    The weak view is the paper's real one, the strong view its virtual one. The frozen teacher takes both in one pass.
-    Relations and vertices whose weight is 0 are not computed.
+    The weak view is the paper's real view, the strong view its virtual view. The frozen teacher takes both in one
+    batch. Relations and vertices of weight 0 are not computed.
     """
 
     mixed_labels = True
@@ -271,16 +272,16 @@ class VRM(Distiller):
         }
 
     def _read(self, network: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, and what the vertices are made of."""
+        """Logits, and the tensor that the vertices are computed from."""
         logits, features = network(image)
         return logits, logits if self.on_logits else features["pooled_feat"]
 
     def relation_losses(self, student: Sequence[Tensor], teacher: Sequence[Tensor], epoch: int) -> dict[str, Tensor]:
-        """Everything but the cross-entropies, weighted.
+        """All losses but the cross-entropies, weighted.
 
         Args:
-            student: for each view, one or two, the logits ``(B, C)`` or features ``(B, D)``.
-            teacher: the same.
+            student: logits ``(B, C)`` or features ``(B, D)`` for each view, one or two.
+            teacher: the teacher's.
             epoch: from 1.
         """
         losses: dict[str, Tensor] = {}
@@ -319,7 +320,7 @@ class VRM(Distiller):
         return [self._predict(z) for z in views] if self.on_logits else views
 
     def _graph(self, views: Sequence[Tensor]) -> Tensor:
-        """What belongs to the vertices that edges run from and to, ``(2, N, D)``: the views, or all of them twice."""
+        """A tensor of the vertices at both ends of the edges, ``(2, N, D)``: the two views, or all views twice."""
         if self.raw_graph or len(views) == 1:
             views = 2 * [torch.cat(tuple(views))]
         return stack_views(views)
@@ -332,7 +333,8 @@ class VRM(Distiller):
 class VRMOneView(VRM):
     """VRM on one weak view, without virtual ones: relations within it (Tab. 4's first rows).
 
-    The paper's has no pruning: ``VRM.PRUNE_PERCENTILE 100``; only between samples: ``VRM.BETA 0``.
+    The paper has no pruning here: set ``VRM.PRUNE_PERCENTILE 100``. ``VRM.BETA 0`` leaves the relations between
+    samples.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
@@ -357,15 +359,15 @@ class VRMOneView(VRM):
 
 
 def make_adaptor(kind: str, width: int, out_width: int) -> nn.Module:
-    """The module that ``VRM.ADAPTOR`` names, with seeded weights; the random generator is left as it was.
+    """The module of ``VRM.ADAPTOR``, with weights from torch's generator. The generator's state is restored.
 
     Args:
         kind: ``"residual"``, ``"mlp"`` or ``"none"``.
         width: entries of the student's vertices.
-        out_width: of the teacher's.
+        out_width: entries of the teacher's vertices.
 
     Raises:
-        InputError: the widths differ, and there is no adaptor.
+        InputError: ``kind`` is ``"none"`` and the widths differ.
     """
     if kind == "none":
         if width != out_width:

@@ -4,18 +4,18 @@ A method defines ``__init__`` and ``forward_train``. The names of their paramete
 (:mod:`mdistiller.contract`):
 
 - ``__init__(self, student, teacher, cfg)`` builds the method. It may also name ``num_data``, the number of training
-  images, and the further networks that the class declares (:attr:`Distiller.networks`). What it does not name is not
+  images, and the further networks that the class declares (:attr:`Distiller.networks`). Only named parameters are
   passed.
 - ``forward_train(self, image, target, **kwargs)`` returns ``(student logits, {name: loss})``. ``image`` is the data
   set's weak view; ``image_weak, image_strong`` are two views of the same images; ``index`` is the position of each
-  image in the training set; ``contrastive_index`` holds positions to contrast each image with; ``epoch`` counts from 1.
-  Only named parameters are passed. With ``**kwargs``, the whole batch and ``epoch`` are passed.
+  image in the training set; ``contrastive_index`` holds the positions of each image's positive and negatives;
+  ``epoch`` counts from 1. Only named parameters are passed. With ``**kwargs``, the whole batch and ``epoch`` are passed.
 - ``target`` are class numbers ``(B,)``. A method with ``mixed_labels = True`` also takes shares ``(B, K)`` that sum
   to 1, as MixUp, CutMix and label smoothing make them; cross-entropies take both.
 
-Every other part is optional: it is an attribute or a method of :class:`Distiller`, with a default and a docstring.
+All other parts are optional attributes and methods of :class:`Distiller`, each with a default and a docstring.
 
-Where several processes train, ``forward_train`` gets the process's own images, or those of all with ``SOLVER.GATHER``.
+With several processes, ``forward_train`` gets the process's own images, or with ``SOLVER.GATHER`` the images of all.
 A method that always needs all images gathers them by ``mdistiller/functional/gather.py``.
 """
 
@@ -44,14 +44,15 @@ def register_distiller(
     """Class decorator that enters a method into ``distiller_dict`` and its defaults into the config.
 
     Args:
-        name: what ``DISTILLER.TYPE`` calls it.
+        name: the method's name for ``DISTILLER.TYPE``.
         defaults: the method's configuration, a nested dictionary of options (:mod:`mdistiller.options`) or plain
-            values; ``None`` for a method without any.
-        section: the config section that holds ``defaults``; ``name`` where not given. Methods may share one.
+            values; ``None`` for no options.
+        section: the config section of ``defaults``, by default ``name``. Methods may share a section.
         paper: short reference for the listings, ``"Hinton et al., NIPS 2014 workshop, arXiv:1503.02531"``.
         family: ``"logit"``, ``"feature"``, ``"relation"`` or empty.
-        weights: keys of plain values in ``defaults`` that weight the method's own terms without ending in ``_WEIGHT``
-            (a paper's ``ALPHA``), dotted where nested; of options, those made by :func:`mdistiller.options.weight` do.
+        weights: keys of plain values in ``defaults`` that are weights of the method's own terms although their names do
+            not end in ``_WEIGHT`` (a paper's ``ALPHA``); nested keys with dots. Options made by
+            :func:`mdistiller.options.weight` are weights by themselves.
     """
 
     def register(cls: type) -> type:
@@ -65,7 +66,7 @@ def register_distiller(
 
 
 class Distiller(nn.Module):
-    """Base of all methods: student, frozen teacher, and what the trainer asks of them.
+    """Base of all methods: student, frozen teacher, and the interface of the trainer.
 
     Args:
         student: ``student(image) -> (logits, features)``.
@@ -80,25 +81,25 @@ class Distiller(nn.Module):
     mixed_labels = False
     """Whether ``target`` may hold shares of classes."""
     standardises_logits = False
-    """Whether the method heeds ``EXPERIMENT.LOGIT_STAND``."""
+    """Whether the method supports ``EXPERIMENT.LOGIT_STAND``."""
     networks: ClassVar[dict[str, str]] = {}
     """Further networks and their roles. ``{"peer": "student"}`` adds the keys ``DISTILLER.PEER`` and
     ``DISTILLER.PEER_CKPT`` and the constructor's argument ``peer``. A ``"student"`` starts from fresh weights unless
     its file is named; a ``"teacher"`` needs a file and is frozen. An empty key means the student's or teacher's own
     architecture. The constructor keeps each network as an attribute of the same name."""
     student_images_per_sample = 1
-    """How many images pass the student for each image of the batch, where the method makes copies of its own."""
+    """How many images the student takes for each image of the batch. A method that makes copies has more than one."""
     teacher_batch_statistics = False
     """Whether the method runs its teacher on the statistics of the batch."""
     student_facts: NetworkFacts | None = None
-    """Set by :meth:`network_facts`, as is ``teacher_facts``."""
+    """:meth:`network_facts` sets this and ``teacher_facts``."""
     teacher_facts: NetworkFacts | None = None
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
         super().__init__()
         self.monitors: dict[str, Tensor] = {}
-        """Scalars ``()`` to watch that are no losses, detached, filled by ``forward_train``. The log has their means
-        over an epoch's images as ``monitor/<name>``."""
+        """Detached scalars ``()`` besides the losses. ``forward_train`` fills them; the log has their means over an
+        epoch's images as ``monitor/<name>``."""
         self.student = student
         self.teacher = teacher
         if teacher is not None:
@@ -106,14 +107,14 @@ class Distiller(nn.Module):
             teacher.eval()
 
     def train(self, mode: bool = True) -> Distiller:
-        """Switch everything but the frozen networks, whose BatchNorm statistics must not move."""
+        """Switch the mode of all modules but the frozen networks: their BatchNorm statistics must not change."""
         super().train(mode)
         for network in self.frozen_networks().values():
             network.eval()
         return self
 
     def forward_train(self, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Student logits ``(B, K)`` and the losses by name, weighted; their sum is minimised."""
+        """Student logits ``(B, K)`` and the weighted losses by name. Training minimises their sum."""
         raise NotImplementedError(f"{type(self).__name__} has no forward_train")
 
     forward_train.does_nothing = True
@@ -131,19 +132,19 @@ class Distiller(nn.Module):
     def deployed(self) -> nn.Module:
         """The network that is scored, averaged, saved as the student and exported; the student by default.
 
-        A method that predicts by a head of its own returns a network that holds both. Where a class defines
-        ``forward_test`` and not this, the whole method counts as deployed (``mdistiller/engine/deployed.py``).
+        A method that predicts by its own head returns a network that holds student and head. If a class defines
+        ``forward_test`` but not ``deployed``, the whole method is deployed (``mdistiller/engine/deployed.py``).
         """
         return self.student
 
     def network_facts(self, cfg: Any) -> tuple[NetworkFacts, NetworkFacts]:
         """Facts of student and teacher: shapes of their maps, stages, widths, classes, and more.
 
-        The networks are asked at the first call, by one black image of the run's size (:func:`facts_of`). The answers
-        are kept as ``student_facts`` and ``teacher_facts``.
+        The first call runs each network on one black image of the run's size (:func:`facts_of`). The facts are kept as
+        ``student_facts`` and ``teacher_facts``.
 
         Raises:
-            InputError: a network fails on such an image, or returns something else than ``(logits, features)``.
+            InputError: a network fails on such an image, or its result is not ``(logits, features)``.
         """
         if self.student_facts is None:
             size = (image_side(cfg),) * 2
@@ -161,10 +162,10 @@ class Distiller(nn.Module):
         return []
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
-        """All that the optimiser gets: every trainable parameter outside frozen networks, and ``teacher_parameters()``.
+        """The optimiser's parameters: every trainable parameter outside frozen networks, and ``teacher_parameters()``.
 
-        mdistiller's base returns the student's only and each method adds its own modules; doing so on top
-        of this is harmless, the optimiser takes each parameter once.
+        mdistiller's base returns the student's parameters only, and each method adds its own modules. An override of
+        that kind works here too: the optimiser takes each parameter once.
         """
         frozen = {id(p) for network in self.frozen_networks().values() for p in network.parameters()}
         own = [p for p in self.parameters() if p.requires_grad and id(p) not in frozen]
@@ -223,8 +224,8 @@ class Vanilla(Distiller):
 class VanillaTwoViews(Vanilla):
     """Plain training on a weak and a strong view: the sum of both cross-entropies.
 
-    What methods with two views must be compared with: it sees the same images. Each view goes through the
-    student on its own, so that BatchNorm doesn't mix their statistics.
+    This is the baseline of methods with two views, since it sees the same images. The student takes one view after the
+    other, so that BatchNorm does not mix their statistics.
     """
 
     def forward_train(

@@ -1,4 +1,4 @@
-"""Shared by several methods: modules that fit a student's features to its teacher's, and which stages are compared."""
+"""Parts that several methods share: modules that fit a student's features to its teacher's, and the pairs of stages."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def feature_losses(weight_of_features: float) -> dict[str, Option]:
 
 
 class FeatureDistiller(Distiller):
-    """Cross-entropy on the labels plus a distance of the networks' features, which a method defines.
+    """Cross-entropy on the labels plus a distance of the networks' features. A method defines the distance.
 
-    Its weights are ``LOSS.CE_WEIGHT`` and ``LOSS.FEAT_WEIGHT`` of the method's section.
+    The weights are ``LOSS.CE_WEIGHT`` and ``LOSS.FEAT_WEIGHT`` of the method's section.
     """
 
     mixed_labels = True
@@ -44,7 +44,7 @@ class FeatureDistiller(Distiller):
         self.ce_weight, self.feat_weight = weights.CE_WEIGHT, weights.FEAT_WEIGHT
 
     def distance(self, features_student: dict[str, Any], features_teacher: dict[str, Any]) -> Tensor:
-        """The loss ``()``, unweighted, of what the networks return beside their logits; the teacher's is constant."""
+        """The unweighted loss ``()`` of the two networks' ``features``. The teacher's are constant."""
         raise NotImplementedError(f"{type(self).__name__} has no distance")
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -61,13 +61,13 @@ class ConvReg(nn.Module):
     """FitNet's regressor: one convolution and a batch norm from the student's map to the shape of the teacher's.
 
     Args:
-        s_shape: of the student's map, ``(B, C, H, W)``; B does not matter.
-        t_shape: of the teacher's.
+        s_shape: shape of the student's map, ``(B, C, H, W)``; B does not matter.
+        t_shape: shape of the teacher's map.
         use_relu: end with a ReLU.
-        use_bn: where there is no ReLU, end with the batch norm.
+        use_bn: without a ReLU, end with the batch norm.
 
     Raises:
-        InputError: a student's map that is smaller than the teacher's in another ratio than 1 to 2.
+        InputError: the student's map is smaller than the teacher's, and not by a factor of 2.
     """
 
     def __init__(
@@ -102,27 +102,27 @@ def get_feat_shapes(
 ) -> tuple[list[torch.Size], list[torch.Size]]:
     """Shapes of the maps in ``"feats"`` of both networks, ``(1, C, H, W)`` each.
 
-    The networks stay as they are, see :func:`~mdistiller.models.facts.facts_of`.
+    The state of the networks does not change, see :func:`~mdistiller.models.facts.facts_of`.
 
     Args:
         student: returns ``(logits, features)``.
-        teacher: the same.
-        input_size: of the images, ``(H, W)``.
+        teacher: returns ``(logits, features)``.
+        input_size: ``(H, W)`` of the images.
     """
     networks = ((student, "student"), (teacher, "teacher"))
     return tuple(list(facts_of(network, input_size, role).need("shapes")) for network, role in networks)
 
 
 def stage_offset(student: NetworkFacts, teacher: NetworkFacts, rule: str) -> int:
-    """Student map ``j + offset`` is compared with teacher map ``j``; this is the offset.
+    """The offset by which student map ``j + offset`` is compared with teacher map ``j``.
 
     Args:
         student: facts of the student, which has maps.
         teacher: facts of the teacher, which has maps.
-        rule: ``"matched"``: the i-th map belongs to the i-th where both networks have equally many maps; else their
-            first stages belong together, also where only one of them has a map of its stem before. Where one network
-            has more stages and the strides of the pairs differ then, the deepest maps belong together.
-            ``"skip_first"``: the i-th belongs to the i-th, mdistiller's rule.
+        rule: ``"matched"``: with equal numbers of maps, the i-th map is compared with the i-th. Else the networks'
+            first stages are compared with each other, even if only one network has a map of its stem before. If one
+            network has more stages and the strides of these pairs differ, the deepest maps are compared with each
+            other. ``"skip_first"``: the i-th map with the i-th, mdistiller's rule.
 
     Raises:
         InputError: an unknown rule; a network without maps.
@@ -143,16 +143,16 @@ def _first_stage(facts: NetworkFacts) -> int:
 
 
 def stage_pairs(student: NetworkFacts, teacher: NetworkFacts, rule: str) -> list[tuple[int, int]]:
-    """Numbers in ``"feats"`` of student and teacher of the maps that are compared, shallow to deep.
+    """Pairs of maps that are compared: numbers in ``"feats"`` of student and teacher, shallow to deep.
 
-    The first map of networks that have equally many is left out, as in mdistiller: the stem, or a first block in both.
-    Where one network has more stages, some of its maps are left over, which is said in a warning.
+    With equal numbers of maps, the first map of both is left out, as in mdistiller: the stem, or a first block. If one
+    network has more stages, a warning names the maps that are left over.
 
     Args:
         student, teacher, rule: see :func:`stage_offset`.
 
     Raises:
-        InputError: an unknown rule; a network without maps; networks without stages in common.
+        InputError: an unknown rule; a network without maps; networks without common stages.
     """
     offset = stage_offset(student, teacher, rule)
     num_s, num_t = len(student.need("shapes")), len(teacher.need("shapes"))
@@ -171,20 +171,20 @@ def stage_pairs(student: NetworkFacts, teacher: NetworkFacts, rule: str) -> list
 def pick_pairs(
     features_s: dict[str, Any], features_t: dict[str, Any], pairs: Sequence[tuple[int, int]]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The maps of both networks that ``pairs`` numbers; see :func:`~mdistiller.functional.gradient_in_layout`."""
+    """Both networks' maps of the ``pairs``. The student's have :func:`~mdistiller.functional.gradient_in_layout`."""
     return [gradient_in_layout(features_s["feats"][i]) for i, _ in pairs], [features_t["feats"][j] for _, j in pairs]
 
 
 def warmup(epoch: int, epochs: int) -> float:
-    """The share of a term's weight that counts in ``epoch`` (from 1): it rises linearly over ``epochs``, then is 1."""
+    """The factor of a term's weight in ``epoch`` (from 1): it rises linearly to 1 over ``epochs`` epochs."""
     return min(epoch / epochs, 1.0) if epochs else 1.0
 
 
 def wants_standardised_logits(distiller: Distiller, cfg: Any) -> bool:
-    """``EXPERIMENT.LOGIT_STAND``, LSKD's switch.
+    """The value of ``EXPERIMENT.LOGIT_STAND``, LSKD's switch.
 
     Raises:
-        InputError: it is on, and there are so few classes that nothing would be left of the logits.
+        InputError: the switch is on and there are at most two classes.
     """
     wanted = cfg.EXPERIMENT.LOGIT_STAND
     if wanted and (classes := distiller.network_facts(cfg)[0].classes) <= 2:
@@ -197,10 +197,10 @@ def wants_standardised_logits(distiller: Distiller, cfg: Any) -> bool:
 
 @contextmanager
 def generator_kept(seed: int | None = None) -> Iterator[None]:
-    """Around the making of a method's own modules: torch's generator of the CPU is afterwards as it was before.
+    """Context for the creation of a method's modules: restores the state of torch's CPU generator afterwards.
 
     Args:
-        seed: where the generator stands meanwhile; ``None``: where it stood.
+        seed: seed of the generator within the context; ``None``: its current state.
     """
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
@@ -209,13 +209,13 @@ def generator_kept(seed: int | None = None) -> Iterator[None]:
 
 
 def preact_maps(features: dict[str, Any]) -> list[Tensor]:
-    """A network's maps before their activation; where it gives none, its maps end without one (MobileNetV2)."""
+    """A network's maps before their activation, or all its maps if they have no activation (MobileNetV2)."""
     return features["preact_feats" if "preact_feats" in features else "feats"]
 
 
 @contextmanager
 def batch_statistics(network: nn.Module) -> Iterator[None]:
-    """Let a network's batch norms use each batch's statistics, and keep their running ones as they are."""
+    """Context in which a network's batch norms use each batch's statistics and do not change their running ones."""
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.training, norm.track_running_stats) for norm in norms]
     for norm in norms:

@@ -131,6 +131,6 @@ class _Gather(torch.autograd.Function):
         rank = dist.get_rank()
         if ctx.same_losses:
             return gradient.split(list(ctx.rows))[rank] * len(ctx.rows), None, None
-        total = at_least_float32(gradient).clone(memory_format=torch.contiguous_format)  # the sum is taken in place
+        total = at_least_float32(gradient).clone(memory_format=torch.contiguous_format)  # all_reduce works in place
         dist.all_reduce(total)
         return total.split(list(ctx.rows))[rank].to(gradient.dtype), None, None

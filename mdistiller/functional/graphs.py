@@ -32,10 +32,10 @@ REDUCTIONS = ("element", "edge", "sum")
 UNCERTAINTIES = ("cross", "mixture", "sum")
 
 CHUNK = 2**19  # entries of a temporary tensor: 4 MB in float64
-# Expanding |x - y|^2 loses digits of short edges: those whose square is below this share of |x|^2 + |y|^2 are computed
-# from the difference instead, where such short edges are kept.
+# The expanded |x - y|^2 loses digits of short edges. If its value is below this share of |x|^2 + |y|^2, and short edges
+# are kept, the length is computed from the difference.
 NEAR = {torch.float64: 1e-6, torch.float32: 1e-2}
-ZERO = {torch.float64: 1e-150, torch.float32: 1e-18}  # in place of a length of zero: its inverse's square is finite
+ZERO = {torch.float64: 1e-150, torch.float32: 1e-18}  # replaces a length of zero; its inverse square is finite
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,8 @@ def _uncertainty(p: Tensor, q: Tensor, kind: str) -> Tensor:
     if kind == "sum":
         return torch.special.entr(p).sum(1)[:, None] + torch.special.entr(q).sum(1)
     h = torch.cat([torch.special.entr((p[rows, None] + q) / 2).sum(2) for rows in _chunks(len(p), q.numel())])
-    # Of equal views, [i, j] and [j, i] are the same mixture, but may be summed in another order: a percentile that
-    # lies on them must not keep one and drop the other.
+    # For equal views, [i, j] and [j, i] are the same mixture, but rounding may differ. A percentile at their value must
+    # not keep one and drop the other.
     return torch.where((p == q).all(), (h + h.T) / 2, h)
 
 
@@ -209,7 +209,7 @@ def _count_kept(dropped: Tensor) -> Tensor:
     return dropped.numel() - dropped.count_nonzero()
 
 
-# Relations that plain tensor operations differentiate. Each gives the loss and how many edges were kept.
+# Relations with torch's own gradient. Each function returns the loss and the number of kept edges.
 
 
 def _inner_products(student: Tensor, teacher: Tensor, dropped: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
@@ -229,7 +229,7 @@ def _plain_differences(student: Tensor, teacher: Tensor, dropped: Tensor, rules:
     return (ends - 2 * (u * (edges @ v)).sum()) / rules.scale(kept, u.shape[1]), kept
 
 
-# Edges of unit length, angles, and what must be written out
+# Edges of unit length, angles, and rules that need every edge
 
 
 class _Edges(torch.autograd.Function):
@@ -250,7 +250,7 @@ class _Edges(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph: the gradient would count as a constant, and nobody would notice
+        if torch.is_grad_enabled():  # create_graph: the gradient would silently be a constant
             raise RuntimeError("the gradient of these graph relations cannot be differentiated again")
         return ctx.saved_tensors[0] * grad, None, None, None
 
@@ -269,9 +269,9 @@ def _sum_over_edges(
     if not rules.edge_norm:
         return *_by_edges(vertices, ~dropped, rules, with_gradient), dropped
     factor = rules.squared_factor if rules.relation == "difference" else None
-    # In float64 an edge of 1e-3 times the mean length still has 9 digits; shorter ones are looked after.
+    # In float64 an edge of 1e-3 times the mean length has 9 digits; `near` marks edges that may be shorter.
     near = torch.empty_like(dropped) if vertices.dtype is torch.float32 or rules.edge_eps < 1e-3 else None
-    mean = vertices.mean((1, 2), keepdim=True)  # without it edges stay the same, and smaller numbers cancel less
+    mean = vertices.mean((1, 2), keepdim=True)  # a shift leaves edges unchanged; smaller numbers cancel less
     centred = vertices.sub_(mean) if near is None and factor is not None else vertices - mean
     lengths, noise = _lengths(vertices, centred, near)
     mean = lengths.mean((1, 2), keepdim=True)
@@ -322,7 +322,7 @@ def _by_products(
     """
     (x_s, y_s), (x_t, y_t) = centred
     inner_x, inner_y = (centred[0] * centred[1]).sum(2)
-    # No edge, no inverse length: it drops out of all that follows. So do all where a network's edges are zero vectors.
+    # An inverse length of 0 removes a dropped edge from all sums; and all edges if a network's are zero vectors.
     inverse = lengths.reciprocal_()
     inverse_s, inverse_t = inverse
     p = inverse_t.mul_(inverse_s).masked_fill_(dropped, 0).mul_(has_edges.all())
@@ -333,7 +333,7 @@ def _by_products(
     if not with_gradient:
         return total, None
     q = inverse_s.square_().mul_(c)
-    sums = torch.stack([inverse.sum(2), inverse.sum(1)], 1)[..., None]  # of Q and P; along the rows and the columns
+    sums = torch.stack([inverse.sum(2), inverse.sum(1)], 1)[..., None]  # of Q and P, over rows and columns
     gradient = (sums[0] * centred[0]).addcmul_(sums[1], centred[1], value=-1)
     gradient[0].addmm_(q, y_s, alpha=-1).addmm_(p, y_t)
     gradient[1].addmm_(q.T, x_s, alpha=-1).addmm_(p.T, x_t)
@@ -344,7 +344,7 @@ def _by_edges(vertices: Tensor, edges: Tensor, rules: Rules, with_gradient: bool
     """The sum of the metric over ``edges`` ``(N, N)`` and its gradient, computed edge by edge in chunks."""
 
     def sum_over(student: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        # Of the vertices as given: centring rounds, which short edges do not bear in float32.
+        # From the vertices as given: the rounding of centred vertices would spoil short edges in float32.
         of_both = (student[0, i] - student[1, j], vertices[1, 0, i] - vertices[1, 1, j])
         return rules.of_entries(*map(_unit, of_both) if rules.edge_norm else of_both).sum()
 

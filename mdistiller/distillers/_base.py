@@ -9,7 +9,7 @@ A method defines ``__init__`` and ``forward_train``. The names of their paramete
 - ``forward_train(self, image, target, **kwargs)`` returns ``(student logits, {name: loss})``. ``image`` is the data
   set's weak view; ``image_weak, image_strong`` are two views of the same images; ``index`` is the position of each
   image in the training set; ``contrastive_index`` holds the positions of each image's positive and negatives;
-  ``epoch`` counts from 1. Only named parameters are passed. With ``**kwargs``, the whole batch and ``epoch`` are passed.
+  ``epoch`` counts from 1. Only named parameters are passed. ``**kwargs`` gets the whole batch and ``epoch``.
 - ``target`` are class numbers ``(B,)``. A method with ``mixed_labels = True`` also takes shares ``(B, K)`` that sum
   to 1, as MixUp, CutMix and label smoothing make them; cross-entropies take both.
 

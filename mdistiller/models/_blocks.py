@@ -19,19 +19,19 @@ def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 def conv_bn_relu(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
 ) -> list[nn.Module]:
-    """The three layers, to be unpacked into a Sequential; an odd kernel keeps the size at stride 1."""
+    """The three layers, for a Sequential. An odd kernel keeps the size at stride 1."""
     padding = kernel_size // 2
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
     return [conv, nn.BatchNorm2d(out_channels), nn.ReLU()]
 
 
 def shuffle_channels(x: Tensor, groups: int) -> Tensor:
-    """Interleave the channel groups, so that the next grouped convolution mixes them."""
+    """Interleave the channel groups. The next grouped convolution then mixes them."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def init_he_fan_out(net: nn.Module) -> None:
-    """Convolutions: normal with std ``sqrt(2 / (k * k * out_channels))``, biases 0. The rest stays."""
+    """Initialise convolutions only: normal with std ``sqrt(2 / (k * k * out_channels))``, biases 0."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -62,7 +62,7 @@ class ResidualStage(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """``branch(x) + skip(x)``, before the ReLU. ``skip`` projects where the shape changes."""
+    """``branch(x) + skip(x)``, before the ReLU. ``skip`` is a projection if the shape changes."""
 
     expansion: int
     # The projection's name in the state dict: "downsample" in torchvision's and mdistiller's resnet files,
@@ -134,7 +134,7 @@ class Bottleneck(ResidualBlock):
 def residual_stage(
     block: type[ResidualBlock], in_channels: int, width: int, num_blocks: int, stride: int
 ) -> ResidualStage:
-    """``num_blocks`` blocks, of which the first strides; output width ``width * block.expansion``."""
+    """``num_blocks`` blocks; the first has the stride. The output width is ``width * block.expansion``."""
     first = block(in_channels, width, stride)
     rest = (block(width * block.expansion, width) for _ in range(num_blocks - 1))
     return ResidualStage(first, *rest)

@@ -1,19 +1,19 @@
-"""What every network of the zoo gives a distiller: the features contract.
+"""The features contract: what every network of the zoo returns.
 
 ``forward(image) -> (logits, features)`` with ``logits`` ``(B, K)`` and ``features`` a dictionary:
 
-- ``"feats"``: list of maps ``(B, C_i, H_i, W_i)``, shallow to deep, after the activation. Linear
-  bottlenecks (MobileNetV2) and pre-activation blocks (WRN) end without one; their maps are signed.
-- ``"preact_feats"``: the same list before the activation. Where ``feats[0]`` is activated already, it stands
-  in this list as it is: method files skip it by ``[1:]``. Absent where the architecture has no such maps
+- ``"feats"``: list of maps ``(B, C_i, H_i, W_i)``, shallow to deep, after the activation. Linear bottlenecks
+  (MobileNetV2) and pre-activation blocks (WRN) end without an activation; their maps are signed.
+- ``"preact_feats"``: the same list before the activation. If ``feats[0]`` exists only after its activation, this list
+  contains the activated map; method files skip it by ``[1:]``. The key is absent for architectures without such maps
   (MobileNetV2).
-- ``"pooled_feat"``: ``(B, D)``, what the classifier reads.
+- ``"pooled_feat"``: ``(B, D)``, the input of the classifier.
 
-Nothing is computed in place, so each map may be kept, changed into a loss, or hooked.
+No operation is in place, so each map may be kept, hooked, or used in a loss.
 
-Which maps are stages? Most networks give the stem first, then one map per stage; some (vgg, MobileNetV1)
-have no stem map, and ``feats[0]`` is their first stage. ``get_stage_indices()`` says which, so that a method
-need not guess by ``[1:]``. Methods read widths, stages and the number of classes off a network's facts (``facts.py``).
+Most networks return the stem's map first, then one map per stage. Some (vgg, MobileNetV1) have no stem map:
+``feats[0]`` is their first stage. ``get_stage_indices()`` tells which maps are stages, so that a method need not guess
+by ``[1:]``. Methods read widths, stages and the number of classes from a network's facts (``facts.py``).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Features = dict[str, Any]
 
 
 class NotOfferedError(InputError, NotImplementedError):
-    """A network was asked for something that its architecture does not have."""
+    """The architecture does not have the requested part."""
 
 
 def make_features(feats: list[Tensor], pooled_feat: Tensor, preact_feats: list[Tensor] | None = None) -> Features:
-    """The dictionary of the contract above; without ``preact_feats`` its key is absent."""
+    """The dictionary of the features contract. Without ``preact_feats`` its key is absent."""
     features: Features = {"feats": feats}
     if preact_feats is not None:
         features["preact_feats"] = preact_feats
@@ -41,7 +41,7 @@ def make_features(feats: list[Tensor], pooled_feat: Tensor, preact_feats: list[T
 
 
 class FeatureNet(nn.Module):
-    """Base of the zoo's networks. A network sets ``stage_channels`` and overrides what it can offer."""
+    """Base of the zoo's networks. A network sets ``stage_channels`` and overrides the methods that it supports."""
 
     has_stem = True  # feats[0] is the stem's map, not a stage's
     stage_channels: list[int]  # width of each map in "feats"
@@ -51,17 +51,17 @@ class FeatureNet(nn.Module):
         return list(self.stage_channels)
 
     def get_stage_indices(self) -> tuple[int, ...]:
-        """Indices into ``feats`` that are stages: all but the stem's map."""
+        """Indices into ``feats`` of the stages: all maps but the stem's."""
         return tuple(range(int(self.has_stem), len(self.stage_channels)))
 
     def get_feat_modules(self) -> nn.ModuleList:
-        """The modules that the maps come from, without pooling and classifier, in forward order."""
+        """The modules that compute the maps, in forward order, without pooling and classifier."""
         raise NotOfferedError(f"{type(self).__name__} does not say which modules its feature maps come from")
 
     def get_bn_before_relu(self) -> list[nn.Module]:
-        """The batch norm that each stage's ``preact_feats`` comes from (OFD's margins), deepest last.
+        """The batch norm whose output is each stage's ``preact_feats`` (for OFD's margins), deepest last.
 
-        May be shorter than the list of stages; align the two from the deep end.
+        The list may be shorter than the list of stages. Align the two from the deep end.
         """
         raise NotOfferedError(
             f"{type(self).__name__} has no batch norm that covers a whole map before its ReLU, "

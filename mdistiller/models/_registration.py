@@ -1,7 +1,7 @@
-"""How a network enters the tables, and where the file of a public teacher lies and comes from.
+"""Registration of networks, and the paths and sources of public teachers.
 
-An entry of a table is a :class:`ModelEntry`, which serves as mdistiller's kinds too: it unpacks as ``(constructor,
-checkpoint path or None)``, and calling it builds the network. Scripts may assign either kind themselves.
+An entry of a table is a :class:`ModelEntry`. It also works as both kinds of entries in mdistiller: it unpacks as
+``(constructor, checkpoint path or None)``, and a call builds the network. Scripts may assign either kind themselves.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ TEACHER_RELEASE = "https://github.com/megvii-research/mdistiller/releases/tag/ch
 
 
 class PublicTeachers(NamedTuple):
-    """A folder under ``download_ckpts/`` and the tar that it comes from.
+    """A folder under ``download_ckpts/`` and the tar that contains it.
 
     Attributes:
-        family: key of ``MODEL_FAMILIES``, whose table names the files.
-        num_classes: number of classes that the teachers were trained on.
-        megabytes: size of the tar; 0: ``TEACHER_RELEASE`` is not known to hold one.
+        family: key of ``MODEL_FAMILIES``; that table names the files.
+        num_classes: number of classes of the teachers.
+        megabytes: size of the tar; 0: ``TEACHER_RELEASE`` has no known tar.
     """
 
     family: str
@@ -47,7 +47,7 @@ _TEACHER_FOLDERS = {teachers.family: folder for folder, teachers in COLLECTIONS.
 
 
 def public_file(checkpoint: str | None) -> str:
-    """A public teacher's path from its collection's folder on, as ``"cifar_teachers/..."``; empty for other files."""
+    """A public teacher's path from its collection's folder, as ``"cifar_teachers/..."``; empty for other files."""
     parts = Path(checkpoint or "").parts
     start = max((place for place, part in enumerate(parts) if part in COLLECTIONS), default=len(parts))
     return "/".join(parts[start:])
@@ -60,8 +60,8 @@ class ModelEntry(tuple):
         constructor: ``constructor(num_classes=K)`` builds the network.
         weights: path of a trained teacher's file.
         pretrained: ``constructor(pretrained=True)`` fetches public weights.
-        mean: of the images that the network takes, for each channel; ``None``: the data set's.
-        std: likewise.
+        mean: mean of the network's input images, for each channel; ``None``: the data set's.
+        std: standard deviation of the network's input images, for each channel; ``None``: the data set's.
     """
 
     constructor = property(lambda self: self[0])
@@ -81,7 +81,7 @@ class ModelEntry(tuple):
 
     @classmethod
     def of(cls, entry: Any) -> ModelEntry:
-        """What a table holds, as an entry: also a script's own tuple, or its constructor, which fetches weights."""
+        """A table's value as an entry. A script's own value may be a tuple, or a constructor that fetches weights."""
         if isinstance(entry, cls):
             return entry
         return cls(*entry) if isinstance(entry, tuple) else cls(entry, pretrained=True)
@@ -106,8 +106,8 @@ def register_model(
 
     Args:
         family: a key of ``MODEL_FAMILIES``.
-        name: the key in the table, which configurations say.
-        checkpoint: where a trained teacher lies, relative to the family's folder under ``download_ckpts/``.
+        name: the network's name in configurations.
+        checkpoint: path of a trained teacher, relative to the family's folder under ``download_ckpts/``.
         facts: further arguments of :class:`ModelEntry`.
     """
 

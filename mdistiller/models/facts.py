@@ -1,8 +1,8 @@
-"""A network's facts: what methods need to know of it. The network is asked by one black image.
+"""Facts of a network for the methods, found by one black image.
 
 A network need not declare anything: every module works that returns ``(logits, features)`` as ``_features.py`` says.
-Two facts cannot be seen in its answer: which maps are stages, and which batch norms stand before the ReLUs. A network
-may say them by ``get_stage_indices()`` and ``get_bn_before_relu()``.
+The image does not show two facts: which maps are stages, and which batch norms precede the ReLUs. A network may declare
+them by ``get_stage_indices()`` and ``get_bn_before_relu()``.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ RELUS = ("ReluBackward0", "LeakyReluBackward0", "HardtanhBackward0")
 
 @dataclass(frozen=True)
 class NetworkFacts:
-    """What methods need to know of a network. ``None``: the network does not have it.
+    """Facts of a network that methods need. ``None``: the network does not have the part.
 
-    Modules stand here by their names, so that the facts hold for copies of the network too.
+    Modules are given by their names, so the facts also hold for copies of the network.
 
     Args:
         role: ``"student"`` or ``"teacher"``, for messages.
         network: name of its class, for messages.
-        side: of the image that was shown, in pixels; the geometric mean of height and width.
+        side: of the black image, in pixels; the geometric mean of height and width.
         classes: K.
-        shapes: of the maps ``feats``, shallow to deep: ``(1, C, H, W)``, or ``(1, N, C)`` of tokens.
+        shapes: of the maps ``feats``, shallow to deep: ``(1, C, H, W)``, or ``(1, N, C)`` for tokens.
         preact_shapes: of ``preact_feats``.
         activated: a map of ``feats`` is the output of a ReLU.
-        stages: which maps are stages; all but the first where the network does not say it.
+        stages: numbers of the maps that are stages; by default all maps but the first.
         pooled_width: D of ``pooled_feat``.
         classifier: the layer whose output is the logits.
-        last_convolution: the ``nn.Conv2d`` that is called last, before a classifier that is one.
-        norms_before_relu: the batch norms that the deepest of ``preact_feats`` come from, deepest last.
+        last_convolution: the ``nn.Conv2d`` that is called last, not counting the classifier.
+        norms_before_relu: the batch norms whose outputs are the deepest of ``preact_feats``, deepest last.
     """
 
     role: str
@@ -76,7 +76,7 @@ class NetworkFacts:
         """The fact of that name.
 
         Raises:
-            InputError: the network does not have it; says which network, and what it lacks.
+            InputError: the network does not have it. The message names the network and the missing part.
         """
         fact = getattr(self, name)
         if fact is None:
@@ -90,7 +90,7 @@ class NetworkFacts:
 
     @property
     def preact_channels(self) -> list[int]:
-        """The width of each map before its activation; :attr:`channels` where the network gives no such maps."""
+        """The width of each map before its activation, or :attr:`channels` if the network returns no such maps."""
         shapes = self.preact_shapes or self.need("shapes")
         if self.preact_shapes is None and self.activated:
             warn(
@@ -101,24 +101,24 @@ class NetworkFacts:
 
     @property
     def strides(self) -> list[int]:
-        """Pixels from one position of a map to the next, of each map."""
+        """For each map, the distance of two neighbouring positions in pixels of the image."""
         positions = (shape[2:].numel() if len(shape) == 4 else shape[1] for shape in self.need("shapes"))
         return [round(self.side / math.sqrt(count)) for count in positions]
 
 
 def facts_of(network: nn.Module, size: Sequence[int], role: str = "network") -> NetworkFacts:
-    """Ask a network by one black image.
+    """Find a network's facts by one black image.
 
-    The network is asked in eval mode, and no gradient is computed: no statistics move, no random number is drawn, and
-    afterwards every module is in its mode of before.
+    The network runs in eval mode, without gradient. No statistics change and no random number is drawn. Afterwards
+    every module has its former mode.
 
     Args:
         network: returns ``(logits, features)``.
         size: of the image, ``(H, W)`` pixels.
-        role: what the network is, for messages.
+        role: the network's role, for messages.
 
     Raises:
-        InputError: it fails on such an image, or returns something else.
+        InputError: the network fails on such an image, or its result is not ``(logits, features)``.
     """
     name, (height, width) = type(network).__name__, size
     convolutions: list[str] = []
@@ -174,7 +174,7 @@ def facts_of(network: nn.Module, size: Sequence[int], role: str = "network") -> 
 def _listen(
     path: str, convolutions: list[str], flat: list[tuple[str, Tensor]], module: nn.Module, _: Any, output: Any
 ) -> None:
-    """Note a convolution, and an output of one number for each of its channels."""
+    """Record a convolution, and an output with one number for each of its channels."""
     if isinstance(module, nn.Conv2d):
         convolutions.append(path)
     if isinstance(output, Tensor) and output.numel() == output.shape[:2].numel():
@@ -182,7 +182,7 @@ def _listen(
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether one is the other, or the other in another shape."""
+    """Whether one tensor is the other, or a reshaped view of it."""
     base_a, base_b = (x if x._base is None else x._base for x in (a, b))
     return base_a is base_b and a.numel() == b.numel()
 

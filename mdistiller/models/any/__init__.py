@@ -1,9 +1,9 @@
-"""Networks of other libraries and of one's own, with the features contract of ``models/_features.py``.
+"""Networks of other libraries and the user's own networks, with the features contract of ``models/_features.py``.
 
 - ``names.py``: ``timm:NAME[.tag]``, ``torchvision:NAME`` and ``package.module:factory`` as names of networks
-- ``adapter.py``: :func:`with_features`, which makes a network return ``(logits, features)``
-- ``timm_maps.py``, ``probed_maps.py``: where the features come from
-- ``inputs.py``: images resized and normalised as a network wants them
+- ``adapter.py``: :func:`with_features` makes a network return ``(logits, features)``
+- ``timm_maps.py``, ``probed_maps.py``: the sources of the features
+- ``inputs.py``: resizes and normalises images for a network
 """
 
 from .adapter import with_features

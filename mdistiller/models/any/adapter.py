@@ -1,7 +1,7 @@
-"""A network of any library as one of this library: it keeps its class, its weights' names and its logits.
+"""Adapts a network of any library to this library. The network keeps its class, its weights' names and its logits.
 
-The adapted network is an instance of a subclass of its own class. So ``state_dict()`` has the names that the network's
-library knows, and a student's file loads into a plain network of that library.
+The adapted network is an instance of a subclass of its own class. So ``state_dict()`` has the names of the network's
+library, and a student's file loads into a plain network of that library.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Outputs = tuple[Tensor, list[Tensor], Tensor]  # logits (B, K), maps, pooled fea
 
 
 class Adapted:
-    """Stands before a network's own class; ``_reader`` runs the network and returns its :data:`Outputs`."""
+    """Base class in front of a network's own class. ``_reader`` runs the network and returns its :data:`Outputs`."""
 
     _reader: Callable[[nn.Module, Callable[[Tensor], Any], Tensor], Outputs]
     _input: Input | None
@@ -36,12 +36,12 @@ class Adapted:
         return logits, make_features(maps, pooled)
 
     def get_stage_indices(self) -> tuple[int, ...]:
-        """Which of the maps are stages: all, or all behind the stem's."""
+        """Indices of the stages: all maps, or all maps after the stem's."""
         return tuple(range(int(self._has_stem), self._num_maps))
 
 
 class FitsInput:
-    """Stands before the class of a network of this library, whose images are to be made to its own."""
+    """Base class in front of the class of a network of this library. It transforms images to the network's input."""
 
     _input: Input
 
@@ -55,18 +55,18 @@ def with_features(
     maps: Sequence[str | int] = (),
     input: Input | None = None,
 ) -> nn.Module:
-    """Let a classifier return ``(logits, features)``, as every method asks.
+    """Let a classifier return ``(logits, features)``, as every method needs.
 
-    The network itself is changed, and returned: its class becomes a subclass of its class. Weights, names and logits
-    stay. The network is asked once, in eval mode, by one image.
+    This changes the network itself and returns it: its class becomes a subclass of its class. Weights, names and logits
+    do not change. The network runs once on one image, in eval mode.
 
     Args:
         network: returns the logits ``(B, K)``, or a tuple that begins with them (torchvision's auxiliary classifiers).
-            A network that returns ``(logits, features)`` already is left alone.
-        size: side of the images that the network sees, or ``(H, W)``, in pixels.
-        maps: names of the modules whose outputs are the maps, shallow to deep (``["layer1", "layer2"]``); of a timm
-            network numbers of its intermediates, too. Empty: one map for each size, or four of a plain transformer.
-        input: what images are made to before the network sees them; ``None``: nothing.
+            A network that already returns ``(logits, features)`` does not change.
+        size: side of the network's images, or ``(H, W)``, in pixels.
+        maps: names of the modules whose outputs are the maps, shallow to deep (``["layer1", "layer2"]``). For a timm
+            network also numbers of its intermediates. Empty: one map for each size, or four for a plain transformer.
+        input: transformation of the images before the network; ``None``: none.
 
     Raises:
         InputError: the network fails on such an image, or returns no logits; no such module; a module without a map.
@@ -101,7 +101,7 @@ def with_features(
 
 
 def _subclassed(network: nn.Module, front: type, input: Input | None) -> nn.Module:
-    """The network as an instance of a subclass of its class, whose methods are first looked for in ``front``."""
+    """The network as an instance of a subclass of its class. Methods of ``front`` override those of its class."""
     network._input = input  # a module: its constants move with the network
     cls = type(network)
     network.__class__ = type(cls.__name__, (front, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
@@ -109,7 +109,7 @@ def _subclassed(network: nn.Module, front: type, input: Input | None) -> nn.Modu
 
 
 def has_stem(shapes: Sequence[torch.Size], side: int) -> bool:
-    """Whether the first of the maps is of a stem: five maps, and the first at half the image's side."""
+    """Whether the first map is a stem's: there are five maps, and the first has half the image's side."""
     return len(shapes) == 5 and round(side / shapes[0][2]) == 2
 
 

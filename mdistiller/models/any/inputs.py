@@ -1,4 +1,4 @@
-"""Images as a network wants them: batches are made once, and each network resizes and normalises for itself."""
+"""Input transformations of networks: a batch is made once, and each network resizes and normalises it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ RESIZE = ("antialias", "bilinear", "bicubic", "nearest")
 
 
 class Input(nn.Module):
-    """``x -> (resized x) * scale + shift``; a module without entries in the state dict.
+    """``x -> resized(x) * scale + shift``; a module without entries in the state dict.
 
-    Images that are normalised by the data set's mean and std are brought to the network's own: ``scale`` is
+    The data set's mean and std normalise the images; this module changes them to the network's own: ``scale`` is
     ``std_data / std_network``, ``shift`` is ``(mean_data - mean_network) / std_network``.
 
     Args:
-        size: side in pixels; 0: as it comes.
-        resize: how: ``"antialias"`` (bilinear, with a filter that shrinking needs), or torch's ``"bilinear"``,
+        size: side in pixels; 0: unchanged.
+        resize: ``"antialias"`` (bilinear, with the filter that shrinking needs), or torch's ``"bilinear"``,
             ``"bicubic"`` and ``"nearest"``.
         data: mean and std of the data set, for each channel.
-        own: those of the network; ``None``: the data set's.
+        own: mean and std of the network; ``None``: the data set's.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Input(nn.Module):
             self.register_buffer("shift", _per_channel((mean_d - mean_n) / std_n), persistent=False)
 
     def described(self, side: int) -> str:
-        """What happens to images of ``side`` pixels, for the log."""
+        """The transformation of images of ``side`` pixels in words, for the log."""
         parts = []
         if self.size and self.size != side:
             parts.append(f"images are resized from {side} to {self.size} pixels ({self.resize})")

@@ -1,4 +1,4 @@
-"""Names of networks that no table holds: ``timm:NAME[.tag]``, ``torchvision:NAME`` and ``package.module:factory``."""
+"""Names of networks outside the tables: ``timm:NAME[.tag]``, ``torchvision:NAME`` and ``package.module:factory``."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .._registration import ModelEntry
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a name is of another library, or of a factory."""
+    """Whether a name belongs to another library or to a factory."""
     return ":" in name
 
 
 def is_code(name: str) -> bool:
-    """Whether a name is of a factory, which is executed: ``package.module:factory``."""
+    """Whether a name belongs to a factory, ``package.module:factory``. A factory is executed."""
     return is_foreign(name) and name.partition(":")[0] not in FINDERS
 
 
 def find_network(name: str) -> ModelEntry | None:
-    """The entry of a network that no table holds; ``None``: the name is of another form.
+    """The entry of a network outside the tables; ``None`` for a name of another form.
 
     Raises:
-        UnknownName: the library has no such network; the closest names are given.
-        InputError: the library is not installed; a factory that cannot be found.
+        UnknownName: the library has no such network; the message has the closest names.
+        InputError: the library is not installed; there is no such factory.
     """
     if not is_foreign(name):
         return None

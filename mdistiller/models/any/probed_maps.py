@@ -1,4 +1,4 @@
-"""The features of a network that says nothing about them: one image shows which modules give maps."""
+"""Features of a network without declared features: one image shows which modules return maps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_MAPS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Identity, 
 
 
 class Tap:
-    """A hook that keeps what a module returns, or its first argument. A copied hook belongs to the copied store."""
+    """A hook that stores a module's output, or its first argument. A copied hook uses the copied store."""
 
     def __init__(self, store: dict[str, Tensor], name: str, given: bool = False) -> None:
         self.store, self.name, self.given = store, name, given
@@ -28,12 +28,12 @@ class Tap:
 
 
 class ProbedReader:
-    """Runs a network and collects what :class:`Tap` kept.
+    """Runs a network and collects the tensors that :class:`Tap` stored.
 
     Args:
-        store: what the taps write to.
+        store: the store of the taps.
         maps: names of the modules whose outputs are maps.
-        pooled: name of the classifier, whose input is the pooled features; empty: the mean of the last map.
+        pooled: name of the classifier; its input is the pooled features. Empty: the mean of the last map.
     """
 
     def __init__(self, store: dict[str, Tensor], maps: Sequence[str], pooled: str) -> None:
@@ -62,12 +62,12 @@ class Seen(NamedTuple):
 
 
 def reader_of(network: nn.Module, image: Tensor, maps: Sequence[str]) -> tuple[ProbedReader, list[torch.Size]]:
-    """How to run a network, and the shapes of its maps; hooks that stay are put on the modules.
+    """A reader of a network, and the shapes of its maps. This puts permanent hooks on the modules.
 
     Args:
-        network: in eval mode, a classifier.
-        image: ``(1, 3, H, W)``, square where the network returns maps of ``(B, H, W, C)``.
-        maps: names of the modules whose outputs are maps; empty: found.
+        network: a classifier in eval mode.
+        image: ``(1, 3, H, W)``, square if the network returns maps of ``(B, H, W, C)``.
+        maps: names of the modules whose outputs are maps; empty: found by one image.
 
     Raises:
         InputError: no logits; no such module; a module without a map.
@@ -105,7 +105,7 @@ def reader_of(network: nn.Module, image: Tensor, maps: Sequence[str]) -> tuple[P
 
 
 def _probe(network: nn.Module, image: Tensor) -> tuple[list[Seen], list[tuple[str, Tensor]], Any]:
-    """What may be maps, what may be logits with the names of their modules, and the network's output."""
+    """Candidates for maps, candidates for logits with the names of their modules, and the network's output."""
     seen: list[Seen] = []
     flat: list[tuple[str, Tensor]] = []
 
@@ -134,7 +134,7 @@ def _is_mean_of(logits: Tensor, output: Tensor) -> bool:
 
 
 def _stages(seen: Sequence[Seen]) -> list[str]:
-    """Names of the modules that give the last map of each size; of one size, those of repeated blocks."""
+    """Names of the modules that return the last map of each size. For a single size: those of repeated blocks."""
     seen = [each for each in seen if _side(each.output) > 1 and not isinstance(each.module, NO_MAPS)]
     outer = [each for each in seen if each.name.count(".") < DEPTH]
     last: dict[int, Seen] = {}
@@ -153,7 +153,7 @@ def _stages(seen: Sequence[Seen]) -> list[str]:
 
 
 def _side(output: Tensor) -> int:
-    """Positions along a side of a map or of tokens; 0: neither."""
+    """Number of positions along a side of a map or of a grid of tokens; 0 for other tensors."""
     if output.ndim == 4:
         return min(output.shape[1:3]) if _channels_are_last(output) else min(output.shape[2:])
     return math.isqrt(output.shape[1]) if output.ndim == 3 and _extra_tokens(output) is not None else 0
@@ -165,13 +165,13 @@ def _channels_are_last(output: Tensor) -> bool:
 
 
 def _extra_tokens(tokens: Tensor) -> int | None:
-    """How many tokens stand before those of a square grid, at most two; ``None``: they form no such grid."""
+    """Number of tokens before those of a square grid, at most two; ``None`` without such a grid."""
     count = tokens.shape[1]
     return next((extra for extra in range(3) if math.isqrt(count - extra) ** 2 == count - extra > 0), None)
 
 
 def as_map(output: Tensor) -> Tensor:
-    """A map ``(B, C, H, W)``, from one, from ``(B, H, W, C)``, or from tokens ``(B, N, C)`` of a square grid."""
+    """A map ``(B, C, H, W)``, from such a map, from ``(B, H, W, C)``, or from tokens ``(B, N, C)`` of a square grid."""
     if output.ndim == 4:
         return output.permute(0, 3, 1, 2) if _channels_are_last(output) else output
     grid = output[:, _extra_tokens(output) :]
@@ -179,5 +179,5 @@ def as_map(output: Tensor) -> Tensor:
 
 
 def _logits(output: Any) -> Any:
-    """The logits of a network that may return auxiliary ones behind them."""
+    """The logits of a network. Auxiliary logits may follow them in its output."""
     return output[0] if isinstance(output, tuple) and output else output

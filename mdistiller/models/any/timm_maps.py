@@ -1,4 +1,4 @@
-"""The features of a timm network, by ``forward_intermediates``, which all 98 families of timm 1.0 have."""
+"""Features of a timm network by ``forward_intermediates``; all 98 families of timm 1.0 have this method."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ MOST_MAPS = 6  # of a network whose maps shrink; more of them are blocks, not st
 
 
 def able(network: nn.Module) -> bool:
-    """Whether a network can be asked this way."""
+    """Whether a network has ``forward_intermediates``."""
     return all(hasattr(network, name) for name in ("forward_intermediates", "forward_head", "get_classifier"))
 
 
 class TimmReader:
-    """Runs a network for its logits, its maps ``(B, C, H, W)`` and its pooled features.
+    """Runs a network and returns its logits, its maps ``(B, C, H, W)`` and its pooled features.
 
     Args:
         indices: numbers of the intermediates that are maps.
-        direct: the classifier turns the pooled features into the logits; otherwise the head runs twice, since some
+        direct: the classifier computes the logits from the pooled features. Otherwise the head runs twice, since some
             heads average two classifiers.
     """
 
@@ -41,12 +41,12 @@ class TimmReader:
 
 
 def reader_of(network: nn.Module, image: Tensor, maps: Sequence[int]) -> tuple[TimmReader, list[torch.Size]]:
-    """How to run a network, and the shapes of its maps.
+    """A reader of a network, and the shapes of its maps.
 
     Args:
         network: in eval mode.
         image: ``(1, 3, H, W)``.
-        maps: numbers of its intermediates; empty: chosen.
+        maps: numbers of its intermediates; empty: chosen by :func:`stages_of`.
 
     Raises:
         InputError: no such number.
@@ -68,7 +68,7 @@ def reader_of(network: nn.Module, image: Tensor, maps: Sequence[int]) -> tuple[T
 
 
 def stages_of(sizes: Sequence[tuple[int, ...]]) -> list[int]:
-    """Numbers of the maps that are stages: the last of each size, or evenly spaced ones where all have one size."""
+    """Numbers of the maps that are stages: the last map of each size, or evenly spaced maps if all have one size."""
     count = len(sizes)
     if len(set(sizes)) == 1 and count > PLAIN_STAGES:
         return [(number + 1) * count // PLAIN_STAGES - 1 for number in range(PLAIN_STAGES)]

@@ -21,9 +21,9 @@ _STEM_CHANNELS = 24
 
 
 class Bottleneck(nn.Module):
-    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; the map before the ReLU.
+    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; returns the map before the ReLU.
 
-    The input is added, or, where the block strides, its average pool is appended as further channels.
+    A block without stride adds the input. A block with stride appends the input's average pool as further channels.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int) -> None:
@@ -60,7 +60,7 @@ class ShuffleNet(FeatureNet):
 
     Args:
         widths: output channels of the stages.
-        num_blocks: blocks of the stages, the striding ones included.
+        num_blocks: blocks of the stages, including the block with stride.
         groups: of the 1x1 convolutions.
         num_classes: K.
     """

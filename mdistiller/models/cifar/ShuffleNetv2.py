@@ -26,7 +26,7 @@ def _depthwise3x3(channels: int, stride: int) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """One half of the channels passes, the other goes through 1x1, depthwise 3x3, 1x1."""
+    """One half of the channels stays; the other half passes 1x1, depthwise 3x3, 1x1."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class BasicBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Both halves come from the whole input, at stride 2: a short branch and a long one."""
+    """Both halves are computed from the whole input, at stride 2: a short branch and a long branch."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class DownBlock(nn.Module):
 
 
 class ShuffleStage(ResidualStage):
-    """Blocks give two halves before the ReLU; the half that only passed is non-negative, so ReLU keeps it."""
+    """Blocks return two halves before the ReLU. The unchanged half is non-negative, so the ReLU does not change it."""
 
     def activate(self, preact: Tensor) -> Tensor:
         return shuffle_channels(F.relu(preact), groups=2)

@@ -21,7 +21,7 @@ _TAPPED_GROUPS = (1, 2, 4, 6)  # the last groups of their resolution, except 1 (
 
 
 class InvertedResidual(nn.Module):
-    """1x1 up, 3x3 depthwise, linear 1x1 down; with a skip where the shape stays."""
+    """1x1 up, 3x3 depthwise, linear 1x1 down; with a skip if the shape stays."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__()

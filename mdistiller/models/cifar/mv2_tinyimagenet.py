@@ -19,7 +19,7 @@ from .._registration import register_model
 
 
 class LinearBottleneck(nn.Module):
-    """1x1 up, 3x3 depthwise, linear 1x1 down; with a skip where the shape stays."""
+    """1x1 up, 3x3 depthwise, linear 1x1 down; with a skip if the shape stays."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, expansion: int = 6) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class MobileNetV2(FeatureNet):
         return nn.ModuleList([self.pre, *stages, self.conv1])
 
     def get_bn_before_relu(self) -> list[nn.Module]:
-        """The last batch norm of each map; only the deepest has a ReLU behind it."""
+        """The last batch norm of each map. Only the deepest is followed by a ReLU."""
         linear = [stage[-1].residual[-1] for stage in (self.stage2, self.stage3, self.stage4)]
         return [*linear, self.conv1[1]]
 

@@ -23,7 +23,7 @@ _WIDTHS = (64, 128, 256, 512, 512)
 
 
 def _conv_block(in_channels: int, out_channels: int, num_convs: int) -> nn.Sequential:
-    """Convolutions, each with batch norm, and ReLUs between them: the block ends before its last ReLU."""
+    """Convolutions with batch norm, and ReLUs between them. The block ends before its last ReLU."""
     layers: list[nn.Module] = []
     for _ in range(num_convs):
         conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
@@ -38,7 +38,7 @@ def _halve_if_large(x: Tensor) -> Tensor:
 
 
 class PoolIfLarge(nn.Module):
-    """Max-pooling by 2 of maps above 4x4; smaller ones pass."""
+    """Max-pooling by 2 of maps above 4x4. Smaller maps do not change."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _halve_if_large(x)

@@ -22,7 +22,7 @@ from .._registration import register_model
 class BasicBlock(nn.Module):
     """Pre-activation block: BN, ReLU, 3x3, BN, ReLU, 3x3, plus the skip.
 
-    Where the width changes, the skip projects the activated input; elsewhere it is the input itself.
+    If the width changes, the skip projects the activated input; else the skip is the input itself.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, drop_rate: float = 0.0) -> None:
@@ -39,7 +39,7 @@ class BasicBlock(nn.Module):
         return self.after_bn1(x, self.bn1(x))
 
     def after_bn1(self, x: Tensor, preact: Tensor) -> Tensor:
-        """The rest of the block, for a caller that wants ``preact = bn1(x)`` for itself too."""
+        """The block without its first batch norm, for a caller that also needs ``preact = bn1(x)``."""
         activated = F.relu(preact)
         out = F.relu(self.bn2(self.conv1(activated)))
         out = self.conv2(F.dropout(out, self.drop_rate, self.training))

@@ -191,7 +191,7 @@ def test_keys_without_effect_are_taken_and_named_in_one_line(capsys):
     given = ["DISTILLER.TYPE", "REVIEWKD", "REVIEWKD.SHAPES", "[1, 8]", "REVIEWKD.IN_CHANNELS", "[3]"]
     cfg = load_config(options=given)
     (line,) = capsys.readouterr().out.splitlines()
-    assert "REVIEWKD.SHAPES (the student's maps say it), REVIEWKD.IN_CHANNELS (" in line
+    assert "REVIEWKD.SHAPES (the student's maps give these sizes), REVIEWKD.IN_CHANNELS (" in line
     assert cfg.REVIEWKD.SHAPES == [1, 8]  # for a fork's file that reads it
     before = load_config(options=["DISTILLER.TYPE", "REVIEWKD", "FITNET.INPUT_SIZE", "[8, 8]"])
     assert capsys.readouterr().out == ""

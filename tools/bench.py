@@ -25,16 +25,16 @@ def main() -> None:
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--cfg", type=user_path, metavar="FILE", help="configuration with networks, data, precision")
     allow_plugins_option(parser)
-    parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="default: all that have a teacher")
+    parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="default: all methods with a teacher")
     parser.add_argument(
-        "--variants", nargs="+", default=[], metavar="NAME", help=f"of train: {', '.join(TRAIN_VARIANTS)}"
+        "--variants", nargs="+", default=[], metavar="NAME", help=f"for train: {', '.join(TRAIN_VARIANTS)}"
     )
     parser.add_argument("--rounds", type=int, default=7, help="samples of each case, taken in turns; default: 7")
     parser.add_argument("--steps", type=int, default=3, help="steps in a sample; default: 3")
-    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU; default: 1")
-    parser.add_argument("--compile", action="store_true", help="teacher: compiled, too")
-    parser.add_argument("--json", type=user_path, metavar="FILE", help="also write everything there")
-    parser.add_argument("--picture", type=user_path, metavar="FILE", help="profile: also draw the parts there, as PNG")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU; default: 1")
+    parser.add_argument("--compile", action="store_true", help="for teacher: also measure torch.compile")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="also write all timings to FILE")
+    parser.add_argument("--picture", type=user_path, metavar="FILE", help="for profile: also draw the parts, as PNG")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="settings, as for tools/train.py")
     args = parser.parse_args()
     for option in ("json", "picture"):

@@ -36,9 +36,9 @@ def main() -> None:
         help="a checkpoint, or 'pretrain' for the model's public weights (default)",
     )
     parser.add_argument("--against", default="", metavar="MODEL", help="compare with this network's predictions")
-    parser.add_argument("--against-ckpt", default="", metavar="CKPT", help="its weights, as -c")
-    parser.add_argument("-d", "--dataset", default="cifar100", help="default: cifar100")
-    parser.add_argument("-bs", "--batch-size", type=int, default=64, help="default: 64")
+    parser.add_argument("--against-ckpt", default="", metavar="CKPT", help="weights of --against, as for -c")
+    parser.add_argument("-d", "--dataset", default="cifar100", help="data set; default: cifar100")
+    parser.add_argument("-bs", "--batch-size", type=int, default=64, help="images of a batch; default: 64")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="further settings, for example SOLVER.DEVICE cpu")
     args = parser.parse_intermixed_args()
     if args.against_ckpt and not args.against:

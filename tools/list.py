@@ -131,12 +131,12 @@ def overview(width: int) -> str:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("what", nargs="*", help=f"{', '.join(LISTS)}, each with words behind it", metavar="LIST")
+    parser.add_argument("what", nargs="*", help=f"{', '.join(LISTS)}; further words select entries", metavar="LIST")
     parser.add_argument(
         "--page",
         type=user_path,
         metavar="FILE",
-        help="instead: write what is made from the code: methods.md, options.md, inside.svg, README.md",
+        help="write a generated page instead: methods.md, options.md, inside.svg, README.md",
     )
     args = parser.parse_args()
     if args.page:

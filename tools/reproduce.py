@@ -16,7 +16,7 @@ def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument("--plan", type=user_path, required=True, nargs="+", metavar="FILE", help="see configs/plans/")
     parser.add_argument(
-        "--jobs", type=int, default=0, help="runs side by side; default: one a core on a CPU, one on a GPU"
+        "--jobs", type=int, default=0, help="runs at the same time; default: one for each CPU core, one on a GPU"
     )
     allow_plugins_option(parser)
     parser.add_argument("--report", type=user_path, metavar="FILE", help="also write all tables to one Markdown page")

@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--cfg", type=user_path, metavar="FILE", help="configuration; see configs/ and tools/list.py")
     allow_plugins_option(parser)
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    group.add_argument("--resume", action="store_true", help="continue the run in the folder")
     group.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     parser.add_argument(
         "opts",

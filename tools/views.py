@@ -19,7 +19,9 @@ def main() -> None:
     parser.add_argument(
         "-o", "--out", required=True, type=user_path, metavar="FILE", help="picture to write, .png or .jpg"
     )
-    parser.add_argument("-s", "--sheet", choices=SHEETS, action="append", help="may be repeated; default: all")
+    parser.add_argument(
+        "-s", "--sheet", choices=SHEETS, action="append", help="sheet to draw; may be repeated; default: all"
+    )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings, for example DATASET.IMAGE_SIZE 32")
     args = parser.parse_intermixed_args()
     check_output(args.out, "-o")

@@ -34,16 +34,16 @@ from ._base import Distiller, register_distiller
 from ._common import feature_losses
 
 DEFAULTS = {
-    "MODE": Option("exact", "the positive. exact: the image; relax: any of its class", one_of=("exact", "relax")),
+    "MODE": Option("exact", "the positive. exact: the image; relax: any image of its class", one_of=("exact", "relax")),
     "FEAT": {
         "DIM": Option(128, "entries of an embedding", at_least=1, at_most=WIDEST),
-        "STUDENT_DIM": dead(256, "the student says it"),
-        "TEACHER_DIM": dead(256, "the teacher says it"),
+        "STUDENT_DIM": dead(256, "the student gives this width"),
+        "TEACHER_DIM": dead(256, "the teacher gives this width"),
     },
     "LOSS": feature_losses(0.8),
     "NCE": {
         "K": Option(16384, "negatives of each image", at_least=1, at_most=MANY),
-        "MOMENTUM": Option(0.5, "what an entry of a bank keeps of itself", at_least=0, below=1),
+        "MOMENTUM": Option(0.5, "share of the old entry that a bank keeps", at_least=0, below=1),
         "TEMPERATURE": Option(0.07, "divides the similarities", above=0),
     },
 }

@@ -29,7 +29,7 @@ from .KD import kd_loss
 
 DEFAULTS = {
     "T_START": Option(1.0, "lowest temperature", above=0),
-    "T_END": Option(20.0, "width of the temperatures' range", above=0),
+    "T_END": Option(20.0, "width of the range of temperatures", above=0),
     "DECAY_MAX": Option(0.0, "lambda before the first epoch"),
     "DECAY_MIN": Option(-1.0, "lambda from epoch DECAY_LOOPS on"),
     "DECAY_LOOPS": Option(10, "epochs in which lambda falls", at_least=0, at_most=MANY),

@@ -47,15 +47,15 @@ from .KD import kd_loss
 DEFAULTS = {
     "CE_WEIGHT": weight(1.0, "of the cross-entropy"),
     "BETA": weight(1.0, "of dcd_loss"),
-    "ALPHA": Option(0.5, "share of the consistency term in it", at_least=0),
+    "ALPHA": Option(0.5, "factor of the consistency term in dcd_loss", at_least=0),
     "LAMBDA": weight(0.0, "of KD; DCD+KD: 1"),
-    "TEMPERATURE": Option(4.0, "KD's", above=0),
+    "TEMPERATURE": Option(4.0, "temperature of KD", above=0),
     "FEAT_DIM": Option(128, "entries of an embedding", at_least=1, at_most=WIDEST),
-    "LEARN_TEMPERATURE": Option(True, "learn theta"),
-    "INIT_THETA": Option(1.0, "tau = exp(theta), 2.718"),
-    "MAX_TAU": Option(10.0, "bound of tau", above=0),
-    "DETACH_TARGET": Option(False, "hold the target of the consistency term constant"),
-    "GATHER": Option(True, "compare with the images of all processes, not only the own ones"),
+    "LEARN_TEMPERATURE": Option(True, "train theta, the logarithm of tau"),
+    "INIT_THETA": Option(1.0, "initial theta; tau = exp(theta) = 2.718"),
+    "MAX_TAU": Option(10.0, "largest tau", above=0),
+    "DETACH_TARGET": Option(False, "no gradient through the target of the consistency term"),
+    "GATHER": Option(True, "compare with the images of all processes"),
 }
 PAPER = "Giakoumoglou and Stathaki, 2024, arXiv:2407.11802"
 

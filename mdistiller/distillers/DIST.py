@@ -68,20 +68,24 @@ DEFAULTS = {
     "INTRA_WEIGHT": weight(2.0, "of L_intra"),
     "RELATION": Option("pearson", "distance of rows and of columns", one_of=RELATIONS),
     "EPS": Option(EPS, "added to the product of two vectors' norms", at_least=0),
-    "GATHER": Option(False, "columns of the images of all processes, not only of the own ones"),
-    "COLUMN_GROUP": Option(0, "images of a column of L_intra, in groups one after the other; 0: all", at_least=0),
+    "GATHER": Option(False, "columns hold the images of all processes"),
+    "COLUMN_GROUP": Option(
+        0, "images in a column of L_intra: consecutive groups of a batch; 0: the whole batch", at_least=0
+    ),
 }
 PLUS_DEFAULTS = {
     **DEFAULTS,
     "CHANNEL_WEIGHT": weight(1.0, "of L_cr"),
     "SPATIAL_WEIGHT": weight(1.0, "of L_sr"),
     "FEATURE_RELATION": Option("pearson", "distance of the feature maps", one_of=FEATURE_RELATIONS),
-    "ACCLIMATE": Option("nontarget", "what the teacher learns from; none: it stays", one_of=ACCLIMATIONS),
+    "ACCLIMATE": Option("nontarget", "the teacher's loss; none: the teacher stays frozen", one_of=ACCLIMATIONS),
     "ACCLIMATE_WEIGHT": weight(1.0, "of L_ta"),
     "ACCLIMATE_LR": Option(0.0, "the teacher's learning rate; 0: a hundredth of SOLVER.LR", at_least=0),
-    "ACCLIMATE_RADIUS": Option(0.02, "how far a weight may go, as a share of its length; 0: no bound", at_least=0),
+    "ACCLIMATE_RADIUS": Option(
+        0.02, "largest distance of a weight from its start, as a share of its length; 0: no bound", at_least=0
+    ),
     "ACCLIMATE_MODULES": Option(
-        [], "modules of the teacher; empty: its last convolution and its classifier", holds=(are_texts, "names")
+        [], "trained modules of the teacher; empty: its last convolution and its classifier", holds=(are_texts, "names")
     ),
 }
 PAPER = "Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, arXiv:2205.10536"

@@ -38,7 +38,7 @@ from ._common import (
 )
 
 DEFAULTS = {
-    "HINT_LAYER": Option(2, "number of the map, 0 is the first; without MULTI_STAGE", at_least=0),
+    "HINT_LAYER": Option(2, "index of the teacher's map, from 0; without MULTI_STAGE", at_least=0),
     "MULTI_STAGE": Option(False, "a hint in every stage"),
     "STAGES": STAGES,
     "INPUT_SIZE": dead((32, 32), "DATASET.IMAGE_SIZE says it"),

@@ -22,7 +22,7 @@ from ._base import Distiller, register_distiller
 from ._common import wants_standardised_logits
 
 DEFAULTS = {
-    "TEMPERATURE": Option(4.0, "softens the classes of both networks", above=0),
+    "TEMPERATURE": Option(4.0, "divides the logits of both networks", above=0),
     "LOSS": {"CE_WEIGHT": weight(0.1, "of the cross-entropy"), "KD_WEIGHT": weight(0.9, "of kd_loss")},
 }
 PAPER = "Hinton et al., NIPS 2014 workshop, arXiv:1503.02531"

@@ -37,7 +37,7 @@ from ._base import register_distiller
 from ._common import STAGES, FeatureDistiller, feature_losses, pick_pairs, stage_pairs
 
 DEFAULTS = {
-    "K": Option(1, "directions of each stage", at_least=1),
+    "K": Option(1, "singular vectors of each stage", at_least=1),
     "STAGES": STAGES,
     "LOSS": feature_losses(1.0),
 }

@@ -37,7 +37,7 @@ from ._common import wants_standardised_logits
 from .KD import DEFAULTS as KD_DEFAULTS
 from .KD import kd_loss
 
-PUBLISHED = Option(True, "masks and strong view as in the authors' code; False: as we read what it means")
+PUBLISHED = Option(True, "masks and strong view as in the authors' code; False: as we think was intended")
 DEFAULTS = {**KD_DEFAULTS, "MLKD": {"AS_PUBLISHED": PUBLISHED}}
 PAPER = "Jin et al., Multi-Level Logit Distillation, CVPR 2023"
 

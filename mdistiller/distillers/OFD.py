@@ -37,9 +37,14 @@ from ._common import batch_statistics, feature_losses, preact_maps
 DEFAULTS = {
     "LOSS": feature_losses(0.001),
     "CONNECTOR": {
-        "KERNEL_SIZE": Option(1, "of the student's convolutions", at_least=1, holds=(lambda size: size % 2 == 1, "odd"))
+        "KERNEL_SIZE": Option(
+            1,
+            "kernel size of the convolutions on the student's maps",
+            at_least=1,
+            holds=(lambda size: size % 2 == 1, "odd"),
+        )
     },
-    "TEACHER_BATCH_STATISTICS": Option(True, "False: the teacher's running ones, as it was trained to be used"),
+    "TEACHER_BATCH_STATISTICS": Option(True, "the teacher uses batch statistics; False: its running statistics"),
 }
 PAPER = "Heo et al., ICCV 2019, arXiv:1904.01866"
 

@@ -29,11 +29,11 @@ from ._base import register_distiller
 from ._common import FeatureDistiller, feature_losses
 
 DEFAULTS = {
-    "DISTANCE_WEIGHT": weight(25.0, "of RKD-D within the distance of the features"),
-    "ANGLE_WEIGHT": weight(50.0, "of RKD-A within it"),
+    "DISTANCE_WEIGHT": weight(25.0, "of RKD-D in the distance of the features"),
+    "ANGLE_WEIGHT": weight(50.0, "of RKD-A in the distance of the features"),
     "LOSS": feature_losses(1.0),
     "PDIST": {
-        "EPSILON": Option(1e-12, "least squared distance", above=0),
+        "EPSILON": Option(1e-12, "smallest squared distance", above=0),
         "SQUARED": Option(False, "compare squared distances"),
     },
 }

@@ -33,12 +33,12 @@ DEFAULTS = {
     "CE_WEIGHT": weight(1.0, "of the cross-entropy"),
     "REVIEWKD_WEIGHT": weight(1.0, "of hcl_loss"),
     "WARMUP_EPOCHS": Option(20, "epochs in which REVIEWKD_WEIGHT rises linearly", at_least=0, at_most=MANY),
-    "SHAPES": dead([1, 8, 16, 32], "the student's maps say it"),
-    "OUT_SHAPES": dead([1, 8, 16, 32], "the teacher's maps say it"),
-    "IN_CHANNELS": dead([64, 128, 256, 256], "the student's maps say it"),
-    "OUT_CHANNELS": dead([64, 128, 256, 256], "the teacher's maps say it"),
-    "MAX_MID_CHANNEL": Option(512, "bound of the fusions' width", at_least=1, at_most=WIDEST),
-    "STU_PREACT": Option(False, "take the student's maps before their activation too"),
+    "SHAPES": dead([1, 8, 16, 32], "the student's maps give these sizes"),
+    "OUT_SHAPES": dead([1, 8, 16, 32], "the teacher's maps give these sizes"),
+    "IN_CHANNELS": dead([64, 128, 256, 256], "the student's maps give these widths"),
+    "OUT_CHANNELS": dead([64, 128, 256, 256], "the teacher's maps give these widths"),
+    "MAX_MID_CHANNEL": Option(512, "largest width of the fusions", at_least=1, at_most=WIDEST),
+    "STU_PREACT": Option(False, "use the student's maps before the activation too"),
 }
 PAPER = "Chen et al., CVPR 2021, arXiv:2104.09044"
 

@@ -30,9 +30,9 @@ from ._base import register_distiller
 from ._common import STAGES, FeatureDistiller, feature_losses, generator_kept, pick_pairs, stage_pairs
 
 DEFAULTS = {
-    "EPS": Option(1e-5, "least variance", above=0),
-    "INIT_PRED_VAR": Option(5.0, "variance at the start, above EPS", above=0),
-    "LEARN_VARIANCE": Option(True, "False: mdistiller's"),
+    "EPS": Option(1e-5, "smallest variance", above=0),
+    "INIT_PRED_VAR": Option(5.0, "initial variance, above EPS", above=0),
+    "LEARN_VARIANCE": Option(True, "train the variances; False: constant, as in mdistiller"),
     "STAGES": STAGES,
     "INPUT_SIZE": dead((32, 32), "DATASET.IMAGE_SIZE says it"),
     "LOSS": feature_losses(1.0),

@@ -86,22 +86,28 @@ DEFAULTS = {
     "CE_WEIGHT": weight(1.0, "of the real view's cross-entropy"),
     "CE_VIRTUAL_WEIGHT": weight(1.0, "of the virtual view's cross-entropy"),
     "WARMUP": Option(0, "epochs in which ALPHA and BETA rise linearly", at_least=0, at_most=MANY),
-    "LOCATION": Option("logits", "what the vertices are made of", one_of=("logits", "pooled")),
-    "TEMPERATURE": Option(4.0, "of the predictions", above=0),
+    "LOCATION": Option("logits", "outputs that are the vertices", one_of=("logits", "pooled")),
+    "TEMPERATURE": Option(4.0, "temperature of the predictions", above=0),
     "ZSNORM": Option(True, "standardise the logits first"),
     "ADAPTOR": Option("residual", "module on the student's vertices", one_of=("residual", "mlp", "none")),
-    "GRAPH": Option("virtual", "edges from real to virtual views; raw: between all of them", one_of=("virtual", "raw")),
-    "RELATION": Option("difference", "what an edge says", one_of=graphs.RELATIONS),
+    "GRAPH": Option("virtual", "edges from real to virtual views; raw: between all views", one_of=("virtual", "raw")),
+    "RELATION": Option("difference", "relation of two vertices", one_of=graphs.RELATIONS),
     "EDGE_NORM": Option(True, "edges have length 1"),
-    "METRIC": Option("mse", "of student's and teacher's relations", one_of=graphs.METRICS),
-    "HUBER_DELTA": Option(1.0, "where METRIC huber turns linear", above=0),
+    "METRIC": Option("mse", "distance of student's and teacher's relations", one_of=graphs.METRICS),
+    "HUBER_DELTA": Option(1.0, "METRIC huber is linear above this difference", above=0),
     "REDUCTION": Option("element", "mean over the entries of edges, or over edges", one_of=("element", "edge")),
-    "PRUNE_PERCENTILE": Option(95.0, "of an edge's uncertainty; edges above are dropped", at_least=0, at_most=100),
-    "UNCERTAINTY": Option("cross", "entropy of an edge's vertices", one_of=("cross", "mixture")),
-    "UNCERTAINTY_OF": Option("vertices", "or plain softmax(logits)", one_of=("vertices", "predictions")),
-    "ICV_NORMALIZE": Option(True, "between classes, uncertainty is that of columns of sum 1"),
+    "PRUNE_PERCENTILE": Option(
+        95.0, "edges with an uncertainty above this percentile are dropped", at_least=0, at_most=100
+    ),
+    "UNCERTAINTY": Option(
+        "cross", "uncertainty of an edge: cross entropy, or entropy of the mixture", one_of=("cross", "mixture")
+    ),
+    "UNCERTAINTY_OF": Option(
+        "vertices", "uncertainties of the vertices, or of softmax(logits)", one_of=("vertices", "predictions")
+    ),
+    "ICV_NORMALIZE": Option(True, "normalise columns to sum 1 for uncertainties between classes"),
     "EDGE_EPS": Option(1e-3, "shorter edges, as a share of the mean length, are dropped", at_least=0),
-    "JOINT_FORWARD": Option(False, "both views pass the student in one batch"),
+    "JOINT_FORWARD": Option(False, "both views go through the student in one batch"),
 }
 PAPER = "Zhang et al., VRM: Knowledge Distillation via Virtual Relation Matching, ICCV 2025"
 

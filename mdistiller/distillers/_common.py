@@ -19,7 +19,9 @@ from mdistiller.registry import InputError, check_choice
 from ._base import Distiller
 
 STAGE_RULES = ("matched", "skip_first")
-STAGES = Option("matched", "which maps are compared, see stage_offset; skip_first: mdistiller's", one_of=STAGE_RULES)
+STAGES = Option(
+    "matched", "which maps are compared, see stage_offset; skip_first: as in mdistiller", one_of=STAGE_RULES
+)
 
 
 def feature_losses(weight_of_features: float) -> dict[str, Option]:

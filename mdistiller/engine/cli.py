@@ -104,7 +104,7 @@ def user_path(text: str) -> Path:
 def allow_plugins_option(parser: argparse.ArgumentParser) -> None:
     """The option of every command that reads a configuration from a file."""
     parser.add_argument(
-        FLAG, action="store_true", help="execute code that configurations name (DISTILLER.PLUGINS); read it before"
+        FLAG, action="store_true", help="execute code that configurations name (DISTILLER.PLUGINS); read the code first"
     )
 
 

@@ -240,11 +240,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mdistiller.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("collections", nargs="*", metavar="COLLECTION", help="default: cifar_teachers")
-    parser.add_argument("--root", type=Path, metavar="DIR", default=default_root(), help="default: %(default)s")
-    parser.add_argument("--list", action="store_true", help="what there is, and what of it lies in --root")
-    parser.add_argument("--verify", action="store_true", help="only check the files that lie in --root")
-    parser.add_argument("--overwrite", action="store_true", help="fetch anew what is there already, and replace it")
+    parser.add_argument(
+        "collections", nargs="*", metavar="COLLECTION", help="collections to download; default: cifar_teachers"
+    )
+    parser.add_argument(
+        "--root", type=Path, metavar="DIR", default=default_root(), help="folder of the files; default: %(default)s"
+    )
+    parser.add_argument("--list", action="store_true", help="list all files, and the files in --root")
+    parser.add_argument("--verify", action="store_true", help="only check the files in --root")
+    parser.add_argument("--overwrite", action="store_true", help="download existing files again")
     args = parser.parse_args(arguments)
     collections = args.collections or ["cifar_teachers"]
     for collection in collections:

@@ -37,12 +37,12 @@ INTRODUCTION = """# The methods
 Made by `{command}` from the code, from the reference values in `tests/golden` and from two measurements of
 `tools/bench.py`; do not edit by hand.
 
-- batch: the views of each image that a step takes, and what else beside the labels.
-- of the teacher: the outputs on which the losses depend.
+- batch: the views of each image in a step, and further fields beside the labels.
+- of the teacher: the teacher's outputs that the losses use.
 - extra parameters: trained beside the student's, for resnet32x4 to resnet8x4 with 100 classes.
-- step: time of a training step divided by that of KD with as many views; memory: what training adds to a process,
-  divided by KD's. {measured}
-- golden cases: sets of reference values, computed by the papers' own or mdistiller's code, that the tests compare with.
+- step: time of a training step divided by the time of KD with as many views; memory: memory that training adds to a
+  process, divided by KD's. {measured}
+- golden cases: sets of reference values from the papers' or mdistiller's code; the tests compare with these values.
 """
 
 

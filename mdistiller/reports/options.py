@@ -15,13 +15,13 @@ INTRODUCTION = """# The options
 Made by `python tools/list.py --page docs/options.md` from the code; do not edit by hand. `python tools/list.py options
 SECTION` prints one section.
 
-A value is given in a YAML file or as `KEY VALUE` on the command line. The role says what a value decides:
+A value stands in a YAML file or follows its key on the command line. The role says what a value decides:
 
-- result: what is learned, and data: the images and batches that are seen. Both decide whether two runs of a plan are
-  the same, and a run cannot be resumed with another value, unless "may change" stands there. A method's stage before
-  training is computed anew where a value of the role data differs.
-- speed: how the same is computed, up to rounding. place: where things lie and what is written down.
-- ignored: a key of mdistiller that its configs may give, and that nothing here reads.
+- result: the learning, and data: the images and batches. Both roles decide whether two runs of a plan are equal. A
+  run cannot be resumed with another value, unless the role says "may change". A method's stage before training is
+  computed again if a value of the role data differs.
+- speed: the way of computing; results are equal up to rounding. place: folders, files and logs.
+- ignored: a key of mdistiller that configs may hold, and that this library does not read.
 """
 
 

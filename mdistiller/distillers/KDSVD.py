@@ -85,9 +85,7 @@ def directions(feat: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rows = at_least_float32(feat).flatten(1, 2)
     exact = rows.double()
     gram = exact.mT @ exact
-    broken = ~gram.isfinite().all(2, keepdim=True).all(
-        1, keepdim=True
-    )  # eigh raises; NaN is wanted
+    broken = ~gram.isfinite().all(2, keepdim=True).all(1, keepdim=True)  # eigh raises; NaN is wanted
     vectors, squares = EigenVectors.apply(gram.masked_fill(broken, 0))
     vectors, squares = vectors.masked_fill(broken, torch.nan).flip(2)[:, :, :k], squares.flip(1)[:, :k]
     sign = torch.where(vectors.detach().sum(1, keepdim=True) < 0, -1.0, 1.0)

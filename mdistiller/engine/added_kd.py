@@ -1,17 +1,17 @@
-"""X+KD for every method X: ``DISTILLER.ADD_KD`` weights a KD term that is put beside the method's own.
+"""X+KD for every method X: ``DISTILLER.ADD_KD`` is the weight of a KD term beside the method's own losses.
 
-The method's file knows nothing of it. While the distiller runs, the calls of ``student`` and ``teacher`` are listened
-to, and the logits of the batch's views are taken from them:
+The method's file needs no change. Hooks record the calls of ``student`` and ``teacher`` while the distiller runs. The
+recorded calls contain the logits of the batch's views:
 
 - the term is the sum over the batch's views (``image``, or ``image_weak`` and ``image_strong``) of
-  :func:`~mdistiller.distillers.KD.kd_loss`; a view that the student is never shown has none;
-- images that the method adds of its own (rotated or mixed copies) are left out, also where one call holds both;
-- of several calls with one view the first that has a gradient counts for the student, and the first for the teacher;
-- the teacher is asked again only for views that the method did not show it, or not in eval mode (OFD normalises by the
-  batch); its logits are constant.
+  :func:`~mdistiller.distillers.KD.kd_loss`; a view that the student never sees has no term;
+- images that the method adds (rotated or mixed copies) have no term, even if one call contains both;
+- if several calls contain one view, the student's first call with a gradient counts, and the teacher's first call;
+- the teacher runs again only for views that the method did not show it in eval mode (OFD normalises by the batch); its
+  logits are constant.
 
-Where in the calls a view lies is found by comparing images, once for each set of batch sizes: a method must call its
-networks alike in all steps with equal batches.
+A view is found in the calls by a comparison of images, once for each set of batch sizes. So a method must call its
+networks in the same way in all steps with equal batches.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ Place = tuple[int, slice]  # number of the call, and the view's rows in it
 
 
 def add_kd(distiller: nn.Module, weight: float, temperature: float) -> None:
-    """Let a method's losses have the term ``loss_added_kd`` in training.
+    """Add the term ``loss_added_kd`` to a method's losses in training.
 
     Args:
         distiller: a method with a student and a teacher.
         weight: of the term.
-        temperature: T > 0, of both views.
+        temperature: T > 0, for all views.
     """
     added = AddedKD(weight, temperature)
     distiller.register_forward_pre_hook(added.listen)
@@ -68,7 +68,7 @@ class AddedKD:
                 self.listening.append(put(network, "listen", link))
 
     def add(self, distiller: nn.Module, args: Any, kwargs: dict[str, Tensor], output: Any) -> Any:
-        """After it ran: its logits, and its losses with one more."""
+        """After the distiller ran: its logits, and its losses with the new term."""
         if not distiller.training:
             return output
         student, teacher = self._stop()
@@ -94,7 +94,7 @@ class AddedKD:
         return logits, {**losses, TERM: self.weight * term}
 
     def _stop(self) -> tuple[list[Call], list[Call]]:
-        """Listen no more; what was heard."""
+        """Stop recording and return the recorded calls."""
         while self.listening:
             self.listening.pop()()
         calls, self.calls = self.calls, {}
@@ -109,7 +109,7 @@ class AddedKD:
 
 
 def _keep(calls: list[Call], frozen: nn.Module | None, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-    """Note a call; of a frozen network only if all of the network is in eval mode."""
+    """Record a call. A frozen network's call counts only if all of the network is in eval mode."""
     if frozen is not None and any(module.training for module in frozen.modules()):
         return
     given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
@@ -126,7 +126,7 @@ def _logits_at(place: Place, calls: list[Call]) -> Tensor:
 
 
 def _find(view: Tensor, calls: list[Call]) -> Place | None:
-    """Where in the calls a view's images lie, one behind the other or at even distances; gradients preferred."""
+    """Where in the calls a view's images are: consecutive or at even distances. Calls with gradient come first."""
     found = []
     for number, (images, logits) in enumerate(calls):
         copies, rest = divmod(len(images), len(view))

@@ -1,4 +1,4 @@
-"""From what a loader yields to the named tensors that a method asks for."""
+"""Turns a loader's item into the named tensors of a method."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def to_batch(item: Mapping[str, Tensor] | Sequence[Any], precision: Precision) -
     """Name the parts of a loader's item and move them to the device.
 
     Args:
-        item: a dictionary of tensors, or a tuple in mdistiller's order, whose first entry may itself be a pair
+        item: a dictionary of tensors, or a tuple in mdistiller's order. The tuple's first entry may be a pair
             ``(image_weak, image_strong)``.
         precision: device and memory layout.
 
     Returns:
-        Images in float32, the rest as it came.
+        Images in float32; other tensors keep their type.
     """
     fields = dict(item) if isinstance(item, Mapping) else _name_tuple(item)
     placed = {}

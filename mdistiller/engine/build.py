@@ -1,4 +1,4 @@
-"""From a configuration to networks, distiller and trainer: the only place where these are created."""
+"""Creates networks, distiller and trainer from a configuration. No other module creates them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PRETRAINED = "pretrained"  # in place of a file: the public weights of the netwo
 
 
 def model_table(cfg: Any) -> Registry:
-    """The models that belong to the data set."""
+    """The table of models for the data set."""
     return MODEL_FAMILIES[open_dataset(cfg).model_family]
 
 
@@ -38,17 +38,18 @@ def build_model(table: Registry, name: str, num_classes: int) -> nn.Module:
     """A network of the table with fresh weights.
 
     Raises:
-        InputError: no such model; the closest names are given.
+        InputError: no such model; the message has the closest names.
     """
     return ModelEntry.of(table[name])(num_classes=num_classes)
 
 
 def build_student(cfg: Any, num_classes: int) -> nn.Module:
-    """The network that ``DISTILLER.STUDENT`` names. Its weights depend on ``EXPERIMENT.SEED`` alone, so that
-    methods are compared from one start.
+    """The network of ``DISTILLER.STUDENT``.
+
+    Its weights depend on ``EXPERIMENT.SEED`` only, so that all methods have the same start.
 
     Raises:
-        InputError: no such model; the closest names are given.
+        InputError: no such model; the message has the closest names.
     """
     entry, path = _model_entry(cfg, "STUDENT"), cfg.DISTILLER.STUDENT_CKPT
     torch.manual_seed(cfg.EXPERIMENT.SEED)
@@ -66,13 +67,12 @@ def adapted(cfg: Any, role: str, entry: ModelEntry, num_classes: int, pretrained
     Args:
         cfg: the configuration.
         role: ``"STUDENT"`` or ``"TEACHER"``.
-        entry: the network's.
+        entry: the network's entry.
         num_classes: K.
         pretrained: with public weights.
 
     Raises:
-        InputError: arguments that the network does not take; an image size that the network refuses; maps that the
-            network does not have.
+        InputError: arguments or an image size that the network refuses; maps that the network does not have.
     """
     name, keys = cfg.DISTILLER[role], f"DISTILLER.{role}"
     arguments, maps, wanted = (cfg.DISTILLER[f"{role}_{part}"] for part in ("ARGS", "MAPS", "INPUT"))
@@ -109,7 +109,7 @@ def adapted(cfg: Any, role: str, entry: ModelEntry, num_classes: int, pretrained
 
 
 def _model_entry(cfg: Any, key: str) -> ModelEntry:
-    """The table's entry of the model that ``DISTILLER.<key>`` names."""
+    """The table's entry of the model in ``DISTILLER.<key>``."""
     try:
         return ModelEntry.of(model_table(cfg)[cfg.DISTILLER[key]])
     except UnknownName as error:
@@ -117,16 +117,17 @@ def _model_entry(cfg: Any, key: str) -> ModelEntry:
 
 
 def build_teacher(cfg: Any, num_classes: int, option: str = TEACHER_OPTION) -> nn.Module:
-    """The network that ``DISTILLER.TEACHER`` names, with the weights of ``DISTILLER.TEACHER_CKPT`` or, where that
-    is empty, of the model's public checkpoint.
+    """The network of ``DISTILLER.TEACHER``, with the weights of ``DISTILLER.TEACHER_CKPT``.
+
+    If ``TEACHER_CKPT`` is empty, the weights are those of the model's public checkpoint.
 
     Args:
         cfg: the configuration.
         num_classes: of the data set.
-        option: how another file is named, for messages.
+        option: the option that names another file, for messages.
 
     Raises:
-        InputError: no such model; no weights, with how to get or train them; weights that don't fit.
+        InputError: no such model; no weights, with advice to get or train them; weights that do not fit.
     """
     name, entry = cfg.DISTILLER.TEACHER, _model_entry(cfg, "TEACHER")
     path = teacher_checkpoint(cfg, option)
@@ -138,14 +139,14 @@ def build_teacher(cfg: Any, num_classes: int, option: str = TEACHER_OPTION) -> n
 
 
 def load_network(model: nn.Module, path: str | Path, what: str, cfg: Any, advice: str) -> None:
-    """Load a file's weights into a network for ``DATASET.TYPE``, all or nothing.
+    """Load a file's weights into a network for ``DATASET.TYPE``. An error changes no weight.
 
     Args:
-        model: takes the weights.
+        model: the network.
         path: see :func:`load_weights`.
-        what: what the model is, for messages: ``"teacher resnet20"``.
+        what: name of the model for messages: ``"teacher resnet20"``.
         cfg: the configuration.
-        advice: what to do about a file of another number of classes.
+        advice: for a file with another number of classes.
 
     Raises:
         CheckpointError: the file cannot be read; and see :func:`check_weights`.
@@ -157,7 +158,7 @@ def load_network(model: nn.Module, path: str | Path, what: str, cfg: Any, advice
 
 
 def _network_of(state: dict[str, torch.Tensor], table: Registry) -> str:
-    """Advice on a file of another network: its name, where exactly one of the table has the file's names and shapes."""
+    """Advice for another network's file: the network's name, if exactly one of the table fits the file."""
     advice, found = "name the network that it was trained as", []
     *_, last = state.values()  # as a rule the classifier's bias
     classes = last.numel()
@@ -170,14 +171,14 @@ def _network_of(state: dict[str, torch.Tensor], table: Registry) -> str:
 
 
 def teacher_checkpoint(cfg: Any, option: str = TEACHER_OPTION) -> Path | None:
-    """Where the teacher's weights lie; ``None``: its constructor fetches them.
+    """Path of the teacher's weights; ``None``: its constructor fetches them.
 
     Args:
         cfg: the configuration.
         option: see :func:`build_teacher`.
 
     Raises:
-        InputError: nowhere; says which file, how to get it and how to train it.
+        InputError: there is no file. The message names the file and the ways to get or train it.
     """
     name = cfg.DISTILLER.TEACHER
     given = cfg.DISTILLER.TEACHER_CKPT
@@ -228,7 +229,7 @@ def training_recipe(dataset: str, student: str) -> Path | None:
 def build_networks(cfg: Any, num_classes: int) -> dict[str, nn.Module]:
     """The further networks that the method declares (:attr:`Distiller.networks`), by their names.
 
-    Fresh weights depend on the seed and on the network's name alone, so that a peer starts elsewhere than the student.
+    Fresh weights depend on the seed and on the network's name only. So a peer's weights differ from the student's.
 
     Raises:
         InputError: no such model; a teacher without a file; weights that do not fit.
@@ -261,20 +262,20 @@ def build_distiller(
     num_data: int = 0,
     networks: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """The method that ``DISTILLER.TYPE`` names, with KD beside it where ``DISTILLER.ADD_KD`` says so.
+    """The method of ``DISTILLER.TYPE``, with the KD term of ``DISTILLER.ADD_KD``.
 
-    The method's contract says what its constructor is given.
+    The method's contract gives the arguments of its constructor.
 
     Args:
         cfg: the configuration.
         student: see :func:`build_student`.
-        teacher: see :func:`build_teacher`; methods without one are not given any.
+        teacher: see :func:`build_teacher`. Methods without a teacher do not get it.
         num_data: number of training images.
         networks: see :func:`build_networks`.
 
     Raises:
-        InputError: a value out of its range; ``cfg`` may have been put together without
-            :func:`~mdistiller.engine.cfg.load_config`, and constructors check no ranges.
+        InputError: a value out of its range. A ``cfg`` that :func:`~mdistiller.engine.cfg.load_config` did not make is
+            checked here, since constructors check no ranges.
     """
     check_values(cfg)
     method = distiller_dict[cfg.DISTILLER.TYPE]

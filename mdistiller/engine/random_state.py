@@ -1,7 +1,7 @@
-"""Seeding, and saving the state of the random generators.
+"""Seeds, and saved states of the random generators.
 
-The library's own draws during training are functions of seed, epoch and sample index and need no state. The
-generators are used for initialisation, by layers such as dropout, and by methods from elsewhere.
+The library's own draws in training are functions of seed, epoch and sample index and need no state. Initial weights,
+layers such as dropout, and methods of other projects use the generators.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_process(seed: int, rank: int, step: int = 0) -> None:
-    """Seed the generators of one of several processes, from a step on; the first one's are the run's."""
+    """Seed the generators of one of several processes for a step. The first process keeps the run's generators."""
     seed_everything(seed if rank == 0 else int(draws.hash_keys(seed, PROCESSES, rank, step)) % 2**63)
 
 
 def random_state() -> dict[str, Any]:
-    """The state of all generators, in types that load without executing code."""
+    """The state of all generators, in types that load without the execution of code."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -43,7 +43,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Take over what :func:`random_state` gave; an empty state changes nothing."""
+    """Set the generators to a state of :func:`random_state`. An empty state changes nothing."""
     if not state:
         return
     version, words, gauss = state["python"]
@@ -56,7 +56,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def restorable(state: dict[str, Any]) -> bool:
-    """Whether :func:`restore_random_state` can take over a state; the generators stay as they are."""
+    """Whether :func:`restore_random_state` accepts a state. The generators do not change."""
     before = random_state()
     try:
         restore_random_state(state)

@@ -1,4 +1,4 @@
-"""One run from a configuration to results in a folder: what ``tools/train.py`` calls, for use in Python."""
+"""One run, from a configuration to results in a folder. ``tools/train.py`` calls this; so can Python programs."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ def run(
 ) -> dict[str, Any]:
     """Train, evaluate and write the run's folder.
 
-    Under torchrun, the processes train together; the first one writes.
+    Under torchrun the processes train together, and the first process writes.
 
     Args:
         cfg: a checked configuration, see :func:`mdistiller.engine.cfg.load_config`.
-        resume: go on where the folder's ``latest`` stands; from the start where there is none.
-        overwrite: delete what an earlier run left in the folder.
+        resume: continue from the folder's ``latest``, or start if there is none.
+        overwrite: delete an earlier run's files in the folder.
         hooks: further hooks, see :func:`~mdistiller.engine.hooks.add_hooks`.
-        show: print the configuration, once it is clear that the folder may be used.
+        show: print the configuration, after the check of the folder.
 
     Returns:
-        What ``results.json`` holds.
+        The content of ``results.json``.
 
     Raises:
-        InputError: anything about the configuration, the data or the files that keeps the run from starting.
+        InputError: a configuration, data or files with which the run cannot start.
     """
     distributed.start()
     folder = run_folder(cfg)
@@ -95,7 +95,7 @@ def run(
 
 
 def _with_layout(cfg: Any, folder: Path | None) -> Any:
-    """``cfg`` with the memory layout that ``SOLVER.CHANNELS_LAST`` ``auto`` means: of the run in ``folder``, if any."""
+    """``cfg`` with a layout in place of ``SOLVER.CHANNELS_LAST`` ``auto``, that of the run in ``folder``, if any."""
     if cfg.SOLVER.CHANNELS_LAST != "auto":
         return cfg
     layout = "on" if Precision.from_cfg(cfg).channels_last else "off"
@@ -111,7 +111,7 @@ def _with_layout(cfg: Any, folder: Path | None) -> Any:
 
 
 def _begin(folder: Path, cfg: Any, trainer: BaseTrainer, resumed: bool, overwrite: bool) -> dict[str, Any]:
-    """What stands in the folder before the first step; returns what ``results.json`` says of it."""
+    """Write the folder's files before the first step; return the facts for ``results.json``."""
     if overwrite or not holds_run(folder):
         clear_folder(folder)
     if resumed:
@@ -176,7 +176,7 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
 
 
 def score_teacher(cfg: Any, teacher: torch.nn.Module, loaders: Loaders) -> dict[str, Any]:
-    """The teacher's score on the test split, printed: a wrong checkpoint shows before the first step."""
+    """Score the teacher on the test split and print the score. A wrong checkpoint shows before the first step."""
     precision, task = Precision.from_cfg(cfg), task_of(cfg)
     score = task.evaluate(precision.place(teacher), loaders.test, precision)
     name = cfg.DISTILLER.TEACHER
@@ -188,7 +188,7 @@ def score_teacher(cfg: Any, teacher: torch.nn.Module, loaders: Loaders) -> dict[
 
 
 def _check_rest(trainer: BaseTrainer, facts: dict[str, Any], folder: Path) -> None:
-    """What only shows once the state is there: another teacher behind the same path, fewer epochs than are done."""
+    """Checks that need the state: another teacher at the same path, or fewer epochs than are done."""
     before, now = (results.get("teacher", {}).get("sha256") for results in (trainer.results, facts))
     if before and now and before != now:
         raise InputError(

@@ -13,10 +13,10 @@ from mdistiller.registry import InputError
 
 
 def build_optimizer(cfg: Any, distiller: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser that ``SOLVER.TYPE`` names, over everything the method trains.
+    """The optimiser of ``SOLVER.TYPE`` for all parameters that the method trains.
 
-    A method that defines ``parameter_groups(cfg)`` decides groups and their ``lr``; the schedule then scales
-    each group's rate alike.
+    A method may define ``parameter_groups(cfg)`` with groups and their ``lr``. The schedule scales the rates of all
+    groups by the same factor.
     """
     solver = cfg.SOLVER
     groups = parameter_groups(cfg, distiller)
@@ -33,7 +33,7 @@ def build_optimizer(cfg: Any, distiller: nn.Module) -> torch.optim.Optimizer:
 
 
 def _can_be_fused(groups: list[dict[str, Any]]) -> bool:
-    """Whether one kernel may update all parameters: the same formula, fewer passes over the memory."""
+    """Whether one kernel may update all parameters: the formula is the same, with fewer passes over the memory."""
     parameters = [p for group in groups for p in group["params"]]
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
 
@@ -45,10 +45,12 @@ def _nesterov(solver: Any) -> bool:
 
 
 def parameter_groups(cfg: Any, distiller: nn.Module) -> list[dict[str, Any]]:
-    """What the method trains, in groups without repeats; ``lr_scale`` is a group's rate as a share of ``SOLVER.LR``.
+    """Groups of the parameters that the method trains, without repeats.
 
-    With ``SOLVER.NO_DECAY`` each group is followed by another of the same settings without weight decay, which holds
-    the parameters that :func:`without_decay` names.
+    ``lr_scale`` is a group's rate as a share of ``SOLVER.LR``.
+
+    With ``SOLVER.NO_DECAY`` a second group follows each group. The second group has the same settings without weight
+    decay and holds the parameters of :func:`without_decay`.
     """
     groups = [dict(group) for group in distiller.parameter_groups(cfg)]
     seen: set[int] = set()
@@ -74,12 +76,12 @@ def parameter_groups(cfg: Any, distiller: nn.Module) -> list[dict[str, Any]]:
 
 
 def without_decay(distiller: nn.Module, rule: str) -> set[int]:
-    """Ids of the parameters that ``SOLVER.NO_DECAY`` leaves out beside those of one dimension or none.
+    """Ids of the parameters that ``SOLVER.NO_DECAY`` excludes besides those with at most one dimension.
 
     Args:
         distiller: the method with its networks.
-        rule: ``"norm_bias"``: what is called ``bias``; ``"model"``: also what a network names by its method
-            ``no_weight_decay()``, names relative to itself, as timm's networks do.
+        rule: ``"norm_bias"``: parameters with the name ``bias``. ``"model"``: also the names that a network's method
+            ``no_weight_decay()`` returns, relative to the network, as in timm.
     """
     found = {id(p) for name, p in distiller.named_parameters() if name.split(".")[-1] == "bias"}
     if rule == "model":
@@ -107,20 +109,20 @@ def learning_rate(solver: Any, epoch: int, done: float = 0.0) -> float:
     Args:
         solver: the ``SOLVER`` section.
         epoch: counts from 1.
-        done: share of the epoch's steps that lie behind, in [0, 1).
+        done: share of the epoch's steps that are done, in [0, 1).
 
     Returns:
-        ``step``: LR * LR_DECAY_RATE^s with s the number of stages below ``epoch`` (mdistiller's rule: the first
-        decayed epoch of stage 150 is 151). ``exponential``: LR * LR_DECAY_RATE^n, n being how often LR_DECAY_EPOCHS,
-        which may be broken, fits into the epochs behind, warm-up not counted. ``cosine``: half a wave from LR to
-        LR_MIN over the epochs after the warm-up, step by step. In the first WARMUP_EPOCHS: linear from WARMUP_LR to
-        LR, step by step. All times :func:`lr_factor`.
+        ``step``: LR * LR_DECAY_RATE^s, s the number of stages below ``epoch`` (mdistiller's rule: the first decayed
+        epoch of stage 150 is 151). ``exponential``: LR * LR_DECAY_RATE^n, n the number of times that LR_DECAY_EPOCHS, a
+        fraction or not, fits into the finished epochs after the warm-up. ``cosine``: half a cosine from LR to LR_MIN
+        over the epochs after the warm-up, step by step. In the first WARMUP_EPOCHS: linear from WARMUP_LR to LR, step
+        by step. All rates are multiplied by :func:`lr_factor`.
     """
     return lr_factor(solver) * _scheduled_rate(solver, epoch, done)
 
 
 def lr_factor(solver: Any) -> float:
-    """What ``SOLVER.LR_RULE`` multiplies every rate by: the batch's ratio to ``LR_BATCH_SIZE``, or its square root."""
+    """The factor of ``SOLVER.LR_RULE`` for every rate: the batch size over ``LR_BATCH_SIZE``, or its square root."""
     ratio = solver.BATCH_SIZE / solver.LR_BATCH_SIZE
     return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[solver.LR_RULE]
 

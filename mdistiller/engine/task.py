@@ -1,8 +1,7 @@
-"""A task: which parts of a batch it reads, how a network is scored, and the names of the numbers.
+"""A task: the fields that it reads from a batch, the score of a network, and the names of the numbers.
 
-The rest of the engine and the reports read a score's headline and values, under the names and in the units that the
-task states. A new task is a class derived from :class:`Task`, entered into ``registry.task_dict``; a data set names it
-by its attribute ``task``.
+The rest of the engine and the reports read a score's headline and values, with the task's names and units. A new task
+is a subclass of :class:`Task` in ``registry.task_dict``. A data set names its task by the attribute ``task``.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from .processes import distributed
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that tells how well a network does.
+    """A number that describes a network's quality.
 
     Args:
         name: in ``results.json``.
@@ -33,7 +32,7 @@ class Measure:
         label: on the console and in tables.
         unit: in tables.
         digits: after the decimal point.
-        higher_is_better: else a lower value is the better one.
+        higher_is_better: else a lower value is better.
     """
 
     name: str
@@ -55,12 +54,12 @@ class Measure:
         return f"{self.text(value)} {self.unit}".rstrip()
 
     def difference(self, value: float, form: str = "") -> str:
-        """``"+1.25 points"``: percentages differ by points. ``form`` is a format in place of sign and digits."""
+        """``"+1.25 points"``: the unit of differences of percentages is points. ``form`` is a format for the number."""
         unit = "points" if self.unit == "%" else self.unit
         return f"{format(value, form or f'+.{self.digits}f')} {unit}".rstrip()
 
     def gain(self, value: float, other: float) -> float:
-        """By how much ``value`` is better than ``other``; negative where it is worse."""
+        """How much better ``value`` is than ``other``; negative if it is worse."""
         return value - other if self.higher_is_better else other - value
 
 
@@ -69,10 +68,10 @@ LOSS = Measure("loss", "loss", "loss", higher_is_better=False)
 
 @dataclass(frozen=True)
 class Score:
-    """How a network does on a split.
+    """A network's score on a split.
 
     Args:
-        headline: the number that networks are compared by.
+        headline: the number for comparisons of networks.
         values: all numbers by name, the headline first.
         count: number of images.
     """
@@ -83,7 +82,7 @@ class Score:
 
     @property
     def without_loss(self) -> dict[str, float]:
-        """The values without the loss, where there are others."""
+        """The values without the loss, or the loss if it is the only value."""
         others = {name: value for name, value in self.values.items() if name != LOSS.name}
         return others or self.values
 
@@ -91,8 +90,8 @@ class Score:
 class Task:
     """Base of all tasks.
 
-    A task states ``measures`` and defines :meth:`sums`. Where a measure is no mean over images, it defines
-    :meth:`values` too. A task whose score is made of more than sums over batches defines :meth:`evaluate` itself.
+    A task states ``measures`` and defines :meth:`sums`. If a measure is no mean over images, the task also defines
+    :meth:`values`. If a score needs more than sums over batches, the task defines :meth:`evaluate`.
     """
 
     image = "image"
@@ -109,19 +108,19 @@ class Task:
         return self.measures[0]
 
     def means(self, output: Tensor, target: Any) -> list[Tensor]:
-        """A training step's ``meters``, each a mean over the images, ``()``.
+        """The ``meters`` of a training step, each a mean over the images, ``()``.
 
         Args:
-            output: of the student, as ``forward_train`` gives it.
+            output: the student's output, as ``forward_train`` returns it.
             target: the batch's field ``target``.
         """
         return []
 
     def sums(self, output: Tensor, target: Any) -> Tensor:
-        """Sums over a batch's images, ``(S,)``, from which :meth:`values` computes the measures.
+        """Sums over a batch's images, ``(S,)``. :meth:`values` computes the measures from them.
 
         Args:
-            output: of the network, in float32.
+            output: the network's output in float32.
             target: the batch's field ``target``.
         """
         raise NotImplementedError(f"{type(self).__name__} has no sums")
@@ -142,19 +141,20 @@ class Task:
         precision: Precision | None = None,
         on_batch: Callable[[], None] | None = None,
     ) -> Score:
-        """Run ``network`` over ``loader`` in eval mode; its mode is restored.
+        """Run ``network`` over ``loader`` in eval mode and restore the network's mode.
 
-        Where several processes take the loader's batches in turn, each gets the score over all images. Every batch is
+        Several processes take turns with the loader's batches, and each gets the score over all images. The batches are
         the same as in one process.
 
         Args:
             network: a distiller, or a network that returns ``(output, features)`` or the output.
             loader: batches with the task's fields, as dictionaries or tuples.
-            precision: device and number format; by default float32 where the network's parameters lie.
-            on_batch: called after each batch, equally often in all processes; may raise to end the evaluation.
+            precision: device and number format; by default float32 on the device of the network's parameters.
+            on_batch: called after each batch, equally often in all processes. It may raise an error to end the
+                evaluation.
 
         Raises:
-            InputError: the loader yields nothing.
+            InputError: the loader is empty.
         """
         partial, count, processes = [], 0, getattr(loader, "share", (0, 1))[1]
         for output, target in self.outputs(network, loader, precision):
@@ -208,7 +208,7 @@ def task_of(cfg: Any) -> Task:
 
 
 def hits_at(output: Tensor, target: Tensor, topk: tuple[int, ...]) -> list[Tensor]:
-    """For each k, ``(B,)`` booleans: is the target among the k highest of ``output`` ``(B, K)``?"""
+    """For each k, ``(B,)`` booleans: whether the target is among the k highest of ``output`` ``(B, K)``."""
     widest = min(max(topk), output.shape[1])
     found = output.topk(widest, dim=1).indices == target[:, None]
     return [found[:, :k].any(dim=1) for k in topk]
@@ -217,8 +217,8 @@ def hits_at(output: Tensor, target: Tensor, topk: tuple[int, ...]) -> list[Tenso
 class Classification(Task):
     """Top-1 and top-5 accuracy in percent, and the mean cross-entropy; targets are class numbers ``(B,)``.
 
-    With fewer than five classes, top-5 is 100 by definition. In training, targets may be shares of classes
-    ``(B, K)``, of which the largest counts.
+    With fewer than five classes, top-5 is 100 by definition. In training, targets may be shares of classes ``(B, K)``;
+    the largest share counts.
     """
 
     meters = (

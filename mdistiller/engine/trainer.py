@@ -1,4 +1,4 @@
-"""The training loop. Everything beside forward, backward and step is a hook."""
+"""The training loop. Everything besides forward pass, backward pass and step is a hook."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ trainer_dict = Registry("trainer")
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step leaves for the hooks; tensors are detached and stay on the device.
+    """The results of a step, for the hooks. Tensors are detached and stay on the device.
 
     Args:
-        batch: the named tensors that went in.
+        batch: the named tensors of the batch.
         logits: the student's, ``(B, K)``.
         losses: the method's weighted terms by name.
         total: their sum, ``()``.
-        monitors: what the method wants watched beside its losses, ``()`` each.
+        monitors: the method's further numbers, ``()`` each.
     """
 
     batch: dict[str, Tensor]
@@ -63,12 +63,12 @@ class BaseTrainer:
 
     Args:
         experiment_name: the folder below ``LOG.PREFIX``.
-        distiller: the method with its networks; a DataParallel wrapper is taken off.
+        distiller: the method with its networks. A DataParallel wrapper is removed.
         train_loader: yields dictionaries or mdistiller's tuples.
-        val_loader: what the epochs are compared on.
+        val_loader: the split that compares epochs.
         cfg: the configuration.
-        test_loader: where ``val_loader`` is a validation split: the test split, which last and best are scored
-            on once, at the end.
+        test_loader: the test split, if ``val_loader`` is a validation split. Last and best are scored on it once, at
+            the end.
     """
 
     backward_passes = 1  # of a step, see update
@@ -120,7 +120,7 @@ class BaseTrainer:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to train."""
+        """Whether all epochs are trained."""
         return self.epoch > self.cfg.SOLVER.EPOCHS
 
     @property
@@ -131,7 +131,7 @@ class BaseTrainer:
         """Run all epochs and return the results.
 
         Args:
-            resume: go on from ``latest`` in the run's folder.
+            resume: continue from ``latest`` in the run's folder.
         """
         distributed.on_first_process(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         if resume:
@@ -158,7 +158,7 @@ class BaseTrainer:
         return self.results
 
     def _close(self) -> list[Exception]:
-        """Close all hooks; what went wrong."""
+        """Close all hooks and return their errors."""
         problems = []
         for hook in self.hooks:
             try:
@@ -210,10 +210,10 @@ class BaseTrainer:
         return StepOutput(batch, logits.detach(), detached, sum(detached.values()), monitors)
 
     def update(self, losses: dict[str, Tensor]) -> None:
-        """One optimiser step down the sum of the losses.
+        """One optimiser step on the sum of the losses.
 
-        A trainer that does otherwise calls ``self.parallel.after_backward()`` after each ``backward()``, and states the
-        number of these, for the case that several processes train.
+        A trainer with another ``update`` calls ``self.parallel.after_backward()`` after each ``backward()`` and
+        declares their number. Several processes need both.
         """
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(sum(losses.values())).backward()
@@ -222,13 +222,13 @@ class BaseTrainer:
         self.scaler.update()
 
     def agree(self) -> None:
-        """Before a model is evaluated or saved: the same BatchNorm statistics in all processes."""
+        """Give all processes the same BatchNorm statistics, before a model is evaluated or saved."""
         if self.averaged_at != self.step:
             self.averaged_at = self.step
             self.parallel.average_statistics(*(module for hook in self.hooks for module in hook.modules()))
 
     def _items(self) -> Iterator[Any]:
-        """The rest of the epoch's items; how long each kept the loop waiting is told to the hooks."""
+        """The remaining items of the epoch. Hooks are told how long the loop waited for each."""
         if hasattr(self.train_loader, "set_epoch"):
             self.train_loader.set_epoch(self.epoch, self.step_in_epoch)
         iterator = iter(self.train_loader)
@@ -245,9 +245,9 @@ class BaseTrainer:
             getattr(hook, moment)(*args)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on exactly where it stands; the frozen teacher isn't part of it.
+        """The state that a run needs to continue exactly, without the frozen teacher.
 
-        Collective where several processes train; it is the first one's to save.
+        Collective with several processes; the first process saves the state.
         """
         self.agree()
         random, *random_of_others = distributed.gather_objects(random_state())
@@ -268,10 +268,10 @@ class BaseTrainer:
         }
 
     def resume(self) -> None:
-        """Go on from ``latest``; if it is damaged or not of this run, from the checkpoint before it.
+        """Continue from ``latest``, or from the checkpoint before it if ``latest`` is damaged or of another run.
 
         Raises:
-            CheckpointError: neither can be used; says why for each.
+            CheckpointError: neither can be used; the message has the reason for each.
         """
         latest, problems = self.folder / "latest", []
         for path in (latest, previous(latest)):
@@ -304,14 +304,14 @@ class BaseTrainer:
                 say(f"resuming although {change}")
 
     def load_state(self, state: dict[str, Any], source: str = "the state") -> None:
-        """Take over a state; mdistiller's ``latest`` files (model, optimiser, epoch, best_acc) work too.
+        """Load a state. mdistiller's ``latest`` files (model, optimiser, epoch, best_acc) work too.
 
         Args:
-            state: what :meth:`state_dict` gave.
-            source: names it in messages.
+            state: a state of :meth:`state_dict`.
+            source: the state's name in messages.
 
         Raises:
-            CheckpointError: a state without its parts, or of another model, method or run; nothing is changed then.
+            CheckpointError: a state without its parts, or of another model, method or run. Then nothing is changed.
         """
         model = self._check_state(state, source)
         self.distiller.load_state_dict(model, strict=False)
@@ -348,7 +348,7 @@ class BaseTrainer:
         return states[rank] if rank < len(states) else None
 
     def _check_state(self, state: Any, source: str) -> dict[str, Tensor]:
-        """All that can be wrong with a state, before any of it is used; returns the model's part."""
+        """Check a state before any part of it is used; return the model's part."""
         if not isinstance(state, dict) or not {"epoch", "model", "optimizer"} <= set(state):
             found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Small things that the engine and mdistiller's users share."""
+"""Small functions that the engine and mdistiller's users share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class AverageMeter:
-    """Last value and running mean of what it is given; tensors stay on their device."""
+    """Last value and running mean of its updates. Tensors stay on their device."""
 
     def __init__(self) -> None:
         self.reset()
@@ -39,7 +39,7 @@ class AverageMeter:
         self.val = self.avg = self.sum = self.count = 0
 
     def update(self, val: float | Tensor, n: int = 1) -> None:
-        """Take in ``val``, the mean of ``n`` values."""
+        """Add ``val``, the mean of ``n`` values."""
         self.val = val
         self.sum = self.sum + val * n
         self.count += n
@@ -67,7 +67,7 @@ def validate(val_loader, distiller) -> tuple[float, float, float]:
 
 
 def adjust_learning_rate(epoch: int, cfg: Any, optimizer: torch.optim.Optimizer) -> float:
-    """Set and return the learning rate with which ``epoch`` (from 1) begins, for loops of one's own."""
+    """Set and return the learning rate at the start of ``epoch`` (from 1), for the user's own loops."""
     rate = learning_rate(cfg.SOLVER, epoch)
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
@@ -75,7 +75,7 @@ def adjust_learning_rate(epoch: int, cfg: Any, optimizer: torch.optim.Optimizer)
 
 
 def processor_name() -> str:
-    """The CPU's name, as far as the system tells it, and which of the instructions for half precision it has."""
+    """The CPU's name, if the system has it, and its instructions for half precision."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
@@ -87,10 +87,10 @@ def processor_name() -> str:
 
 
 def pyplot(what: str) -> Any:
-    """``matplotlib.pyplot`` for files, no windows.
+    """``matplotlib.pyplot`` for files, without windows.
 
     Args:
-        what: who needs it, for the message: ``"the learning curves"``.
+        what: what needs matplotlib, for the message: ``"the learning curves"``.
 
     Raises:
         InputError: matplotlib is not installed.

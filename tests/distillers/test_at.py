@@ -94,7 +94,10 @@ def test_half_precision_is_computed_in_float32():
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"AT.P": 0}, r"AT\.P must be at least 1 .*, got 0"), ({"AT.STAGES": "all"}, r"AT\.STAGES: no choice named 'all'")],
+    [
+        ({"AT.P": 0}, r"AT\.P must be at least 1 .*, got 0"),
+        ({"AT.STAGES": "all"}, r"AT\.STAGES: no choice named 'all'"),
+    ],
     ids=str,
 )
 def test_wrong_configurations(values, message):

@@ -22,7 +22,7 @@ PREPARE = ["batches", "autocast"]  # a method file of another project may call s
 
 @dataclass(frozen=True)
 class Contract:
-    """What a method's signatures ask for.
+    """The inputs that a method's signatures name.
 
     Args:
         views: the image fields of a batch, ``("image",)`` or ``("image_weak", "image_strong")``; a method that names
@@ -49,7 +49,7 @@ class Contract:
         return "teacher" in self.arguments.values()
 
     def given(self, batch: Mapping[str, Any], epoch: int) -> dict[str, Any]:
-        """What ``forward_train`` takes of a batch and the number of the epoch."""
+        """The fields of a batch that ``forward_train`` takes, and the number of the epoch."""
         everything = {**batch, "epoch": epoch}
         if self.fields is None:
             return everything

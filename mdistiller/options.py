@@ -21,7 +21,7 @@ BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "
 
 @dataclass(frozen=True)
 class Option:
-    """What is to be known of a key. Bounds hold for a number, or for each number of a list.
+    """The facts of a key. Bounds hold for a number, or for each number of a list.
 
     Args:
         default: its type is the key's.

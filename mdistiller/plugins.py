@@ -141,7 +141,7 @@ def method_file(method: type | None) -> MethodFile | None:
 
 
 def hooks_of(paths: Iterable[str], name: str) -> list[Any]:
-    """The hooks in the files that ``DISTILLER.PLUGINS`` names, and in that of the method ``name``."""
+    """The hooks in the files of ``DISTILLER.PLUGINS`` and in the file of the method ``name``."""
     files = {file.path: file for file in [*map(load_method_file, paths), method_file(distiller_dict[name])] if file}
     return [hook for file in files.values() for hook in file.hooks]
 
@@ -162,7 +162,7 @@ def source_of(method: type) -> dict[str, str] | None:
 
 
 def contents(paths: Iterable[str]) -> str:
-    """What loaded files hold, for messages: ``"a.py was read and holds no method"``."""
+    """The content of loaded files, for messages: ``"a.py was read and holds no method"``."""
     files = [load_method_file(path) for path in paths]
     return "; ".join(f"{file.path} was read and holds {', '.join(file.methods) or 'no method'}" for file in files)
 

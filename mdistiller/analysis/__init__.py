@@ -1,1 +1,1 @@
-"""What data and networks look like, as pictures and numbers."""
+"""Data and networks in pictures and numbers."""

@@ -1,4 +1,4 @@
-"""What ``tools/bench.py`` can time; each function returns the rows of its table."""
+"""The commands of ``tools/bench.py``. Each function returns the rows of its table."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Settings:
 
     @property
     def clock(self) -> str:
-        """What the headline ratio counts: CPU seconds on a CPU, where others may be at work, else wall seconds."""
+        """The time in the headline ratio: CPU seconds on a CPU, which other processes may use, else wall seconds."""
         return "cpu" if self.precision.device.type == "cpu" else "wall"
 
 

@@ -17,7 +17,7 @@ from mdistiller.engine.utils import processor_name
 
 @dataclass(frozen=True)
 class Sample:
-    """What one run of a case took.
+    """The time of one run of a case.
 
     Args:
         wall: seconds on the clock.

@@ -1,6 +1,6 @@
 """Where the time of a training step goes: its parts in a loop as they are usually written and in ours, and a picture.
 
-The loops run as they are. What belongs to a part is replaced, while they run, by itself with a clock around it.
+The loops are unchanged. While they run, the functions of each part are wrapped with a clock.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Place = tuple[Any, str, str]  # an object, the name of its attribute that is cal
 
 
 class Parts:
-    """Seconds of each part. What runs within another part counts for itself alone, so that all sum to the whole.
+    """Seconds of each part. A part within another part counts for itself only, so the parts sum to the whole.
 
     Args:
         clock: seconds since whenever.
@@ -146,7 +146,7 @@ def _replaced(owner: Any, attribute: str, value: Any) -> Iterator[None]:
 
 
 def _places(distiller: nn.Module, optimizer: torch.optim.Optimizer) -> list[Place]:
-    """What both loops have in common, beside the networks."""
+    """The common parts of both loops, besides the networks."""
     return [
         (distiller, "forward", "losses"),
         (torch.autograd, "backward", "backward"),

@@ -1,4 +1,4 @@
-"""What is timed: a method with its networks and batches, made from a configuration as a run makes them."""
+"""Timed subjects: a method with its networks and batches, built from a configuration as in a run."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Loaders:
-    """What a run needs of its data.
+    """The data of a run.
 
     ``train`` delivers the views that the method's ``forward_train`` names, ``target`` and ``index``; ``val``
     (``None`` without a validation split) and ``test`` deliver ``image`` and ``target``. ``index`` runs from

@@ -118,7 +118,7 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class ResizeAndCentreCrop:
-    """The shorter side scaled to 8/7 of the size wanted (256 for 224), of which the middle is taken."""
+    """Scale the shorter side to 8/7 of the wanted size (256 for 224), then crop the centre."""
 
     slots = 0
     takes_images = True

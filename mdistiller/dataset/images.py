@@ -76,5 +76,5 @@ class InMemory:
 
 
 def as_images(images: Images | Tensor) -> Images:
-    """Images, of which a tensor is the form in memory."""
+    """``images`` as :class:`Images`; a tensor becomes :class:`InMemory`."""
     return InMemory(images) if isinstance(images, Tensor) else images

@@ -88,7 +88,7 @@ class BatchedImages(Dataset):
         return batch if self.mixing is None else self.mixing(batch, epoch, index)
 
     def _part_of_mixed(self, epoch: int, index: Tensor, places: Tensor) -> Batch:
-        """What the images in these places become in their batch: made of them and their partners."""
+        """The mixed images at these places of a batch, computed from them and their partners only."""
         partners, count = self.mixing.partners(epoch, index)[places], len(places)
         index = index[torch.cat([places, partners])]
         partner = torch.arange(count, 2 * count, device=index.device).repeat(2)  # of the partners, nothing is kept

@@ -69,7 +69,7 @@ class Negatives:
 
 
 def negatives_from(cfg: Any, section: str, labels: Tensor) -> Negatives:
-    """What ``NCE.K`` and ``MODE`` say, of the method's own section where it has them, else of ``CRD``.
+    """Negatives by ``NCE.K`` and ``MODE`` of the method's own section, or else of ``CRD``.
 
     Raises:
         InputError: neither says K; see also :class:`Negatives`.

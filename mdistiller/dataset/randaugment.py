@@ -91,7 +91,7 @@ def _transform_in_groups(images: Tensor, choice: Tensor, level: Tensor) -> Tenso
 
 
 def _transform_by_masks(images: Tensor, choice: Tensor, level: Tensor) -> Tensor:
-    """Each transformation on all images, of which those that drew it are taken: more work and no waiting."""
+    """Apply each transformation to all images and select: more work, but no wait for the device."""
     batch, channels = images.shape[:2]
     results = {
         "table": _levels(images).to(torch.uint8).expand(batch, channels, -1),

@@ -3,7 +3,7 @@
 A view is a tuple of operations, ``(RandomCrop(), HorizontalFlip())``, and the empty tuple is the image
 as it is. An operation takes the whole batch, ``operation(images, rng) -> images``: ``images`` is
 ``(B, C, H, W)`` uint8 on any device and stays untouched; ``rng`` gives ``(B,)`` random numbers by slot
-(:class:`Draws`), of which the operation may use the slots ``0 .. operation.slots - 1``. A first operation with
+(:class:`Draws`). The operation may use the slots ``0 .. operation.slots - 1``. A first operation with
 ``takes_images = True`` is given the :class:`~mdistiller.dataset.images.Images` instead, which may differ in size, and
 makes such a batch of them.
 

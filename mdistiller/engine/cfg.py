@@ -156,7 +156,7 @@ def _factory_in(value: Any) -> list[str]:
 
 
 def _value(tree: Any, key: str) -> Any:
-    """What a tree of dictionaries holds under a dotted key, or ``None``."""
+    """The value of a dotted key in a tree of dictionaries, or ``None``."""
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None
     return tree
@@ -426,7 +426,7 @@ def _why_unread(cfg: CN, key: str) -> str:
 
 
 OFF = (0, "", "off", "none", [])
-MAY_BE_OFF = ("DATASET", "DISTILLER", "SOLVER", "LOG")  # sections of which most keys switch something on
+MAY_BE_OFF = ("DATASET", "DISTILLER", "SOLVER", "LOG")  # sections in which most keys switch something on
 
 
 def show_cfg(cfg: CN) -> None:

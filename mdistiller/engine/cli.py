@@ -1,4 +1,4 @@
-"""What the commands in ``tools/`` share: a mistake of the user ends with one message and exit code 2."""
+"""Common parts of the commands in ``tools/``: a user's mistake ends with one message and exit code 2."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _shown(values: Any) -> str:
 
 
 class PathError(InputError, argparse.ArgumentTypeError):
-    """What was given can be no path; argparse shows the message of the second kind."""
+    """The given text cannot be a path. argparse shows the message of an ArgumentTypeError."""
 
 
 def user_path(text: str) -> Path:

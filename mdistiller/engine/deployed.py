@@ -26,7 +26,7 @@ class WholeMethod(nn.Module):
     """A method as a network: ``forward`` is its ``forward_test``.
 
     Parameters and state dict are the method's without its frozen networks. A copy has its own weights and shares the
-    frozen networks. A frozen network of which the method trains something belongs to the state and is copied.
+    frozen networks. A frozen network with trained parameters belongs to the state and is copied.
 
     Args:
         distiller: the method; its modules become those of this network.

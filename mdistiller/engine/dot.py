@@ -1,14 +1,14 @@
-"""DOT: two momenta, of which the distillation's is the longer one.
+"""DOT: two momenta, a longer one for the distillation.
 
 Zhao, Cui, Song, Liang. DOT: A Distillation-Oriented Trainer. ICCV 2023. arXiv:2307.08436. Equations are the paper's.
 
-The gradients of the cross-entropy and of the distillation are taken apart. Each has its momentum buffer, with
-``momentum - delta`` and ``momentum + delta`` (Eq. 5), so that the direction of the distillation prevails; a step goes
-down both.
+Cross-entropy and distillation have separate gradients. Each gradient has its own momentum buffer, with
+``momentum - delta`` for the cross-entropy and ``momentum + delta`` for the distillation (Eq. 5). So the direction of the
+distillation prevails. A step is the sum of both.
 
-As in the authors' code: weight decay belongs to the cross-entropy's gradient; parameters that only one of the two
-reaches, such as a method's adapters, have the plain momentum, and, where it is the distillation, weight decay from
-their second step on.
+As in the authors' code: weight decay is part of the cross-entropy's gradient. Parameters with only one of the two
+gradients, such as a method's adapters, have the plain momentum; if that gradient is the distillation's, weight decay
+begins at their second step.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What happens around the steps: one small class each, in the order of :func:`default_hooks`.
+"""Hooks: the work around the steps, one small class each, in the order of :func:`default_hooks`.
 
-The trainer calls a hook's methods at the moments that they name. Hooks with a state save it with the run. What hooks
-measure stands in ``trainer.row``, the epoch's line in the logs, and in ``trainer.results``, which becomes
-``results.json``. A hook that needs another hook is given it by :func:`default_hooks`.
+The trainer calls a hook's methods at the moments in their names. Hooks with a state save it with the run. Hooks write
+measurements to ``trainer.row``, the epoch's line in the logs, and to ``trainer.results``, the content of
+``results.json``. :func:`default_hooks` gives a hook the other hooks that it needs.
 
 A script adds hooks by ``run(cfg, hooks=[...])``, a method file by ``HOOKS = [...]``; see :func:`add_hooks`.
 """
@@ -233,11 +233,11 @@ class NonFiniteGuard(Hook):
             )
 
     def error(self, what: str, bad: int) -> NonFiniteLossError:
-        """What happened, where the last good state is, what to do.
+        """An error with the event, the last good state and advice.
 
         Args:
-            what: happened.
-            bad: number of steps behind the first state that leads there.
+            what: the event.
+            bad: number of steps since the first state that leads to the event.
         """
         trainer, solver = self.trainer, self.trainer.cfg.SOLVER
         latest = trainer.folder / "latest"
@@ -518,7 +518,7 @@ class Evaluate(Hook):
 
 
 class TrainedTeacher(Hook):
-    """Scores a teacher of which the method trains something, wherever the student is scored.
+    """Scores a partly trained teacher whenever the student is scored.
 
     Warns once, when the teacher has lost more than a point. ``results.json`` has its score before and after.
     """

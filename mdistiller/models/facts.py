@@ -30,9 +30,9 @@ LACKING = {
     "last_convolution": "has no nn.Conv2d",
     "norms_before_relu": "does not say by get_bn_before_relu() from which batch norms its maps before the ReLU come",
 }
-"""What :meth:`NetworkFacts.need` says of a network without the fact."""
+"""The messages of :meth:`NetworkFacts.need` for a network without the fact."""
 RELUS = ("ReluBackward0", "LeakyReluBackward0", "HardtanhBackward0")
-"""What autograd calls the activations behind which a map has lost its negative part."""
+"""autograd's names of the activations that remove or shrink a map's negative part."""
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def apart(places: Sequence[float], gap: float) -> list[float]:
 
 
 def _explain(panel: Any, text: str) -> None:
-    """What line and band are, in a legend."""
+    """The legend of line and band."""
     line = panel.plot([], [], color="0.3", linewidth=1.8)[0]
     band = panel.fill_between([], [], [], color="0.3", alpha=0.2, lw=0)
     panel.legend([(band, line)], [text], loc="lower right", fontsize=9)

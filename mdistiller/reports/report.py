@@ -17,7 +17,7 @@ from .table import Results, check_claims, render, summarize, to_csv
 
 @dataclass(frozen=True)
 class Report:
-    """What a plan came to.
+    """The result of a plan.
 
     Args:
         title: the plan's.
@@ -35,7 +35,7 @@ class Report:
 
     @property
     def text(self) -> str:
-        """What is printed."""
+        """The printed text."""
         return f"{self.body}\n\n{self.provenance}\n\n{self.files}"
 
 

@@ -1,4 +1,4 @@
-"""What makes two configurations one experiment: what may change on resume, and what makes another run."""
+"""Compares configurations: whether two are one experiment, and which changes a resumed run may have."""
 
 from __future__ import annotations
 

@@ -50,11 +50,11 @@ _Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds.
+    """The content of a YAML file.
 
     Raises:
         FileNotFoundError: no such file.
-        InputError: it cannot be read; says where in it the trouble is.
+        InputError: it cannot be read; the message has the place of the fault.
     """
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe may wait for ever
@@ -299,7 +299,7 @@ def _name_of(kind: type) -> str:
 
 
 def _literal(value: Any) -> Any:
-    """What a command-line word stands for: a number, a list, a boolean, else the word itself."""
+    """The value of a command-line word: a number, a list, a boolean, else the word itself."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,1 +1,1 @@
-"""What a run writes: checkpoints, logs, the folder itself."""
+"""The output of a run: checkpoints, logs, the folder."""

@@ -35,7 +35,7 @@ def seal(archive: io.BytesIO) -> None:
 
 
 def fault(file: BinaryIO) -> str | None:
-    """What is wrong with the bytes of a file of ``torch.save``; ``None``: nothing.
+    """The fault in the bytes of a file of ``torch.save``; ``None`` for a good file.
 
     A file that :func:`seal` has closed is compared with its checksum. Another one, of an earlier version or of another
     program, is compared with the CRCs of its entries. Files of the old format hold neither.

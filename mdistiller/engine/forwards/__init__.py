@@ -1,1 +1,1 @@
-"""What stands in for a network's forward: heard, kept, shared, folded, compiled; and in which number format it runs."""
+"""Replacements of a network's forward (record, cache, share, fold, compile), and its number format."""

@@ -1,7 +1,7 @@
-"""What stands in for a network's ``forward``: links in one order. This file alone replaces a network's ``forward``.
+"""Replaces a network's ``forward`` by a chain of links. No other file replaces a ``forward``.
 
-A link is called as ``link(following, *args, **kwargs)``. ``following`` is the next link, and behind the last link the
-network itself, which may be compiled in place. No link knows of another. A network without links is as it was.
+A link is called as ``link(following, *args, **kwargs)``. ``following`` is the next link; after the last link it is the
+network itself, which may be compiled in place. Links are independent. Without links a network is unchanged.
 """
 
 from __future__ import annotations

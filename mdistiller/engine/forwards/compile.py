@@ -1,4 +1,4 @@
-"""What makes the same step faster: folded graphs of frozen networks, compiled networks, memory that is kept."""
+"""Faster steps with equal results: folded graphs of frozen networks, compiled networks, reused memory."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of these, torch records CUD
 def accelerate(distiller: nn.Module, cfg: Any) -> dict[str, Folding]:
     """Apply ``SOLVER.FAST_TEACHER``, ``SOLVER.COMPILE`` and ``SOLVER.COMPILE_MODE`` to a distiller's networks.
 
-    Modules keep their names, parameters and state dicts. What is compiled is compiled at the first step, anew for each
-    size of batch: a smaller last batch costs as much time again (``SOLVER.DROP_LAST`` avoids it).
+    Modules keep their names, parameters and state dicts. Compilation happens at the first step with each batch size. So
+    a smaller last batch costs a second compilation (``SOLVER.DROP_LAST`` avoids it).
 
     Args:
         distiller: on the device and in the layout where it stays.
         cfg: the configuration.
 
     Returns:
-        The frozen networks' foldings by attribute, also of a network of which nothing can be folded at present.
+        The frozen networks' foldings by attribute. A folding may be empty.
 
     Raises:
         InputError: something is to be compiled and this machine has no compiler.

@@ -1,4 +1,4 @@
-"""A network's output of which only what is looked at is computed."""
+"""A network's output whose entries are computed when they are read."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class DelayedMax:
         return before
 
     def answer(self) -> int:
-        """What was asked last, 0 at the beginning; waits for it."""
+        """The last request, 0 at the beginning; waits for it."""
         if self._asked is None:
             return 0
         (work, tensor), self._asked = self._asked, None

@@ -4,16 +4,15 @@ Each process computes the losses of its share of the batch, and DistributedDataP
 that are means over images then have the gradient of the global batch; where the last batch of an epoch does not divide
 evenly, each process's losses are weighted by its share.
 
-Losses that relate images to each other see the process's own images only, unless ``SOLVER.GATHER`` is on. Then every
-process's images are gathered, the method gets the global batch, and only the networks' work is shared: what a method
-gives to its student or teacher is cut down to the process's images before, and what comes out is made whole after. So
-the method computes what it would compute in one process, whatever it is, on equal numbers in all processes: losses,
-memories of earlier batches, BatchNorm in its adapters. What that costs: the images and the logits travel, of the
-features those that the method looks at, and what the method computes on top of the networks is computed by each
-process. It cannot take gradients with respect to images.
+Losses that relate images to each other see the process's own images only, unless ``SOLVER.GATHER`` is on. Then the
+processes gather all images, the method gets the global batch, and only the networks' work is divided: the input of
+student and teacher is reduced to the process's images, and their output is gathered. So every process computes the
+numbers of a single process: losses, memories of earlier batches, BatchNorm in adapters. The cost: processes
+exchange the images, the logits and the features that the method reads, and each process computes the method's work
+besides the networks. Gradients with respect to images are not supported.
 
-``SOLVER.BATCH_NORM`` says whether BatchNorm takes its statistics from the process's own images (``local``) or from
-those of all processes (``sync``).
+``SOLVER.BATCH_NORM``: BatchNorm takes its statistics from the process's own images (``local``) or from all images of
+the batch (``sync``).
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Parallel:
         distiller: on its device. All processes get the first one's weights.
         gather: ``SOLVER.GATHER``.
         batch_norm: ``SOLVER.BATCH_NORM``.
-        overlap: gradients are averaged during the backward pass, of which a step has one. Otherwise, after each.
+        overlap: gradients are averaged during a step's only backward pass; otherwise after each backward pass.
     """
 
     def __init__(self, distiller: nn.Module, gather: bool, batch_norm: str, overlap: bool = True) -> None:
@@ -99,7 +98,7 @@ class Parallel:
             return self.wrapper(counts, given)
 
     def weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The losses as this process is to minimise them, so that the mean over processes is that of the batch."""
+        """The losses times this process's weight: their mean over processes is the loss of the batch."""
         return losses if self.weight == 1 else {name: self.weight * loss for name, loss in losses.items()}
 
     def after_backward(self) -> None:

@@ -3,8 +3,8 @@
 Zhao, Cui, Song, Liang. DOT: A Distillation-Oriented Trainer. ICCV 2023. arXiv:2307.08436. Equations are the paper's.
 
 Cross-entropy and distillation have separate gradients. Each gradient has its own momentum buffer, with
-``momentum - delta`` for the cross-entropy and ``momentum + delta`` for the distillation (Eq. 5). So the direction of the
-distillation prevails. A step is the sum of both.
+``momentum - delta`` for the cross-entropy and ``momentum + delta`` for the distillation (Eq. 5). So the distillation's
+direction prevails. A step is the sum of both.
 
 As in the authors' code: weight decay is part of the cross-entropy's gradient. Parameters with only one of the two
 gradients, such as a method's adapters, have the plain momentum; if that gradient is the distillation's, weight decay

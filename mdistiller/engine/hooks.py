@@ -57,11 +57,11 @@ SPLITS = {"val": "validation", "test": "test"}
 
 
 class NonFiniteLossError(RunError):
-    """A loss or a weight became infinite or NaN; nothing of that is saved."""
+    """A loss or a weight is infinite or NaN. Such a state is never saved."""
 
 
 class StopRequested(RuntimeError):
-    """SIGTERM or SIGINT came and the state is saved.
+    """A SIGTERM or SIGINT has arrived, and the state is saved.
 
     Args:
         number: of the signal; a shell expects the exit code 128 + number.
@@ -74,16 +74,16 @@ class StopRequested(RuntimeError):
 
 
 class Hook:
-    """Base: does nothing at any moment and has no state.
+    """Base: does nothing and has no state.
 
     A state is saved under the name of the hook's class. It may hold tensors, numbers, texts and ``None``, in lists,
-    tuples and dictionaries; checkpoints are read without executing code, and hence nothing else.
+    tuples and dictionaries, since checkpoints are read without the execution of code.
 
     Args:
-        trainer: whose run the hook takes part in; :func:`add_hooks` sets it for a hook that was made without.
+        trainer: the trainer of the hook's run. :func:`add_hooks` sets it for a hook that was made without.
 
     Attributes:
-        state_kind: what its state is, see :mod:`.folder.state`.
+        state_kind: the kind of its state, see :mod:`.folder.state`.
     """
 
     state_kind: ClassVar[Any] = object
@@ -102,21 +102,21 @@ class Hook:
     def close(self) -> None: ...
 
     def modules(self) -> list[torch.nn.Module]:
-        """Copies of the deployed network that the hook trains along with it."""
+        """Copies of the deployed network that the hook updates in training."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def check_state_dict(self, state: dict[str, Any], source: str) -> None:
-        """Refuse a state that :meth:`load_state_dict` cannot take, before anything of the run is changed.
+        """Refuse a state that :meth:`load_state_dict` cannot take, before anything of the run changes.
 
         Args:
-            state: what the file holds; empty where it holds nothing for this hook.
-            source: names the file in messages.
+            state: the file's state of this hook, empty if there is none.
+            source: the file's name in messages.
 
         Raises:
-            CheckpointError: it is not of this hook's kind.
+            CheckpointError: the state is not of this hook's kind.
         """
         check_kind(state, self.state_kind, f"the state of {type(self).__name__} in {source}")
 
@@ -135,10 +135,10 @@ class LearningRate(Hook):
 
 
 class FoldAnew(Hook):
-    """Folds frozen networks again when their weights have come to rest.
+    """Folds frozen networks again after their weights have stopped changing.
 
-    A network that has moved in an epoch runs by its own code in the next one, too. The state says which networks do, so
-    that a resumed run computes by the graph in the same steps.
+    A network that changed in an epoch runs unfolded in the next epoch too. The state lists these networks, so a resumed
+    run uses the folded graph in the same steps.
     """
 
     state_kind: ClassVar[Any] = {str: bool}
@@ -165,9 +165,10 @@ class FoldAnew(Hook):
 
 
 class NonFiniteGuard(Hook):
-    """Stops at a loss that is infinite or NaN, and before weights are saved that are or that lead there.
+    """Stops at a loss that is infinite or NaN, and before weights are saved that are, or give, such values.
 
-    At losses it looks every step, on a GPU every 50, to avoid waiting for each; at weights once for each save.
+    Losses are checked every step; on a GPU every 50 steps, since each check waits for the device. Weights are checked
+    once for each save.
     """
 
     def before_train(self) -> None:
@@ -188,7 +189,7 @@ class NonFiniteGuard(Hook):
         self.check_state()
 
     def check(self) -> None:
-        """Look at the steps since the last look.
+        """Check the steps since the last check.
 
         Raises:
             NonFiniteLossError: with step, terms, learning rate and the indices of the images.
@@ -197,10 +198,10 @@ class NonFiniteGuard(Hook):
             self._check_losses()
 
     def check_state(self) -> None:
-        """Look at the weights, too, before they are scored or saved.
+        """Check the weights too, before they are scored or saved.
 
         Raises:
-            NonFiniteLossError: names those whose squares do not add up to a finite number.
+            NonFiniteLossError: names the weights whose sum of squares is not finite.
         """
         with distributed.same_error():
             self._check_losses()
@@ -219,7 +220,7 @@ class NonFiniteGuard(Hook):
                 )
 
     def check_score(self, score: Score) -> None:
-        """Look at what the network gives on other images, which weights and statistics may spoil unseen in training.
+        """Check the score on other images. Training may not show a fault of weights or statistics.
 
         Raises:
             NonFiniteLossError: the score's loss is not finite.
@@ -273,9 +274,9 @@ class NonFiniteGuard(Hook):
 
 
 class Meters(Hook):
-    """Training loss, its terms, the task's meters and what the method monitors: means over the epoch's images.
+    """Training loss, its terms, the task's meters and the method's monitors: means over the epoch's images.
 
-    The sums stay on the device. They are this process's; the epoch's line has the means over all processes.
+    The sums stay on the device and belong to this process. The epoch's line has the means over all processes.
     """
 
     state_kind: ClassVar[Any] = {"names": [str], "sums": (Tensor, type(None)), "count": int, "images_seen": int}
@@ -302,7 +303,7 @@ class Meters(Hook):
         self.images_seen += of_one * sum(len(image) for image in images_of(output.batch))
 
     def averages(self) -> dict[str, float]:
-        """The epoch so far, of this process; waits for the device."""
+        """The means of this process so far in the epoch; waits for the device."""
         return {} if self.sums is None else self._named((self.sums / self.count).tolist())
 
     def _named(self, means: list[float]) -> dict[str, float]:
@@ -337,7 +338,7 @@ class Meters(Hook):
 
 
 class Clock(Hook):
-    """Where the seconds go: waiting for data, training, evaluating. Sums survive a resume."""
+    """Seconds of each activity: waiting for data, training, evaluating. A resumed run continues the sums."""
 
     state_kind: ClassVar[Any] = {"seconds": {str: NUMBER}}
 
@@ -412,8 +413,8 @@ class WeightAverage(Hook):
 class Evaluate(Hook):
     """Scores the deployed network every ``LOG.EVAL_FREQ`` epochs and after the last, and keeps last, best and mean.
 
-    *Last* is the honest headline. *Best* is picked on the validation split where there is one, else on the
-    test split, and says so.
+    *Last* is the honest headline. *Best* is chosen on the validation split; without one, on the test split, and then
+    the results say so.
     """
 
     state_kind: ClassVar[Any] = {"scores": [[NUMBER]], "best_fingerprint": int}
@@ -478,7 +479,7 @@ class Evaluate(Hook):
         }
 
     def after_train(self) -> None:
-        """With a validation split: last, best and average meet the test images now, for the first time."""
+        """With a validation split: score last, best and average on the test split, for the first time."""
         trainer = self.trainer
         if trainer.test_loader is None:
             return
@@ -497,7 +498,7 @@ class Evaluate(Hook):
         results["best"]["picked_on"] = "validation"
 
     def _best_network(self, epoch: int) -> torch.nn.Module:
-        """The deployed network of the best epoch; the trained one stays as it is and may be saved meanwhile."""
+        """The deployed network of the best epoch. The trained network does not change and may be saved meanwhile."""
         path, best = self.trainer.folder / "student_best", self.best
 
         def load() -> None:
@@ -589,7 +590,7 @@ def _as_dict(score: Score, epoch: int, split: str) -> dict[str, Any]:
 
 
 def _valid(value: Any) -> Any:
-    """``value`` as JSON can say it: ``None`` for a number that is infinite or NaN."""
+    """``value`` for JSON: ``None`` for a number that is infinite or NaN."""
     if isinstance(value, dict):
         return {key: _valid(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -668,7 +669,7 @@ class Writers(Hook):
 
 
 class Checkpoints(Hook):
-    """Saves mdistiller's files after each epoch, ``latest`` within epochs if asked for, ``student_last`` at the end."""
+    """Saves mdistiller's files after each epoch, ``latest`` within epochs on request, ``student_last`` at the end."""
 
     def __init__(self, trainer: BaseTrainer, evaluation: Evaluate, guard: NonFiniteGuard) -> None:
         super().__init__(trainer)
@@ -680,7 +681,7 @@ class Checkpoints(Hook):
             self.save_latest()
 
     def save_latest(self) -> None:
-        """Save the run as it stands; a state behind a loss that is not finite is never saved."""
+        """Save the run's state, unless a loss before it is not finite."""
         self.guard.check_state()
         state, path = self.trainer.state_dict(), self.trainer.folder / "latest"
         distributed.on_first_process(lambda: save_checkpoint(state, path, keep_previous=True))
@@ -708,10 +709,10 @@ class Checkpoints(Hook):
 
 
 class StopSignals(Hook):
-    """SIGTERM and SIGINT: finish the step, save, leave; within an evaluation, after the batch. The second one kills.
+    """SIGTERM and SIGINT: finish the step (in an evaluation, the batch), save and leave. A second signal kills.
 
-    Of several processes, all leave after the same step, whichever of them the signal reached. The second signal kills
-    none of those within ``ECHO`` seconds: torchrun repeats to its processes what reached it, and them, before.
+    All processes leave after the same step, whichever of them got the signal. A second signal within ``ECHO`` seconds
+    does not kill a process: torchrun repeats a signal to processes that already have it.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT)
@@ -740,7 +741,7 @@ class StopSignals(Hook):
         os.write(2, message.encode())  # standard error; print is not safe within a signal handler
 
     def check(self) -> None:
-        """Leave if a signal has come.
+        """Leave if a signal has arrived.
 
         Raises:
             StopRequested: the state is saved.
@@ -764,7 +765,7 @@ class StopSignals(Hook):
 
 
 class SameBuffers(Hook):
-    """Several processes: says after the first epoch if the method keeps what differs between them."""
+    """With several processes: warns after the first epoch if the method has buffers that differ between processes."""
 
     def epoch_done(self) -> None:
         if self.trainer.epoch == 2:
@@ -829,7 +830,7 @@ class Console(Hook):
                 )
 
     def _part(self, split: str, *measures: Measure) -> str:
-        """Those of the measures that the epoch's line has: ``"train loss 0.1234, top-1 71.20"``."""
+        """The measures in the epoch's line: ``"train loss 0.1234, top-1 71.20"``."""
         row = self.trainer.row
         found = {m.name: row[f"{split}_{m.column}"] for m in measures if f"{split}_{m.column}" in row}
         return f"{split} {self.trainer.task.line(found)}"
@@ -859,7 +860,7 @@ def duration(seconds: float) -> str:
 
 
 def default_hooks(trainer: BaseTrainer) -> list[Hook]:
-    """The hooks of a run, in the order in which they are called."""
+    """The hooks of a run in the order of their calls."""
     meters, clock = Meters(trainer), Clock(trainer)
     average = WeightAverage(trainer) if trainer.cfg.SOLVER.EMA_DECAY else None
     guard = NonFiniteGuard(trainer)
@@ -879,16 +880,16 @@ def default_hooks(trainer: BaseTrainer) -> list[Hook]:
 def add_hooks(trainer: BaseTrainer, hooks: Iterable[Hook | type[Hook]]) -> None:
     """Add hooks of a script or of a method file.
 
-    At each moment they are called after the hooks that measure and before :class:`Writers` and :class:`Checkpoints`, in
-    the order given. Hence they find the epoch's scores in ``trainer.row`` after the epoch; what they add to it is
-    written, and their state is saved and resumed. Where several processes train, each has the hook.
+    At each moment they are called in the given order, after the hooks that measure and before :class:`Writers` and
+    :class:`Checkpoints`. So after an epoch they find its scores in ``trainer.row``, their additions to it are written,
+    and their state is saved and resumed. With several processes, each has the hook.
 
     Args:
-        trainer: before its training begins or is resumed.
+        trainer: before its training starts or is resumed.
         hooks: classes, which are called with the trainer, or instances.
 
     Raises:
-        InputError: something that is no hook; or two hooks of one name.
+        InputError: an object that is no hook, or two hooks of one name.
     """
     names = {type(hook).__name__ for hook in trainer.hooks}
     place = next(n for n, hook in enumerate(trainer.hooks) if isinstance(hook, (Writers, Checkpoints)))

@@ -74,16 +74,16 @@ def check_cacheable(cfg: Any) -> None:
 
 
 def cache_teacher(distiller: nn.Module, loader: Any, cfg: Any, precision: Precision) -> TeacherCache:
-    """Have the teacher's outputs on the training images kept.
+    """Cache the teacher's outputs on the training images.
 
     Args:
-        distiller: placed; its teacher computes as it will in the run.
+        distiller: on its device; its teacher computes as in the run.
         loader: of the training images.
         cfg: with ``SOLVER.CACHE_TEACHER``.
-        precision: in which the teacher computes.
+        precision: of the teacher's computation.
 
     Raises:
-        InputError: a method, loader or number of processes for which that cannot be done.
+        InputError: a method, a loader or a number of processes that does not allow a cache.
     """
     check_cacheable(cfg)
     name = cfg.DISTILLER.TYPE
@@ -123,7 +123,7 @@ class TeacherCache:
 
     @contextmanager
     def of(self, batch: dict[str, Tensor]) -> Iterator[None]:
-        """Within it, the teacher's outputs on the batch's images come from memory."""
+        """Context in which the teacher's outputs on the batch's images come from memory."""
         (images,) = images_of(batch)
         with linked(self.teacher, "cache", partial(self._kept_output, images, batch["index"])):
             yield
@@ -175,7 +175,7 @@ class TeacherCache:
         say(f"{KEY}: {size:.1f} MB of the teacher's outputs computed in {taken:.1f} s")
 
     def _room(self, number: int, leaf: Tensor) -> Tensor:
-        """Room for an output of all images, in the type and the layout that it has for some.
+        """Memory for an output on all images, in the type and the layout of the output on some.
 
         Raises:
             InputError: there is too little memory.
@@ -195,7 +195,7 @@ class TeacherCache:
 
 
 def free_megabytes(device: torch.device) -> float:
-    """Memory that is free on a device; infinite where the system does not say (a CPU without ``/proc/meminfo``)."""
+    """Free memory of a device; infinite if the system has no number (a CPU without ``/proc/meminfo``)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2**20
     try:

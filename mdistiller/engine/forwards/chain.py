@@ -81,7 +81,7 @@ def put(network: nn.Module, place: str, link: Link) -> Callable[[], None]:
 
 @contextmanager
 def linked(network: nn.Module, place: str, link: Link) -> Iterator[None]:
-    """Within it, a network has a link; see :func:`put`."""
+    """Context in which a network has a link; see :func:`put`."""
     take_off = put(network, place, link)
     try:
         yield

@@ -78,7 +78,7 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Refuse to compile where torch could not.
+    """Refuse to compile if torch cannot.
 
     Raises:
         InputError: on the CPU, no C++ compiler; on a GPU, no Triton.
@@ -95,6 +95,6 @@ def check_compiler(device: torch.device) -> None:
 
 
 def begin_step(cfg: Any) -> None:
-    """Tell torch that a step begins: what CUDA graphs gave in the last one may be overwritten."""
+    """Tell torch that a step begins: the last step's outputs of CUDA graphs may be overwritten."""
     if cfg.SOLVER.COMPILE != "off" and cfg.SOLVER.COMPILE_MODE in GRAPH_MODES:
         torch.compiler.cudagraph_mark_step_begin()

@@ -30,18 +30,17 @@ Pair = tuple[nn.Module, nn.Module, nn.Module]  # the convolution of the graph, a
 
 
 def fold_batch_norms(network: nn.Module) -> tuple[fx.GraphModule, list[Pair]] | None:
-    """A graph of the network in which convolutions have taken over the BatchNorms right behind them.
+    """A graph of the network with each BatchNorm folded into the convolution right before it.
 
-    A pair stays as it is where something else reads the map between its two parts (a feature that is returned, say),
-    where a parameter of it is trained, and where the BatchNorm keeps no statistics. All that is not folded is shared
-    with the network, so that gradient reaches what is trained, and weights that move are used as they are.
+    A pair is not folded if another module reads the map between its parts (a returned feature, for example), if one of
+    its parameters is trained, or if the BatchNorm keeps no statistics. The graph shares all other modules with the
+    network. So gradients reach trained parameters, and changed weights are used.
 
     Args:
-        network: in eval mode; stays as it is.
+        network: in eval mode; does not change.
 
     Returns:
-        The graph and its folded pairs. ``None`` where there is nothing to fold, or where the network's code cannot be
-        traced.
+        The graph and its folded pairs. ``None`` if there is nothing to fold, or if the network's code cannot be traced.
     """
     try:
         traced = fx.symbolic_trace(network)
@@ -123,7 +122,7 @@ class Folding:
         self.begin()
 
     def begin(self) -> None:
-        """Fold the weights as they are, if they rest; for the beginning of an epoch."""
+        """Fold the current weights, if they do not change. Called at the start of an epoch."""
         trained = [parameter.requires_grad for parameter in self.network.parameters()]
         if trained != self.trained:
             training = any(module.training for module in self.network.modules())
@@ -140,7 +139,7 @@ class Folding:
         self._compute_by_graph(self.rests and self.graph is not None and self.agrees is not False)
 
     def look(self) -> None:
-        """See whether the weights have moved since :meth:`begin`; if so, compute by the network's own code."""
+        """Check whether the weights have changed since :meth:`begin`; if so, use the network's own code."""
         self.changes = self._changes()
         if not self.moved and not torch.equal(self._norms(), self.norms):
             self.rests, self.moved = False, True
@@ -148,7 +147,7 @@ class Folding:
 
     @property
     def active(self) -> bool:
-        """Whether calls of the network come here."""
+        """Whether calls of the network use this link."""
         return self.take_off is not None
 
     def __call__(self, following: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -173,7 +172,7 @@ class Folding:
             self.take_off = None
 
     def _agrees(self, following: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-        """Whether graph and code give the same for the first images of a batch, in full precision."""
+        """Whether graph and code give equal outputs for the first images of a batch, in full precision."""
         like = self.sources[0]
 
         def probe(value: Any) -> Any:

@@ -9,11 +9,11 @@ Read = Callable[[Any], Any]
 
 
 def read_on_access(output: Any, read: Read) -> Any:
-    """``output`` with ``read`` applied to its leaves: of tuples at once, of mappings and lists when they are looked at.
+    """``output`` with ``read`` applied to its leaves: in tuples at once, in mappings and lists on access.
 
     Args:
         output: leaves in tuples, mappings and lists, such as logits and features.
-        read: is called once for each leaf at most.
+        read: called at most once for each leaf.
     """
     if isinstance(output, tuple):
         return tuple(read_on_access(part, read) for part in output)

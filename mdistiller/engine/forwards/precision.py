@@ -22,8 +22,8 @@ class Precision:
     """Device, autocast type and memory layout of a run.
 
     Args:
-        device: where networks and batches lie.
-        autocast_dtype: the type in which autocast computes; ``None``: float32 throughout.
+        device: of networks and batches.
+        autocast_dtype: the type of autocast; ``None``: float32 throughout.
         channels_last: NHWC layout of images and convolution weights.
     """
 
@@ -64,7 +64,7 @@ class Precision:
         return tensor.to(self.device, non_blocking=True)
 
     def synchronize(self) -> None:
-        """Wait for the device, so that the clock tells the truth."""
+        """Wait for the device before a time is measured."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -74,10 +74,10 @@ class Precision:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that ``SOLVER.DEVICE`` names; ``auto`` is the GPU where there is one.
+    """The device of ``SOLVER.DEVICE``; ``auto`` is the GPU if there is one.
 
     Raises:
-        InputError: no such device here.
+        InputError: the machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,7 +95,7 @@ def resolve_device(name: str) -> torch.device:
 
 @contextmanager
 def hard_coded_cuda_explained(device: torch.device) -> Iterator[None]:
-    """Around a method's code: where it moves something to the GPU in a run on another device, say where it does.
+    """Context of a method's code: names the line that moves a tensor to the GPU in a run on another device.
 
     Raises:
         InputError: in place of torch's error; names file and line.

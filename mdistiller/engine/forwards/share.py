@@ -18,10 +18,10 @@ from .on_access import read_on_access
 class Share:
     """A link for the place ``share`` of a chain.
 
-    What is no batch of views of the images is not divided: each process computes all of it.
+    Inputs that are no batch of views of the images are not divided: each process computes all of them.
 
     Args:
-        counts: how many of the batch's images each process has.
+        counts: number of the batch's images in each process.
     """
 
     def __init__(self, counts: Sequence[int]) -> None:
@@ -42,14 +42,14 @@ class Share:
 
 
 def has_rows(value: Any, count: int) -> bool:
-    """Whether it is a tensor ``(count, ...)``."""
+    """Whether a value is a tensor ``(count, ...)``."""
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
 
 
 class _Rows:
-    """Which rows of ``(count, ...)`` belong to which process: those of views of its images.
+    """The rows of ``(count, ...)`` for each process: the rows of the views of its images.
 
-    A method may put several views into one pass, one after the other: ``count`` is a multiple of the batch then.
+    A method may join several views in one pass. Then ``count`` is a multiple of the batch.
     """
 
     def __init__(self, count: int, counts: Sequence[int]) -> None:
@@ -72,7 +72,7 @@ class _Rows:
 
 @functools.lru_cache(maxsize=64)
 def _by_process(count: int, images: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rows in the order of the processes that have them, and how to undo that."""
+    """The rows in the order of their processes, and the inverse order."""
     parts = torch.arange(count).view(-1, sum(images)).split(images, dim=1)
     order = torch.cat([part.flatten() for part in parts])
     return order.to(device), order.argsort().to(device)

@@ -35,9 +35,9 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 
 def start() -> None:
-    """Join the other processes where torchrun started several; nothing in one process, or if that is done already.
+    """Join the other processes if torchrun started several. A single process, or a second call, does nothing.
 
-    From then on, only the first process's standard output is shown. A process takes the GPU of its local rank.
+    Afterwards only the first process's standard output is shown. A process takes the GPU of its local rank.
     """
     if not dist.is_available() or dist.is_initialized():
         return
@@ -54,16 +54,16 @@ def start() -> None:
 
 
 def stop() -> None:
-    """Part from the other processes, at the end of a run; all must do so."""
+    """Leave the other processes at the end of a run. All processes must call this."""
     if dist.is_available() and dist.is_initialized():
         gc.collect()  # a trainer that is left over keeps gloo's threads, which may crash the interpreter as it ends
         dist.destroy_process_group()
 
 
 def exit_now(code: int) -> None:
-    """End this process at once if there are others, which it cannot wait for to part together.
+    """End this process at once if there are others, without a wait for them.
 
-    gloo's threads, left over, would now and then abort the interpreter as it ends, and its exit code would be lost.
+    gloo's remaining threads may abort the interpreter at its end; the exit code would be lost.
     """
     if dist.is_available() and dist.is_initialized():
         sys.stdout.flush()
@@ -87,12 +87,12 @@ def local_rank() -> int:
 
 
 def is_first_process() -> bool:
-    """Whether this process writes and talks."""
+    """Whether this process writes files and prints."""
     return rank() == 0
 
 
 def check_device(device: torch.device) -> None:
-    """Refuse a device on which the processes would get into each other's way.
+    """Refuse a device that the processes cannot share.
 
     Raises:
         InputError: one GPU for all, or fewer GPUs than processes.
@@ -121,9 +121,9 @@ def highest(value: int) -> int:
 
 
 class DelayedMax:
-    """The highest of all processes' values, one call late, so that nobody waits: asked once a step.
+    """The highest of all processes' values, one call late, so that no process waits. It is called once a step.
 
-    In one process it is the value itself, at once.
+    With one process the value itself, at once.
     """
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ class DelayedMax:
         return int(tensor)
 
     def close(self) -> None:
-        """Ask nothing more; other processes may be dead."""
+        """Send no more requests; other processes may be dead."""
         with suppress(RuntimeError):
             self.answer()
 
@@ -161,7 +161,7 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every process's value, by rank; what can be pickled."""
+    """Every process's value, by rank. Values must be picklable."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -170,7 +170,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def broadcast_object(value: T) -> T:
-    """The first process's value; what can be pickled."""
+    """The first process's value, which must be picklable."""
     if world_size() == 1:
         return value
     values = [value]
@@ -180,7 +180,7 @@ def broadcast_object(value: T) -> T:
 
 @torch.no_grad()
 def broadcast_state(module: torch.nn.Module) -> None:
-    """Give every process the parameters and saved buffers that the module has in the first."""
+    """Give every process the first process's parameters and saved buffers of the module."""
     if world_size() > 1:
         for value in module.state_dict().values():
             sent = value.contiguous()
@@ -190,9 +190,9 @@ def broadcast_state(module: torch.nn.Module) -> None:
 
 @contextmanager
 def same_error() -> Iterator[None]:
-    """Around what each process does by itself: an error in one is raised in all. Nothing in it may be collective.
+    """Context for each process's own work: an error in one process is raised in all. It allows no collective calls.
 
-    Where several fail, it is the error of the lowest rank. In the other processes it has an attribute
+    If several processes fail, the error of the lowest rank is raised. In the other processes the error has an attribute
     ``told_elsewhere``.
     """
     if world_size() == 1:
@@ -224,7 +224,7 @@ def on_first_process(function: Callable[[], T]) -> T:
 
 
 def one_process_per_machine(function: Callable[[], T]) -> T:
-    """Run ``function`` in every process, on each machine in one process before the others: it may download files."""
+    """Run ``function`` in every process, on each machine in one process first: the function may download files."""
     result: Any = None
     with same_error():
         if local_rank() == 0:
@@ -237,7 +237,7 @@ def one_process_per_machine(function: Callable[[], T]) -> T:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or one of its text where it cannot travel."""
+    """The error, or an error with its text if it cannot be pickled."""
     try:
         copy = pickle.loads(pickle.dumps(error))
         if str(copy) == str(error):

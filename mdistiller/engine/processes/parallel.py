@@ -42,12 +42,12 @@ KEEP_BUFFERS = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": Fal
 
 
 def shares(images: int, processes: int) -> list[int]:
-    """How many of a batch's images each process gets: equally many, the first ones one more where they don't divide."""
+    """The number of a batch's images for each process: equal numbers, with the remainder on the first processes."""
     return [len(part) for part in torch.arange(images).tensor_split(processes)]
 
 
 class Parallel:
-    """Runs a distiller's training steps and averages their gradients; in one process it has nothing to do.
+    """Runs a distiller's training steps and averages their gradients. With one process it does nothing more.
 
     Args:
         distiller: on its device. All processes get the first one's weights.
@@ -81,15 +81,15 @@ class Parallel:
         self.wrapper = DistributedDataParallel(self.replica, find_unused_parameters=self.leaves_unused, **KEEP_BUFFERS)
 
     def begin_epoch(self) -> None:
-        """The next step finds out which parameters the method uses now: terms may come and go with the epochs."""
+        """Let the next step find the parameters that the method uses: terms may start and end with epochs."""
         self.first_step = self.world > 1
 
     def __call__(self, given: dict[str, Any], images: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The method's ``forward_train`` in one of several processes: logits of its own images, and the losses.
 
         Args:
-            given: what of the batch the method takes, the process's share.
-            images: in the batch of all processes.
+            given: the fields that the method takes, this process's share of the batch.
+            images: number of images in the batch of all processes.
         """
         counts = shares(images, self.world)
         self.weight = 1.0 if self.gather else self.world * counts[distributed.rank()] / images
@@ -102,7 +102,7 @@ class Parallel:
         return losses if self.weight == 1 else {name: self.weight * loss for name, loss in losses.items()}
 
     def after_backward(self) -> None:
-        """To be called after each backward pass: averages what was not averaged in it."""
+        """Average the remaining gradients. Call this after each backward pass."""
         if self.world == 1:
             return
         if not self.in_backward:
@@ -115,7 +115,7 @@ class Parallel:
         self.averaged = True
 
     def end_step(self) -> None:
-        """Make sure that the step's gradients were averaged; a trainer may have an ``update`` of its own.
+        """Check that the step's gradients were averaged; a trainer may have its own ``update``.
 
         Raises:
             RuntimeError: they were not.
@@ -127,7 +127,7 @@ class Parallel:
     def average_statistics(self, *modules: nn.Module) -> None:
         """Give all processes the mean of their BatchNorm statistics, in the distiller and in ``modules``.
 
-        The running statistics are linear in those of the batches, so it does not matter how often this is done.
+        The running statistics are linear in the batches' statistics, so the number of calls does not matter.
         """
         if self.world == 1 or not self.local_batch_norm:
             return
@@ -140,7 +140,7 @@ class Parallel:
                         statistic /= self.world
 
     def warn_of_differing_buffers(self) -> None:
-        """Say so if a method keeps something, such as a memory of features, that each process fills differently."""
+        """Warn if a buffer of the method, such as a memory of features, differs between processes."""
         if self.world == 1:
             return
         fixed = {id(buffer) for network in self.distiller.frozen_networks().values() for buffer in network.buffers()}
@@ -166,10 +166,10 @@ def _highest(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(module: nn.Module) -> bool:
-    """Replace every gradient by the mean over processes; one that a process lacks counts as zero there.
+    """Replace every gradient by its mean over processes. A missing gradient counts as zero.
 
     Returns:
-        Whether a process lacked any.
+        Whether a process lacked a gradient.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     found = distributed.total(torch.tensor([p.grad is not None for p in parameters]).long())
@@ -226,7 +226,7 @@ class Replica(nn.Module):
 
 
 def synchronize_batch_norm(part: nn.Module) -> None:
-    """Let every BatchNorm take the statistics of its batches from all processes. Names and weights stay."""
+    """Let every BatchNorm compute its statistics from all processes' batches. Names and weights do not change."""
     on_gpu = next(part.parameters()).is_cuda
     for module in part.modules():
         if isinstance(module, _BatchNorm):
@@ -235,10 +235,10 @@ def synchronize_batch_norm(part: nn.Module) -> None:
 
 
 class SyncBatchNorm(_BatchNorm):
-    """``nn.SyncBatchNorm``, which is for GPUs, on the CPU."""
+    """``nn.SyncBatchNorm`` for the CPU; torch's class is for GPUs only."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any dimension: it stands in for all kinds of BatchNorm."""
+        """Accept any dimension: this class replaces all kinds of BatchNorm."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or distributed.world_size() == 1:

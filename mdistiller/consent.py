@@ -36,8 +36,8 @@ def check_code(key: str, code: Sequence[str], named_by: str, allowed: bool) -> N
     typed = shlex.quote(code[0] if len(code) == 1 else f"[{', '.join(code)}]")
     found = ", ".join(map(_described, code))
     raise InputError(
-        f"{named_by}: {key} names code, which runs with all your rights: {found}; none of it was executed. Read it, "
-        f"then run it by {FLAG} (in Python allow_plugins=True), or name it on the command line: {key} {typed}"
+        f"{named_by}: {key} names code, which runs with all your rights: {found}; nothing was executed. Read the code, "
+        f"then add {FLAG} (in Python allow_plugins=True), or name the code on the command line: {key} {typed}"
     )
 
 

@@ -82,8 +82,8 @@ def contract_of(method: type) -> Contract:
     arguments, by_place = _constructor(method)
     if "student" not in arguments.values():
         raise InputError(
-            f"{where(method)}: the constructor takes no student; it can have {', '.join(ARGUMENTS)}, and must hand "
-            "student and teacher on: super().__init__(student, teacher)"
+            f"{where(method)}: the constructor takes no student; it can have {', '.join(ARGUMENTS)}, and must pass "
+            "student and teacher to super().__init__(student, teacher)"
         )
     prepare = getattr(method, "prepare", None)
     prepares = prepare is not None and not getattr(prepare, "does_nothing", False)
@@ -127,7 +127,7 @@ def _constructor(method: type) -> tuple[dict[str, str], bool]:
     by_keyword = any(p.kind is p.KEYWORD_ONLY for p in required)
     if "declared" in vars(method) or by_keyword or len(required) > len(ARGUMENTS):
         raise InputError(
-            f"{where(method)}: the constructor asks for {unknown[0]!r}, which nobody gives; it can have "
+            f"{where(method)}: the constructor asks for {unknown[0]!r}, which the library does not pass; it can have "
             f"{', '.join(known)}, parameters with a default, and further networks that the class declares: "
             f'networks = {{"{unknown[0]}": "student"}}'
         )

@@ -106,7 +106,7 @@ def load_methods(paths: Iterable[str], name: str) -> MethodFile | None:
             owner = next(cls for known, cls in distiller_dict.items() if known.upper() == name.upper())
             raise InputError(
                 f"DISTILLER.TYPE {name}: {file.path} has a method of that name, and {owner.__module__} "
-                f"too; copy the file to a name that is free, my_{name}.py, and ask for my_{name}"
+                f"too; copy the file to a free name, my_{name}.py, and set DISTILLER.TYPE my_{name}"
             )
     if name not in distiller_dict:
         find_method(name)
@@ -209,15 +209,15 @@ def _load(path: Path, registered: dict[str, Any]) -> MethodFile:
             taken.append(name)
     if classes and not own:
         raise InputError(
-            f"method file {path}: its names are taken ({', '.join(taken)}); copy it to a name that is free, such as "
-            f"my_{path.stem}.py, and ask for DISTILLER.TYPE my_{path.stem}"
+            f"method file {path}: its names are taken ({', '.join(taken)}); copy it to a free name, such as "
+            f"my_{path.stem}.py, and set DISTILLER.TYPE my_{path.stem}"
         )
     for cls in dict.fromkeys(own.values()):
         _state_section(cls, module, reads)
         if getattr(cls, "defaults", None) is not None:
             _check_defaults(cls.defaults, path)
     if taken:
-        warn(f"{path}: {', '.join(taken)} stays what it was; the file's methods are {', '.join(own)}")
+        warn(f"{path}: {', '.join(taken)} stays registered as before; the file's methods are {', '.join(own)}")
     hooks = getattr(module, "HOOKS", ())
     return MethodFile(path, own, tuple(taken), reads, required, tuple(hooks) if isinstance(hooks, list) else ())
 
@@ -358,7 +358,7 @@ def _is_dispensable(node: ast.stmt, tree: ast.Module) -> bool:
     try:
         exec(compile(ast.Module([node], []), "<import>", "exec", dont_inherit=True), {"__package__": PACKAGE})
     except ImportError as error:
-        warn(f"left out, since it fails and is not used: {ast.unparse(node)} ({error})")
+        warn(f"import left out, because it fails and is not used: {ast.unparse(node)} ({error})")
         return True
     return False
 

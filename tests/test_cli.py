@@ -177,7 +177,7 @@ REFUSED = [
     ("train", "--cfg deep.yaml", "cannot read deep.yaml: its lists or keys are nested too deeply"),
     ("train", "--cfg digits.yaml", "cannot read digits.yaml: "),
     ("train", "--cfg hex.yaml", "SOLVER.LR takes a finite number (default 0.05), got a number of very many digits"),
-    ("train", "--cfg tower/0.yaml", "tower/0.yaml builds on more than 50 files"),
+    ("train", "--cfg tower/0.yaml", "tower/0.yaml is more than 50 files deep"),
     ("train", "--forward", "unrecognized arguments: --forward"),
     # files
     ("train", "--cfg configs/digits/kd/res20_res9.yaml", "no config file configs/digits/kd/res20_res9.yaml; in",
@@ -193,7 +193,7 @@ REFUSED = [
     ("train", "--cfg empty_section.yaml", "SOLVER must hold keys, and is empty"),
     ("train", "--cfg section_is_a_number.yaml", "section_is_a_number.yaml: SOLVER must hold keys, not 5"),
     ("train", "--cfg unknown_key.yaml", "unknown_key.yaml: unknown config key 'SOLVER.LEARNING_RATE'"),
-    ("train", "DISTILLER.TYPE NONE DISTILLER.ADD_KD 1", "DISTILLER.ADD_KD 1.0 needs a teacher, which NONE has not"),
+    ("train", "DISTILLER.TYPE NONE DISTILLER.ADD_KD 1", "DISTILLER.ADD_KD 1.0 needs a teacher, and NONE has none"),
     # names
     ("train", "DISTILLER.TYPE kd", "DISTILLER.TYPE: no distiller named 'kd'; closest: KD"),
     ("train", "DATASET.TYPE digit", "DATASET.TYPE: no data set named 'digit'; closest: digits"),
@@ -205,8 +205,8 @@ REFUSED = [
     ("train", "SOLVER.TRAINER bass", "SOLVER.TRAINER: no trainer named 'bass'; closest: base"),
     ("train", "SOLVER.LR_RULE root", "SOLVER.LR_RULE: no choice named 'root'; closest: sqrt"),
     ("train", "DATASET.VIEW_STRONG medium", "DATASET.VIEW_STRONG: data set cifar100 has no recipe 'medium'", "strong"),
-    ("train", f"{KD} SOLVER.CACHE_TEACHER True DATASET.RANDAUGMENT 1", "SOLVER.CACHE_TEACHER needs images that are the",
-     "change: DATASET.RANDAUGMENT 1, DATASET.VIEW_WEAK weak (the same in every epoch: plain)"),
+    ("train", f"{KD} SOLVER.CACHE_TEACHER True DATASET.RANDAUGMENT 1", "SOLVER.CACHE_TEACHER needs equal images in",
+     "change the images: DATASET.RANDAUGMENT 1, DATASET.VIEW_WEAK weak (the same in every epoch: plain)"),
     ("train", f"{KD} DISTILLER.TYPE OFD DISTILLER.TEACHER resnet14 DISTILLER.TEACHER_CKPT resnet14 DATASET.VIEW_WEAK "
      "plain SOLVER.CACHE_TEACHER True", "SOLVER.CACHE_TEACHER: OFD runs its teacher on the statistics of the batch"),
     ("train", "LOG.PROGRESS bar", "LOG.PROGRESS: no choice named 'bar'; known: auto, off, on"),
@@ -226,7 +226,7 @@ REFUSED = [
     ("train", f"{PLAIN} EXPERIMENT.NAME /tmp/x", "EXPERIMENT.NAME '/tmp/x' must lie below LOG.PREFIX"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT nowhere KD.LOSS.KD_WEIGHT -1", "KD.LOSS.KD_WEIGHT must be at least 0"),
     ("train", "EXPERIMENT.SEED -1", "EXPERIMENT.SEED must be at least 0"),
-    ("train", "SOLVER.EPOCHS 5 SOLVER.WARMUP_EPOCHS 5", "SOLVER.WARMUP_EPOCHS is 5, which leaves nothing"),
+    ("train", "SOLVER.EPOCHS 5 SOLVER.WARMUP_EPOCHS 5", "SOLVER.WARMUP_EPOCHS is 5, which leaves no epoch"),
     ("train", "EXPERIMENT.TAG ''", "EXPERIMENT.NAME and EXPERIMENT.TAG are both empty"),
     ("train", f"{PLAIN} SOLVER.NESTEROV True SOLVER.MOMENTUM 0", "SOLVER.NESTEROV needs SOLVER.MOMENTUM above 0"),
     ("train", f"{PLAIN} SOLVER.DEVICE warp", "SOLVER.DEVICE 'warp' cannot be used here", "; use auto or cpu"),
@@ -236,15 +236,15 @@ REFUSED = [
     ("train", f"{VRM} VRM.METRIC cosine VRM.RELATION gram", "VRM.METRIC cosine compares unit edges", "choose mse"),
     ("train", f"{VRM} VRM.RELATION angle VRM.EDGE_NORM False", "VRM.RELATION angle", "EDGE_NORM must be True"),
     ("train", f"{VRM} VRM.LOCATION pooled VRM.VERTEX_WEIGHT 1", "VRM.VERTEX_WEIGHT compares predictions", "logits"),
-    ("train", f"{VRM} DISTILLER.TYPE VRM_ONE_VIEW VRM.GRAPH raw", "VRM.GRAPH raw speaks of two views", "TYPE VRM"),
+    ("train", f"{VRM} DISTILLER.TYPE VRM_ONE_VIEW VRM.GRAPH raw", "VRM.GRAPH raw needs two views", "TYPE VRM"),
     # data
     ("train", f"{PLAIN} SOLVER.BATCH_SIZE 1", "BatchNorm", "SOLVER.BATCH_SIZE, at least 2"),
     ("train", f"{PLAIN} SOLVER.BATCH_SIZE 39", "the last batch of an epoch holds a single image (40 training images",
      "SOLVER.DROP_LAST True"),
-    ("train", f"{PLAIN} SOLVER.BATCH_SIZE 64 SOLVER.DROP_LAST True", "SOLVER.DROP_LAST leaves nothing of 40"),
+    ("train", f"{PLAIN} SOLVER.BATCH_SIZE 64 SOLVER.DROP_LAST True", "SOLVER.DROP_LAST leaves none of 40"),
     ("train", f"{PLAIN} DATASET.VAL_FRACTION 0.001", "DATASET.VAL_FRACTION=0.001 holds out 0 of the 122"),
     ("train", f"{PLAIN} DATASET.TRAIN_PER_CLASS 500", "DATASET.TRAIN_PER_CLASS=500, but the smallest class has 122"),
-    ("train", f"{PLAIN} DATASET.TRAIN_FRACTION 0.5", "are both given"),
+    ("train", f"{PLAIN} DATASET.TRAIN_FRACTION 0.5", "are both set"),
     ("train", "DATASET.ROOT nowhere DATASET.DOWNLOAD False", "nowhere/cifar-100-python/train is missing",
      "https://www.cs.toronto.edu/~kriz/cifar.html"),
     # the teacher
@@ -276,11 +276,11 @@ REFUSED = [
     ("train", f"{PLAIN} EXPERIMENT.NAME notes --overwrite", "output/digits/notes exists and is no run's folder"),
     ("train", f"{PLAIN} EXPERIMENT.NAME first --resume SOLVER.BATCH_SIZE 10 EXPERIMENT.SEED 1", "another experiment",
      "SOLVER.BATCH_SIZE was 20, is 10", "EXPERIMENT.SEED was 0, is 1"),
-    ("train", f"{PLAIN} EXPERIMENT.NAME first --resume SOLVER.EPOCHS 1", "has 2 epochs behind it",
+    ("train", f"{PLAIN} EXPERIMENT.NAME first --resume SOLVER.EPOCHS 1", "has trained 2 epochs",
      "SOLVER.EPOCHS is 1"),
     ("train", f"{PLAIN} EXPERIMENT.NAME damaged --resume SOLVER.EPOCHS 3", "cannot resume: ",
      "damaged/latest is damaged or no checkpoint", "; and "),
-    ("train", f"{PLAIN} EXPERIMENT.NAME without_latest --resume", "holds a finished run without its latest"),
+    ("train", f"{PLAIN} EXPERIMENT.NAME without_latest --resume", "holds a finished run without its file latest"),
     ("train", f"{PLAIN} EXPERIMENT.NAME unreadable --resume", "cannot read output/digits/unreadable/config.yaml"),
     # the other commands
     ("eval", "", "the following arguments are required: -m/--model"),
@@ -321,8 +321,8 @@ REFUSED = [
     ("reproduce", "--plan plan_outside.yaml", "OUTPUT '../../x' must not lead out of the current folder"),
     ("reproduce", "--plan plan_lacking.yaml", "it lacks OUTPUT, SEEDS, PAIRS, METHODS"),
     ("reproduce", "--plan plan_kind.yaml", "SEEDS takes a list, not 3"),
-    ("reproduce", "--plan plan_claim.yaml", "that they differ by at most, not ['M', 'N']"),
-    ("reproduce", "--plan plan_limit.yaml", "that they differ by at most, not ['M', 'M', 'near']"),
+    ("reproduce", "--plan plan_claim.yaml", "the largest difference in points, not ['M', 'N']"),
+    ("reproduce", "--plan plan_limit.yaml", "the largest difference in points, not ['M', 'M', 'near']"),
     ("reproduce", "--plan plan_method.yaml", "METHODS: 'M' must", "hold CONFIG"),
     ("reproduce", "--plan plan_config.yaml", "M, p: no config file configs/p.yaml"),
     ("reproduce", "--plan plan_braces.yaml", "HOW_TO_READ may hold {images} and {image_points}"),
@@ -357,7 +357,7 @@ def test_options_that_this_run_does_not_read_are_taken_and_named():
     assert "EPOCHS: 2\n" in config and config.count("\n") < 50
     assert not re.search("TEACHER|SHAPES|BETAS|VIEW_STRONG|RANDAUGMENT|DOT|VRM", config)
     assert re.search(r"\| [\d,]+ images/s\| \d:\d\d:\d\d left\n", out)
-    assert re.search(r"Last: .*\| \d:\d\d:\d\d in all\| everything in output/digits/unread\n", out)
+    assert re.search(r"Last: .*\| \d:\d\d:\d\d in total\| files in output/digits/unread\n", out)
 
 
 def test_a_real_process_ends_with_code_2_and_without_a_traceback():

@@ -181,7 +181,7 @@ def test_helpers_beside_the_file_and_imports_that_are_not_used(tmp_path, capsys)
     write(tmp_path, "smoothing", SMOOTHING)
     file = load_method_file(write(tmp_path, "WeakStrong", TWO_VIEWS))
     assert set(file.methods) == {"WeakStrong", "WEAKSTRONG"}
-    assert "left out, since it fails and is not used: from no_such_toolkit import st" in capsys.readouterr().out
+    assert "left out, because it fails and is not used: from no_such_toolkit import st" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_a_flag_of_another_projects_script_gets_advice():
 def test_missing_settings_are_named_before_anything_starts(tmp_path):
     write(tmp_path, "smoothing", SMOOTHING)
     options = ["DISTILLER.PLUGINS", str(write(tmp_path, "WeakStrong", TWO_VIEWS)), "DISTILLER.TYPE", "WeakStrong"]
-    with pytest.raises(InputError, match=r"WeakStrong\.py reads settings .* not given: EXPERIMENT\.SCALED;"):
+    with pytest.raises(InputError, match=r"WeakStrong\.py reads settings .* not set: EXPERIMENT\.SCALED;"):
         load_config(options=options)
     assert load_config(options=[*options, "EXPERIMENT.SCALED", "True"]).EXPERIMENT.SCALED is True
     with pytest.raises(InputError, match=r"unknown config key 'EXPERIMENT\.SCALE'"):
@@ -366,7 +366,7 @@ def test_settings_read_in_a_branch_or_at_the_top_of_the_tree(tmp_path):
                     self.extra = cfg.BRANCH.EXTRA
     """
     options = ["DISTILLER.PLUGINS", str(write(tmp_path, "Branch", text)), "DISTILLER.TYPE", "BRANCH"]
-    with pytest.raises(InputError, match="not given: M;"):
+    with pytest.raises(InputError, match="not set: M;"):
         load_config(options=options)
     assert load_config(options=[*options, "M", "1"]).M == 1
 
@@ -414,7 +414,7 @@ def test_the_folder_of_a_fork_can_be_named(tmp_path):
     path = write(tmp_path / "copied", "NEWKD", text)
     write(tmp_path / "copied", "tricks", "def doubled(x): ...\nhalved = kd_loss = doubled\n")
     options = ["DISTILLER.PLUGINS", str(path), "DISTILLER.TYPE", "NEWKD", "NEWKD.MODE", "x"]
-    with pytest.raises(InputError, match=r"not given: NEWKD\.LOSS\.CE_WEIGHT, NEWKD\.SHAPES; .*DISTILLER\.FORK"):
+    with pytest.raises(InputError, match=r"not set: NEWKD\.LOSS\.CE_WEIGHT, NEWKD\.SHAPES; .*DISTILLER\.FORK"):
         load_config(options=options)
     assert load_config(options=[*options, "DISTILLER.FORK", str(tmp_path / "fork")]).NEWKD.SHAPES == [1, 8]
     with pytest.raises(InputError, match=r"DISTILLER\.FORK .* is no fork of mdistiller: there is no .*engine/cfg\.py"):
@@ -567,7 +567,9 @@ def test_constructors_get_their_arguments_by_name_or_by_place(tmp_path):
         assert distiller.given == (cfg, expected)
     assert built("Optional")[1].given == (3, 30)
     assert built("StudentOnly")[1].teacher is None
-    with pytest.raises(InputError, match=r"test_plugins.py, TooMuch: the constructor asks for 'moon', which nobody"):
+    with pytest.raises(
+        InputError, match=r"test_plugins.py, TooMuch: the constructor asks for 'moon', which the library"
+    ):
         contract_of(TooMuch)
 
 

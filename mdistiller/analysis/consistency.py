@@ -53,7 +53,7 @@ def nontarget_class_consistency(logits_a: Tensor, logits_b: Tensor, target: Tens
     _check(logits_a, logits_b, target)
     classes = logits_a.shape[1]
     if classes < 3:
-        raise InputError(f"of {classes} classes no two are non-target; non-target consistency needs at least 3")
+        raise InputError(f"non-target consistency needs at least 3 classes, got {classes}")
     columns = torch.arange(classes - 1, device=target.device)
     found = []
     for rows in _slices(len(target), classes):
@@ -82,7 +82,7 @@ def prediction_correlation(logits_a: Tensor, logits_b: Tensor, kind: str = "pear
     images, classes = logits_a.shape
     count, length = (classes, images) if intra else (images, classes)
     if length < 2:
-        raise InputError(f"axis {axis} correlates over {'images' if intra else 'classes'}, of which there is but one")
+        raise InputError(f"axis {axis} correlates over {'images' if intra else 'classes'}, and there is only one")
     norms = [_log_sums(logits) for logits in (logits_a, logits_b)]
     found = []
     for part in _slices(count, length):

@@ -87,7 +87,7 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
     if cfg.SOLVER.BATCH_SIZE % share[1]:
         raise InputError(
             f"SOLVER.BATCH_SIZE, the batch of all processes, is {cfg.SOLVER.BATCH_SIZE} and must be a multiple of "
-            f"their number, {share[1]}"
+            f"the number of processes, {share[1]}"
         )
     dataset = open_dataset(cfg)
     method, seed = distiller_dict[cfg.DISTILLER.TYPE], cfg.EXPERIMENT.SEED
@@ -132,7 +132,7 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
         raise InputError(f"the images do not fit into the memory of {device}; set DATASET.LOADER workers") from error
     if len(train) == 0:
         raise InputError(
-            f"SOLVER.DROP_LAST leaves nothing of {train.num_data} training images: the only batch is smaller "
+            f"SOLVER.DROP_LAST leaves none of {train.num_data} training images: the only batch is smaller "
             f"than SOLVER.BATCH_SIZE={train.batch_size}; give a batch size of at most {train.num_data}"
         )
     return Loaders(train, val, test, num_data=len(splits.train), num_classes=dataset.num_classes)

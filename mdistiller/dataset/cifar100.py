@@ -52,7 +52,7 @@ class CIFAR100(DataSet):
         missing = [name for name in MD5 if not (folder / name).is_file()]
         if missing and not self.download:
             raise InputError(
-                f"CIFAR-100: {folder / missing[0]} is missing and DATASET.DOWNLOAD is off; turn it on, or "
+                f"CIFAR-100: {folder / missing[0]} is missing and DATASET.DOWNLOAD is off; turn downloads on, or "
                 f"{_how_to_get(folder)}"
             )
         if missing:

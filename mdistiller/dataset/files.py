@@ -74,7 +74,8 @@ class InFiles:
                     yield image.convert("RGB")
             except Exception as error:  # Pillow's decoders raise what they like
                 raise InputError(
-                    f"cannot read the image {path}: {error}; fetch it again, or delete it where its class has others"
+                    f"cannot read the image {path}: {error}; download the image again, or delete it if "
+                    "its class has other images"
                 ) from None
 
 

@@ -59,7 +59,7 @@ class Folder(DataSet):
     def load(self) -> tuple[Split, Split]:
         found = [name for name in self.test_folders if (self.place / name).is_dir()] or self.test_folders[-1:]
         if len(found) > 1:
-            warn(f"the test images are those in {self.place / found[0]}; those in {self.place / found[1]} are not used")
+            warn(f"test images are read from {self.place / found[0]}; images in {self.place / found[1]} are not used")
         return self.read("train"), self.read(found[0])
 
     def read(self, name: str) -> Split:
@@ -73,7 +73,7 @@ class Folder(DataSet):
         unknown = [name for name in found if name not in number]
         if unknown:
             raise InputError(
-                f"{folder} holds {unknown[0]!r}, which {self.place / 'train'} has not: {self.wanted(folder)}"
+                f"{folder} holds the class {unknown[0]!r}, which {self.place / 'train'} lacks: {self.wanted(folder)}"
             )
         try:
             samples = make_dataset(str(folder), {name: number[name] for name in found}, IMG_EXTENSIONS)

@@ -79,6 +79,6 @@ def negatives_from(cfg: Any, section: str, labels: Tensor) -> Negatives:
         if "K" in (settings.get("NCE") or {}):
             return Negatives(labels, settings["NCE"]["K"], settings.get("MODE", "exact"), cfg.EXPERIMENT.SEED)
     raise InputError(
-        "the method asks for contrastive_index, and nothing says how many negatives each image gets; give "
+        "the method asks for contrastive_index, and the number of negatives is not set; set "
         "CRD.NCE.K (mdistiller: 16384)"
     )

@@ -52,8 +52,8 @@ def reduce_train(labels: Tensor, fraction: float, per_class: int, seed: int) -> 
         return None
     if fraction != 1 and per_class != 0:
         raise InputError(
-            f"DATASET.TRAIN_FRACTION={fraction} and DATASET.TRAIN_PER_CLASS={per_class} are both given; "
-            "leave one of them at its default (1.0 and 0)"
+            f"DATASET.TRAIN_FRACTION={fraction} and DATASET.TRAIN_PER_CLASS={per_class} are both set; "
+            "leave one at its default (1.0 and 0)"
         )
     if per_class:
         check_class_numbers(labels, "DATASET.TRAIN_PER_CLASS")

@@ -129,7 +129,9 @@ class DCD(Distiller):
         self.learn_temperature, self.detach_target = own.LEARN_TEMPERATURE, own.DETACH_TARGET
         self.gather = own.GATHER
         if self.detach_target and not self.alpha:
-            raise InputError("DCD.DETACH_TARGET concerns the consistency term, which DCD.ALPHA 0 takes away")
+            raise InputError(
+                "DCD.DETACH_TARGET has no effect without the consistency term (DCD.ALPHA 0); leave it at False"
+            )
         width_s, width_t = (facts.need("pooled_width") for facts in self.network_facts(cfg))
         with generator_kept():
             self.embed_s = nn.Linear(width_s, own.FEAT_DIM)

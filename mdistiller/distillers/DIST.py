@@ -394,7 +394,7 @@ class DISTPlus(DIST):
         uses_maps = bool(self.channel_weight or self.spatial_weight)
         if self.feature_relation != "pearson" and not uses_maps:
             raise InputError(
-                f"DIST_PLUS.FEATURE_RELATION {self.feature_relation} has nothing to act on: CHANNEL_WEIGHT and "
+                f"DIST_PLUS.FEATURE_RELATION {self.feature_relation} has no effect: CHANNEL_WEIGHT and "
                 "SPATIAL_WEIGHT are both 0"
             )
         self.acclimated = self._find_acclimated(cfg)
@@ -415,7 +415,7 @@ class DISTPlus(DIST):
         if self.acclimate == "none":
             if names or own.ACCLIMATE_LR:
                 raise InputError(
-                    "DIST_PLUS.ACCLIMATE none leaves the teacher as it is, so ACCLIMATE_MODULES must be empty and "
+                    "DIST_PLUS.ACCLIMATE none does not train the teacher, so ACCLIMATE_MODULES must be empty and "
                     f"ACCLIMATE_LR 0; got {names} and {own.ACCLIMATE_LR}"
                 )
             return []
@@ -424,10 +424,10 @@ class DISTPlus(DIST):
             try:
                 names = [of_teacher.need("last_convolution"), of_teacher.need("classifier")]
             except InputError as error:
-                raise InputError(f"{error}; name what is to be acclimated: DIST_PLUS.ACCLIMATE_MODULES") from None
+                raise InputError(f"{error}; name the modules to train: DIST_PLUS.ACCLIMATE_MODULES") from None
         if self.acclimate == "nontarget" and of_teacher.classes <= 2:
             raise InputError(
-                "DIST_PLUS.ACCLIMATE nontarget: of two classes one is no target, which leaves nothing to correlate; "
+                "DIST_PLUS.ACCLIMATE nontarget needs at least three classes: two leave one value, without correlation; "
                 "set DIST_PLUS.ACCLIMATE none"
             )
         found = {}  # modules may contain each other
@@ -436,7 +436,9 @@ class DISTPlus(DIST):
                 if not isinstance(part, nn.modules.batchnorm._BatchNorm):
                     found.update({id(p): p for p in part.parameters(recurse=False)})
         if not found:
-            raise InputError(f"DIST_PLUS.ACCLIMATE_MODULES: {names} have no parameters but BatchNorm's, which stay")
+            raise InputError(
+                f"DIST_PLUS.ACCLIMATE_MODULES: {names} have only BatchNorm's parameters, which are not trained"
+            )
         return list(found.values())
 
     def teacher_parameters(self) -> list[nn.Parameter]:

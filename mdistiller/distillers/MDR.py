@@ -342,14 +342,14 @@ class MDR(Distiller):
         self.stages = len(self.student_stages)
         if self.stages != len(self.teacher_stages) or not self.stages:
             raise InputError(
-                f"MDR relates stages one to one, but the {of_student} has {self.stages} of them and the {of_teacher} "
+                f"MDR relates stages one to one, but the {of_student} has {self.stages} stages and the {of_teacher} "
                 f"{len(self.teacher_stages)} (by MDR.STAGES); choose networks with equally many stages, or, where they "
                 "declare as many, MDR.STAGES declared"
             )
         for key in ("ANGLE_STAGES", "LENGTH_STAGES", "DISTANCE_STAGES"):
             if own[key] > self.stages:
                 raise InputError(
-                    f"MDR.{key} must be from 0 (all) to {self.stages}, the stages there are, got {own[key]}"
+                    f"MDR.{key} must be from 0 (all) to {self.stages}, the number of stages, got {own[key]}"
                 )
         if own.AUGMENT == "rotation" and own.MIXUP_ALPHA != 1:
             raise InputError(

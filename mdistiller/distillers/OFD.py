@@ -145,7 +145,9 @@ class OFD(Distiller):
         widths_s, widths_t = of_student.preact_channels[1:], of_teacher.preact_channels[1:]
         self.stages = min(len(norms), len(widths_s), len(widths_t))
         if not self.stages:
-            raise InputError(f"OFD: the {of_student} and the {of_teacher} need a map behind the first; choose others")
+            raise InputError(
+                f"OFD: the {of_student} and the {of_teacher} need at least two maps; choose other networks"
+            )
         self.connectors = Connectors(widths_s[-self.stages :], widths_t[-self.stages :], kernel_size)
         # Margins depend on the teacher only: buffers move to the device, and are not saved.
         for i, name in enumerate(norms[-self.stages :]):

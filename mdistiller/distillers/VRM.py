@@ -254,8 +254,7 @@ class VRM(Distiller):
         widths = [of_network.classes if self.on_logits else of_network.need("pooled_width") for of_network in facts]
         if self.zsnorm and widths[0] <= 2:
             raise InputError(
-                f"VRM.ZSNORM: with {widths[0]} classes ZSNorm leaves nothing of a prediction but which class is "
-                "ahead; set VRM.ZSNORM False"
+                f"VRM.ZSNORM: with {widths[0]} classes ZSNorm keeps only the order of the classes; set VRM.ZSNORM False"
             )
         compares = bool(self.alpha or self.beta or self.vertex_weight)  # else nothing would train an adaptor
         self.adaptor = make_adaptor(own.ADAPTOR, *widths) if compares else nn.Identity()
@@ -348,7 +347,7 @@ class VRMOneView(VRM):
         for key, value in (("GRAPH", "virtual"), ("JOINT_FORWARD", False)):
             if cfg.VRM[key] != value:
                 raise InputError(
-                    f"VRM.{key} {cfg.VRM[key]} speaks of two views, and VRM_ONE_VIEW has one; leave it at {value}, or "
+                    f"VRM.{key} {cfg.VRM[key]} needs two views, and VRM_ONE_VIEW has one; leave it at {value}, or "
                     "set DISTILLER.TYPE VRM"
                 )
 

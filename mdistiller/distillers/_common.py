@@ -162,11 +162,13 @@ def stage_pairs(student: NetworkFacts, teacher: NetworkFacts, rule: str) -> list
     pairs = list(zip(range(first + offset, num_s), range(first, num_t), strict=False))
     found = f"the {student} has {num_s} feature maps, the {teacher} {num_t}"
     if not pairs:
-        raise InputError(f"{found}: no stages are left to compare; let the networks return more maps, or choose others")
+        raise InputError(
+            f"{found}: no stages are left to compare; let the networks return more maps, or choose other networks"
+        )
     for facts, used, number in ((student, [s for s, _ in pairs], num_s), (teacher, [t for _, t in pairs], num_t)):
         left = [place for place in range(_first_stage(facts), number) if place not in used]
         if left and num_s - _first_stage(student) != num_t - _first_stage(teacher):
-            warn(f"{found}: the {facts.role}'s from {left[0]} to {left[-1]} are compared with none")
+            warn(f"{found}: the {facts.role}'s maps {left[0]} to {left[-1]} are not compared")
     return pairs
 
 
@@ -191,7 +193,7 @@ def wants_standardised_logits(distiller: Distiller, cfg: Any) -> bool:
     wanted = cfg.EXPERIMENT.LOGIT_STAND
     if wanted and (classes := distiller.network_facts(cfg)[0].classes) <= 2:
         raise InputError(
-            f"EXPERIMENT.LOGIT_STAND: with {classes} classes, standardised logits only say which class is ahead; "
+            f"EXPERIMENT.LOGIT_STAND: with {classes} classes, standardised logits keep only the order of the classes; "
             "set EXPERIMENT.LOGIT_STAND False"
         )
     return wanted

@@ -87,8 +87,8 @@ class AddedKD:
         ]
         if not pairs:
             raise InputError(
-                f"DISTILLER.ADD_KD: {type(distiller).__name__} never shows its student the images of the batch as they "
-                "are, so that there is nothing to distil beside it; leave DISTILLER.ADD_KD at 0"
+                f"DISTILLER.ADD_KD: {type(distiller).__name__} never shows its student the unchanged images of the "
+                "batch, so KD cannot be added; leave DISTILLER.ADD_KD at 0"
             )
         term = sum(kd_loss(of_s, of_t, self.temperature) for of_s, of_t in pairs)
         return logits, {**losses, TERM: self.weight * term}

@@ -286,7 +286,8 @@ def build_distiller(
         distiller = method(*arguments.values()) if contract.by_place else method(**arguments)
     if not isinstance(getattr(distiller, "student", None), nn.Module):
         raise InputError(
-            f"{where(method)}: the constructor keeps no student; it must call super().__init__(student, teacher)"
+            f"{where(method)}: the constructor does not store the student; it must call "
+            "super().__init__(student, teacher)"
         )
     if cfg.DISTILLER.ADD_KD:
         add_kd(distiller, cfg.DISTILLER.ADD_KD, cfg.DISTILLER.ADD_KD_TEMPERATURE)

@@ -97,7 +97,7 @@ class ConfigTree(CN):
             return False
         default, matters, advice = RETIRED[key]
         if value != default:
-            message = f"{key} {value} is not there any more: {advice}"
+            message = f"{key} {value} was removed: {advice}"
             if matters:
                 raise InputError(message)
             say(message)
@@ -464,7 +464,7 @@ def check_config(cfg: CN) -> None:
     _say_what_is_ignored(cfg)
     if cfg.DISTILLER.ADD_KD and not contract_of(distiller_dict[cfg.DISTILLER.TYPE]).teacher:
         raise InputError(
-            f"DISTILLER.ADD_KD {cfg.DISTILLER.ADD_KD} needs a teacher, which {cfg.DISTILLER.TYPE} has not; use KD or "
+            f"DISTILLER.ADD_KD {cfg.DISTILLER.ADD_KD} needs a teacher, and {cfg.DISTILLER.TYPE} has none; use KD or "
             "KD_TWO_VIEWS"
         )
     _check_mixed_labels(cfg)
@@ -475,7 +475,7 @@ def check_config(cfg: CN) -> None:
     _check_names(cfg)
     if cfg.SOLVER.EPOCHS <= cfg.SOLVER.WARMUP_EPOCHS:
         raise InputError(
-            f"SOLVER.WARMUP_EPOCHS is {cfg.SOLVER.WARMUP_EPOCHS}, which leaves nothing of "
+            f"SOLVER.WARMUP_EPOCHS is {cfg.SOLVER.WARMUP_EPOCHS}, which leaves no epoch of "
             f"SOLVER.EPOCHS {cfg.SOLVER.EPOCHS}"
         )
     _check_rates(cfg.SOLVER)
@@ -551,7 +551,7 @@ def _check_method_settings(cfg: CN) -> None:
         if method.defaults:
             source = "add them to its DEFAULTS, or give them in the config or as KEY VALUE"
         raise InputError(
-            f"{file.path.name} reads settings that have no default and are not given: {', '.join(missing)}; {source}"
+            f"{file.path.name} reads settings that have no default and are not set: {', '.join(missing)}; {source}"
         )
 
 

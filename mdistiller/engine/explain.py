@@ -37,9 +37,9 @@ def read_output(distiller: nn.Module, output: Any) -> tuple[Tensor, dict[str, Te
         raise _returned(method, found)
     logits, losses = output
     if not isinstance(logits, Tensor):
-        raise _returned(method, f"{type(logits).__name__} in place of the logits")
+        raise _returned(method, f"{type(logits).__name__} instead of the logits")
     if not (isinstance(losses, Mapping) and losses):
-        raise _returned(method, f"{losses!r:.80} in place of the losses")
+        raise _returned(method, f"{losses!r:.80} instead of the losses")
     for name, loss in losses.items():
         if not (isinstance(loss, Tensor) and loss.is_floating_point()):
             raise _returned(method, f"the loss {name!r} as {type(loss).__name__}")
@@ -94,7 +94,7 @@ def check_gradients(distiller: nn.Module, losses: Mapping[str, Tensor], optimize
         names = _names_of(distiller)
         found = ", ".join(sorted({names.get(id(p), f"a tensor {tuple(p.shape)}") for p in lost}))
         warn(
-            f"{method}: the losses depend on {found}, which the optimiser does not hold: it keeps its first values. "
+            f"{method}: the losses depend on {found}, which the optimiser does not hold, so its values stay. "
             "Make a list of modules an nn.ModuleList, a tensor an nn.Parameter of the method, and let "
             "get_learnable_parameters() return them"
         )
@@ -206,6 +206,6 @@ def check_batches(distiller: nn.Module, loader: Any, batch_norm_over: str = "loc
     if smallest == 1 and batch_norm:
         raise InputError(
             f"the last batch of an epoch holds a single image ({loader.num_data} training images, "
-            f"SOLVER.BATCH_SIZE {loader.batch_size}), from which BatchNorm cannot take statistics; "
+            f"SOLVER.BATCH_SIZE {loader.batch_size}), and BatchNorm cannot compute statistics from one image; "
             "use another SOLVER.BATCH_SIZE, at least 2, or set SOLVER.DROP_LAST True"
         )

@@ -435,7 +435,7 @@ class Evaluate(Hook):
         if deploys_whole(type(self.trainer.distiller)):
             method = type(self.trainer.distiller).__name__
             warn(
-                f"{method} predicts by its own forward_test and does not say which network that is: the whole method "
+                f"{method} predicts by its own forward_test and does not say which network predicts: the whole method "
                 f"is scored, averaged and saved as the student. Define deployed(self) in {method}: it returns the "
                 "network that predicts, self.student where forward_test calls nothing else"
             )
@@ -843,8 +843,8 @@ class Console(Hook):
         say(
             f"Last: {headline.label} {headline.text(last[headline.name])} on {last['images']} {last['split']} "
             f"images| best (epoch {best['epoch']}, picked on the {best.get('picked_on', best['split'])} split): "
-            f"{headline.text(best[headline.name])}| {duration(seconds['train'] + seconds['evaluation'])} in all| "
-            f"everything in {self.trainer.folder}",
+            f"{headline.text(best[headline.name])}| {duration(seconds['train'] + seconds['evaluation'])} in total| "
+            f"files in {self.trainer.folder}",
             "EVAL",
         )
 

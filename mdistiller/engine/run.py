@@ -201,6 +201,6 @@ def _check_rest(trainer: BaseTrainer, facts: dict[str, Any], folder: Path) -> No
     scored = trainer.results.get("last", {}).get("epoch", 0)
     if begun > wanted or (begun == wanted and trainer.step_in_epoch == 0 and scored < wanted):
         raise InputError(
-            f"{folder} has {begun} epochs behind it{'' if begun > wanted else ', the last of them not evaluated'}, and "
+            f"{folder} has trained {begun} epochs{'' if begun > wanted else ', the last one not evaluated'}, and "
             f"SOLVER.EPOCHS is {wanted}; give at least {begun + (begun == wanted)}"
         )

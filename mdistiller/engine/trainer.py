@@ -138,7 +138,7 @@ class BaseTrainer:
             self.resume()
         if self.step == 0 and distributed.on_first_process((self.folder / "latest").exists):
             raise InputError(
-                f"{self.folder} holds a run already; go on with it by resume=True, or give another name or LOG.PREFIX"
+                f"{self.folder} holds a run already; continue the run by resume=True, or give another name"
             )
         if self.step == 0:  # else the result came with the state
             prepare(self)
@@ -283,7 +283,7 @@ class BaseTrainer:
                 problems.append(str(error))
                 continue
             for problem in problems:
-                warn(f"{problem}; going on from {path} instead")
+                warn(f"{problem}; continuing from {path} instead")
             further, steps = divmod(self.step_in_epoch, self.steps_per_epoch)
             done = f"{(epochs := self.epoch - 1 + further)} epoch{'' if epochs == 1 else 's'}"
             more = f" and {steps} of {self.steps_per_epoch} steps" if steps else ""

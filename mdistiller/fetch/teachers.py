@@ -259,7 +259,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.verify:
         for collection in collections:
             if not verify_teachers(collection, args.root):
-                raise InputError(f"none of {collection} lies in {args.root}; without --verify they are fetched")
+                raise InputError(
+                    f"{args.root} holds no file of {collection}; download the files by the command without --verify"
+                )
         return 0
     try:
         for collection in collections:

@@ -94,8 +94,8 @@ class NetworkFacts:
         shapes = self.preact_shapes or self.need("shapes")
         if self.preact_shapes is None and self.activated:
             warn(
-                f"the {self} gives no features['preact_feats']: this method reads maps before the ReLU, and takes "
-                "those behind it"
+                f"the {self} gives no features['preact_feats']: this method reads maps before the ReLU, and now reads "
+                "maps behind the ReLU"
             )
         return _widths(shapes)
 

@@ -152,7 +152,7 @@ def _plan_from(tree: Any, allow_plugins: bool) -> Plan:
     headlines = {task_of(cell.cfg).headline: cell.cfg.DATASET.TYPE for cell in plan.cells()}
     if len(headlines) > 1:
         found = " and ".join(f"{headline.label} on {dataset}" for headline, dataset in headlines.items())
-        raise InputError(f"its runs cannot stand in one table, because they are scored by {found}; make a plan of each")
+        raise InputError(f"one table cannot show runs that are scored by {found}; write one plan for each")
     return replace(plan, headline=next(iter(headlines)))
 
 
@@ -179,7 +179,7 @@ def _check_tree(tree: Any) -> None:
     for claim in tree.get("CLAIMS", []):
         if not _is_claim(claim, tree["METHODS"]):
             raise InputError(
-                f"a claim names two of {list(tree['METHODS'])}, and may give the points that they differ by at most, "
+                f"a claim names two of {list(tree['METHODS'])}, and may give the largest difference in points, "
                 f"not {claim}"
             )
     # Not tried with format alone: "{images:999999999}" fills the memory.

@@ -81,7 +81,7 @@ def _say_other_versions(done: list[Cell], say: Callable[[str], None]) -> None:
             changed.setdefault(now["path"], []).append(cell.folder)
     for path, folders in changed.items():
         say(
-            f"made by another version of {path}, and kept: {', '.join(map(str, folders))}; to run them again, delete "
+            f"made with another version of {path}, and kept: {', '.join(map(str, folders))}; to run them again, delete "
             "these folders"
         )
 
@@ -120,7 +120,7 @@ def _cores() -> int:
 def _run_all(cells: list[Cell], jobs: int, say: Callable[[str], None]) -> None:
     failed, images, start, kind = [], 0, time.perf_counter(), InputError
     if cells:
-        say(f"{len(cells)} to run, {jobs} at a time; {cells[0].console} and its like say how each stands")
+        say(f"{len(cells)} to run, {jobs} at a time; {cells[0].console} and its like show the progress")
     for number, (cell, seconds, problem, wrong_input) in enumerate(_in_processes(cells, jobs), start=1):
         place = f"[{number}/{len(cells)}] {cell.method}, {cell.pair}, seed {cell.seed}"
         if problem:
@@ -135,7 +135,7 @@ def _run_all(cells: list[Cell], jobs: int, say: Callable[[str], None]) -> None:
             say(f"{place}: {value} after the last epoch, {seconds:.0f} s")
     if images:
         rate = images / (time.perf_counter() - start)
-        say(f"{len(cells) - len(failed)} runs, {jobs} side by side: {rate:,.0f} images a second, all together")
+        say(f"{len(cells) - len(failed)} runs, {jobs} side by side: {rate:,.0f} images a second in total")
     if failed:
         raise kind("some runs failed:\n  " + "\n  ".join(sorted(failed)))
 

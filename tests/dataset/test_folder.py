@@ -56,7 +56,7 @@ def test_a_folder_that_grows_is_seen_by_the_next_configuration(root):
 def test_test_is_taken_before_val(root, capsys):
     write_images(root / "test", CLASSES, count=1)
     assert len(load_splits(config(root)).test) == 3
-    assert "the test images are those in" in capsys.readouterr().out
+    assert "test images are read from" in capsys.readouterr().out
 
 
 def test_a_teacher_and_its_student_by_the_command(root, tmp_path, monkeypatch):
@@ -88,10 +88,10 @@ def test_a_teacher_and_its_student_by_the_command(root, tmp_path, monkeypatch):
 def test_what_is_refused(root, tmp_path):
     with pytest.raises(InputError, match=r"there is no folder .*nowhere/train: .* DATASET.ROOT names the folder"):
         build_loaders(config(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="weights for 1000 classes, not 3; name weights of your own"):
+    with pytest.raises(InputError, match="weights for 1000 classes, not 3; name your own weights"):
         build_teacher(config(root, "DISTILLER.TEACHER", "ResNet18"), 3)
     write_images(root / "val", ["dog"])
-    with pytest.raises(InputError, match=r"val holds 'dog', which .*train has not"):
+    with pytest.raises(InputError, match=r"val holds the class 'dog', which .*train lacks"):
         build_loaders(config(root))
     (root / "train" / "dog").mkdir()
     with pytest.raises(InputError, match=r"no valid file for the classes dog"):

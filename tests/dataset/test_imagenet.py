@@ -120,7 +120,9 @@ def test_a_flat_validation_folder_is_named_with_what_sorts_it(root):
 def test_a_picture_that_would_fill_the_memory_is_refused(root, monkeypatch):
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 4)
     _, split = ImageNet(root, 32).load()
-    with pytest.raises(InputError, match=r"cannot read the image .*fetch it again, or delete it where its class has"):
+    with pytest.raises(
+        InputError, match=r"cannot read the image .*download the image again, or delete it if its class has"
+    ):
         split.images.pixels()
 
 

@@ -241,7 +241,7 @@ def test_it_falls_with_the_methods_losses_and_resumes_to_the_bit(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"DISTILLER__TYPE": "NONE"}, "DISTILLER.ADD_KD 1.0 needs a teacher, which NONE has not"),
+        ({"DISTILLER__TYPE": "NONE"}, "DISTILLER.ADD_KD 1.0 needs a teacher, and NONE has none"),
         ({"DISTILLER__TYPE": "NONE_TWO_VIEWS"}, "use KD or KD_TWO_VIEWS"),
         ({"DISTILLER__ADD_KD": -1.0}, "DISTILLER.ADD_KD must be at least 0, got -1.0"),
         ({"DISTILLER__ADD_KD_TEMPERATURE": 0.0}, "DISTILLER.ADD_KD_TEMPERATURE must be above 0, got 0.0"),

@@ -505,7 +505,7 @@ def test_a_config_of_an_earlier_run_merges(tmp_path, capsys):
     path = write(tmp_path / "config.yaml", **retired, LOG={"SAVE_EVERY_MINUTES": 5.0})
     cfg = load_config(path)
     assert "INIT_B" not in cfg.DCD and "SAVE_EVERY_MINUTES" not in cfg.LOG
-    assert "LOG.SAVE_EVERY_MINUTES 5.0 is not there any more: set LOG.SAVE_EVERY_STEPS" in capsys.readouterr().out
+    assert "LOG.SAVE_EVERY_MINUTES 5.0 was removed: set LOG.SAVE_EVERY_STEPS" in capsys.readouterr().out
     path = write(tmp_path / "config.yaml", DIST={"LABEL_SMOOTHING": 0.1})
-    with pytest.raises(InputError, match=r"DIST\.LABEL_SMOOTHING 0\.1 is not there any more: set DATASET"):
+    with pytest.raises(InputError, match=r"DIST\.LABEL_SMOOTHING 0\.1 was removed: set DATASET"):
         load_config(path)

@@ -32,7 +32,9 @@ def test_a_registered_method_gets_nothing_by_place():
     class Registered(Mutual):
         def __init__(self, student, teacher, cfg, peer): ...
 
-    with pytest.raises(InputError, match=r'asks for \'peer\', which nobody gives; .* networks = {"peer": "student"}'):
+    with pytest.raises(
+        InputError, match=r'asks for \'peer\', which the library does not pass; .* networks = {"peer": "student"}'
+    ):
         contract_of(Registered)
 
 
@@ -119,9 +121,9 @@ def trainer_of(tmp_path, value, decorated=False):
     [
         (lambda logits, loss: loss, "Tensor"),
         (lambda logits, loss: (logits,), "1 values"),
-        (lambda logits, loss: (None, {"ce": loss}), "NoneType in place of the logits"),
-        (lambda logits, loss: (logits, loss), r"tensor\(.* in place of the losses"),
-        (lambda logits, loss: (logits, {}), r"\{\} in place of the losses"),
+        (lambda logits, loss: (None, {"ce": loss}), "NoneType instead of the logits"),
+        (lambda logits, loss: (logits, loss), r"tensor\(.* instead of the losses"),
+        (lambda logits, loss: (logits, {}), r"\{\} instead of the losses"),
         (lambda logits, loss: (logits, {"ce": loss, "kd": 0.0}), "the loss 'kd' as float"),
         (lambda logits, loss: (logits, {"ce": loss.detach()}), r"losses without gradient \(ce\)"),
     ],
@@ -178,7 +180,10 @@ class TrainsNothing(Returns):
 @pytest.mark.parametrize(
     ("method", "found"),
     [
-        (KeepsNothing, r"the constructor keeps no student; it must call super\(\).__init__\(student, teacher\)"),
+        (
+            KeepsNothing,
+            r"the constructor does not store the student; it must call super\(\).__init__\(student, teacher\)",
+        ),
         (TakesNothing, "the constructor takes no student; it can have student, teacher, cfg, num_data"),
         (HasNoStep, "it defines no forward_train"),
         (

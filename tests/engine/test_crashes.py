@@ -303,7 +303,7 @@ def test_fewer_epochs_than_are_begun_or_scored_are_refused_on_resume(tmp_path):
     run(tiny_config(tmp_path, SOLVER__EPOCHS=4, LOG__EVAL_FREQ=4, LOG__SAVE_CHECKPOINT_FREQ=3))
     folder = tmp_path / "distill" / "default"
     shutil.copy(folder / "epoch_3", folder / "latest")
-    with pytest.raises(InputError, match=r"3 epochs behind it.*SOLVER\.EPOCHS is 3; give at least 4"):
+    with pytest.raises(InputError, match=r"trained 3 epochs.*SOLVER\.EPOCHS is 3; give at least 4"):
         run(tiny_config(tmp_path, SOLVER__EPOCHS=3, LOG__EVAL_FREQ=4), resume=True)
 
 

@@ -268,7 +268,7 @@ def test_the_commands_train_such_a_method_and_read_its_student(tmp_path):
         ],
     )
     assert done.code == 0, done.err
-    assert "holds a whole method; its student is taken, without projector, steps" in done.out
+    assert "holds a whole method; only its student is loaded, without projector, steps" in done.out
     whole = load_weights(folder / "student_best", whole=True)
     assert load_weights(folder / "student_best").keys() == {
         key.removeprefix("student.") for key in whole if key.startswith("student.")

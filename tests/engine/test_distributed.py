@@ -245,7 +245,7 @@ def test_test_batches_in_turn(found):
 def test_what_is_refused(found):
     both = of_task(found, "runs")
     for result in both:
-        assert "must be a multiple of their number, 2" in result["odd batch"][1]
+        assert "must be a multiple of the number of processes, 2" in result["odd batch"][1]
         assert "holds 2 images" in result["tiny batch"][1] and "too few for 2 processes" in result["tiny batch"][1]
         assert "holds a run already" in result["held"][1]
         assert "not divided among them" in result["loader"][1]

@@ -91,7 +91,7 @@ def test_an_environment_that_says_something_else_is_written_anew(folder, capsys,
     path.write_text(content)
     write_environment(path, {"host": "here"}, resumed=True)
     assert json.loads(path.read_text()) == {"host": "here", "earlier": []}
-    assert "does not say any more where the run was before" in capsys.readouterr().out
+    assert "no longer says where the run was before" in capsys.readouterr().out
 
 
 class Renaming(Hook):

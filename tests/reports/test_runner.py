@@ -133,7 +133,7 @@ def test_what_is_printed_and_written(printed):
 
     console = OUTPUT / "teacher" / "res8" / "seed0.log"
     assert printed.startswith(
-        f"Tiny: 40 images, two epochs\n1 to run, 1 at a time; {console} and its like say how each stands\n"
+        f"Tiny: 40 images, two epochs\n1 to run, 1 at a time; {console} and its like show the progress\n"
         "[1/1] teacher, res8, seed 0: "
     )
     assert all(f"] {method}, res20_res8, seed {seed}: " in printed for method, seed in CELLS)
@@ -174,7 +174,9 @@ def test_runs_of_another_version_of_the_methods_file_are_named(printed):
     set_results("KD", 1, method_file={"path": "elsewhere/KD.py", "sha256": "0" * 64})
     lines = run_again()
     (line,) = [line for line in lines if "another version" in line]
-    assert line.startswith(f"made by another version of mdistiller/distillers/KD.py, and kept: {folder_of('KD', 1)}; ")
+    assert line.startswith(
+        f"made with another version of mdistiller/distillers/KD.py, and kept: {folder_of('KD', 1)}; "
+    )
     assert ran(lines) == []
 
 

@@ -58,13 +58,13 @@ def read_yaml(path: Path) -> Any:
     """
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe may wait for ever
-            raise InputError(f"cannot read {path}: it is no regular file; write its content into one")
+            raise InputError(f"cannot read {path}: it is no regular file; copy its content into a regular file")
         with path.open(encoding="utf-8") as file:
             return yaml.load(file, _Loader)
     except (InputError, FileNotFoundError):
         raise
     except IsADirectoryError:
-        raise InputError(f"cannot read {path}: it is a folder; name a file in it") from None
+        raise InputError(f"cannot read {path}: it is a folder; name a file") from None
     except UnicodeDecodeError:
         raise InputError(f"cannot read {path}: it is no text file (UTF-8)") from None
     except RecursionError:
@@ -355,7 +355,7 @@ def _read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> dict[Path, tup
     """The file's path and tree behind those of its bases, by resolved path, in the order in which they are merged."""
     where = f" (the {BASE_KEY} of {below[-1]})" if below else ""
     if len(below) > DEEPEST:
-        raise InputError(f"{below[0]} builds on more than {DEEPEST} files, one on the other, by {BASE_KEY}")
+        raise InputError(f"{below[0]} is more than {DEEPEST} files deep in {BASE_KEY}")
     resolved = path.resolve()
     if resolved in [p.resolve() for p in below]:
         raise InputError(f"{path}{where} inherits from itself: {' -> '.join(map(str, [*below, path]))}")
@@ -364,7 +364,7 @@ def _read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> dict[Path, tup
     except FileNotFoundError:
         raise InputError(f"no config file {path}{where}; {files_nearby(path)}") from None
     if tree is None:
-        raise InputError(f"config file {path}{where} is empty; it must hold keys, as those in configs/ do")
+        raise InputError(f"config file {path}{where} is empty; it must hold keys, like the files in configs/")
     if not isinstance(tree, dict):
         raise InputError(f"config file {path}{where} must hold keys, not {type(tree).__name__}")
     bases = tree.pop(BASE_KEY, None) or []

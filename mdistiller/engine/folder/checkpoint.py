@@ -377,7 +377,7 @@ def load_weights(path: StrPath, whole: bool = False) -> dict[str, Tensor]:
     if _has_student(content) and not whole:  # latest, best: a whole distiller
         others = {key.split(".")[0] for key in content} - {"student", "teacher"}
         if others:
-            say(f"{path} holds a whole method; its student is taken, without {', '.join(sorted(others))}")
+            say(f"{path} holds a whole method; only its student is loaded, without {', '.join(sorted(others))}")
         content = {key.removeprefix("student."): v for key, v in content.items() if key.startswith("student.")}
     return dict(content)
 

@@ -81,7 +81,7 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool, quiet: b
             return True
         if _is_finished(folder):
             raise InputError(
-                f"{folder} holds a finished run without its latest, from which it would go on; replace the run by "
+                f"{folder} holds a finished run without its file latest, so it cannot continue; replace the run by "
                 "--overwrite, or name another folder with EXPERIMENT.NAME"
             )
         if not quiet:
@@ -89,7 +89,7 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool, quiet: b
         return False
     if not overwrite:
         raise InputError(
-            f"{folder} holds a run already; go on with it by --resume, replace it by --overwrite, or name "
+            f"{folder} holds a run already; continue the run by --resume, replace it by --overwrite, or name "
             "another folder with EXPERIMENT.NAME"
         )
     return False
@@ -141,7 +141,7 @@ def _check_same_experiment(folder: Path, cfg: Any) -> None:
     if fatal:
         raise InputError(
             f"{folder} holds another experiment and cannot be resumed as this one: {', '.join(map(str, fatal))}; "
-            "give the settings that it was begun with, or name another folder with EXPERIMENT.NAME"
+            "give the settings of its first start, or name another folder with EXPERIMENT.NAME"
         )
 
 
@@ -231,7 +231,7 @@ def write_environment(path: Path, environment: dict[str, Any], resumed: bool) ->
             before = json.loads(path.read_text())
             earlier = [*before.pop("earlier", []), before]
         except (OSError, ValueError, TypeError, AttributeError):
-            warn(f"{path} does not say any more where the run was before")
+            warn(f"{path} no longer says where the run was before")
     write_atomically(path, json.dumps({**environment, "earlier": earlier}, indent=1) + "\n")
 
 

@@ -190,7 +190,7 @@ class TensorboardWriter(Writer):
         except (DiskFullError, ImportError):
             raise
         except Exception as error:
-            warn(f"no more TensorBoard files, the run goes on without them: {error}")
+            warn(f"no more TensorBoard files; the run continues: {error}")
             self.events = self.steps = None
 
 
@@ -235,7 +235,7 @@ class WandbWriter(Writer):
         try:
             yield
         except Exception as error:  # any of its failures: no network, no account, no package
-            say(f"LOG.WANDB is on, but wandb failed; going on without it: {error}")
+            say(f"LOG.WANDB is on, but wandb failed; the run continues without it: {error}")
             self.run = None
 
 

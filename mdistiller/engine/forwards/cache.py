@@ -48,14 +48,14 @@ def check_cacheable(cfg: Any) -> None:
     """
     name, keys = cfg.DISTILLER.TYPE, cfg.DATASET
     if not contract_of(distiller_dict[name]).teacher:
-        raise InputError(f"{KEY} needs a teacher, which {name} has not; set it to False")
+        raise InputError(f"{KEY} needs a teacher, and {name} has none; set it to False")
     if cfg.SOLVER.COMPILE == "teacher":
-        raise InputError(f"{KEY}: a teacher whose outputs are kept is not compiled; set SOLVER.COMPILE off")
+        raise InputError(f"{KEY}: a teacher with stored outputs is not compiled; set SOLVER.COMPILE off")
     views = training_views(cfg, distiller_dict[name])
     if len(views) > 1:
         raise InputError(
-            f"{KEY}: {name} asks for {len(views)} views ({', '.join(views)}), and the outputs of one are kept; set it "
-            "to False"
+            f"{KEY}: {name} asks for {len(views)} views ({', '.join(views)}), and outputs are stored for one view; set "
+            "it to False"
         )
     ((_, (view, recipe)),) = views.items()
     dataset, chosen = open_dataset(cfg), f"VIEW_{view.upper()}"
@@ -68,7 +68,7 @@ def check_cacheable(cfg: Any) -> None:
         found.append(f"DATASET.{chosen} {keys[chosen]} (the same in every epoch: {', '.join(fixed) or 'none'})")
     if found:
         raise InputError(
-            f"{KEY} needs images that are the same in every epoch, which these change: {', '.join(found)}; switch them "
+            f"{KEY} needs equal images in every epoch, and these change the images: {', '.join(found)}; switch them "
             f"off, or set {KEY} False"
         )
 
@@ -99,7 +99,7 @@ def cache_teacher(distiller: nn.Module, loader: Any, cfg: Any, precision: Precis
     }
     for reason, holds in reasons.items():
         if holds:
-            raise InputError(f"{KEY}: {name} {reason}, so that outputs cannot be kept; set it to False")
+            raise InputError(f"{KEY}: {name} {reason}, so outputs cannot be stored; set it to False")
     return TeacherCache(name, distiller.teacher, loader, precision)
 
 
@@ -134,13 +134,13 @@ class TeacherCache:
         given = (*args, *kwargs.values())
         if len(given) != 1 or given[0] is not images:
             raise InputError(
-                f"{KEY}: {self.method} shows its teacher something other than the batch's images as they are, so that "
-                "outputs cannot be kept; set it to False"
+                f"{KEY}: {self.method} shows its teacher other images than the batch's, so "
+                "outputs cannot be stored; set it to False"
             )
         if self.teacher.training or any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self.parts):
             raise InputError(
-                f"{KEY}: {self.method} has its teacher in training mode, or hooks on parts of it, so that outputs "
-                "cannot be kept; set it to False"
+                f"{KEY}: {self.method} has its teacher in training mode, or hooks on the teacher's modules, so outputs "
+                "cannot be stored; set it to False"
             )
         if self.tree is None:
             self._compute(following, None)

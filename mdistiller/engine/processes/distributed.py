@@ -101,13 +101,13 @@ def check_device(device: torch.device) -> None:
         return
     if device.index is not None:
         raise InputError(
-            f"SOLVER.DEVICE {device} would put all {world_size()} processes on one GPU; give cuda or auto, and each "
+            f"SOLVER.DEVICE {device} would put all {world_size()} processes on one GPU; set cuda or auto, and each "
             "takes its own"
         )
     if local_rank() >= torch.cuda.device_count():
         raise InputError(
             f"process {rank()} finds no GPU of its own: there are {torch.cuda.device_count()} on this machine; start "
-            "as many processes with torchrun --nproc_per_node, or choose them by CUDA_VISIBLE_DEVICES"
+            "as many processes with torchrun --nproc_per_node, or choose GPUs by CUDA_VISIBLE_DEVICES"
         )
 
 

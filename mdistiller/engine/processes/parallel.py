@@ -153,7 +153,7 @@ class Parallel:
         if differing:
             warn(
                 f"processes do not agree on {', '.join(differing[:4])}, which the method fills from the "
-                "images that it sees; what is saved is the first process's. With SOLVER.GATHER True every "
+                "images that it sees; the first process's values are saved. With SOLVER.GATHER True every "
                 "process sees all images of the batch"
             )
 

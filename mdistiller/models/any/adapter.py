@@ -82,7 +82,7 @@ def with_features(
         with torch.no_grad():
             if _returns_features(network(image)):
                 if maps:
-                    raise InputError(f"{type(network).__name__} returns maps of its own; maps= cannot name others")
+                    raise InputError(f"{type(network).__name__} returns maps itself; leave out maps=")
                 return network if input is None else _subclassed(network, FitsInput, input)
             of_timm = timm_maps.able(network) and not any(isinstance(name, str) for name in maps)
             reader, shapes = (timm_maps if of_timm else probed_maps).reader_of(network, image, maps)

@@ -88,8 +88,8 @@ def _factory(module: str, name: str) -> Callable[..., nn.Module]:
         factory = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         raise InputError(
-            f"{full}: {error}; a name package.module:factory must be importable: install the package, or run where it "
-            "lies (PYTHONPATH)"
+            f"{full}: {error}; a name package.module:factory must be importable: install the package, or add its "
+            "folder to PYTHONPATH"
         ) from None
     except AttributeError:
         raise InputError(f"{full}: module {module} has no {name!r}") from None

@@ -89,7 +89,9 @@ def reader_of(network: nn.Module, image: Tensor, maps: Sequence[str]) -> tuple[P
             raise InputError(f"{type(network).__name__}: the output of {name!r} is no map (B, C, H, W) and no tokens")
     chosen = list(maps) or _stages(seen)
     if not chosen:
-        raise InputError(f"{type(network).__name__} shows no maps; name the modules that give them by maps=")
+        raise InputError(
+            f"{type(network).__name__} has no recognised maps; name the modules whose outputs are maps by maps="
+        )
     if any(by_name[name].output._version != by_name[name].version for name in chosen):
         for module in network.modules():
             if getattr(module, "inplace", False):

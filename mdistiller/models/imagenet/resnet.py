@@ -75,7 +75,7 @@ def _resnet(
         if net.fc.out_features != 1000:
             raise InputError(
                 f"{name}: pretrained=True has weights for 1000 classes, not {net.fc.out_features}; "
-                "name weights of your own with DISTILLER.TEACHER_CKPT FILE"
+                "name your own weights with DISTILLER.TEACHER_CKPT FILE"
             )
         from torchvision.models import get_model_weights
 
@@ -84,8 +84,8 @@ def _resnet(
             net.load_state_dict(weights.get_state_dict(check_hash=True))
         except OSError as error:
             raise InputError(
-                f"{name}: torchvision's weights could not be fetched ({error}); put {weights.url} into "
-                f"{torch.hub.get_dir()}/checkpoints, or name a file of your own with DISTILLER.TEACHER_CKPT FILE"
+                f"{name}: torchvision's weights could not be downloaded ({error}); put {weights.url} into "
+                f"{torch.hub.get_dir()}/checkpoints, or name your own file with DISTILLER.TEACHER_CKPT FILE"
             ) from None
     return net
 

@@ -135,11 +135,17 @@ def test_methods_that_are_refused(tmp_path, method):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"DATASET__VIEW_WEAK": "weak"}, r"change: DATASET.VIEW_WEAK weak \(the same in every epoch: plain\); switch"),
+        (
+            {"DATASET__VIEW_WEAK": "weak"},
+            r"change the images: DATASET.VIEW_WEAK weak \(the same in every epoch: plain\); switch",
+        ),
         ({"DATASET__COLOR_JITTER": 0.4, "DATASET__RANDAUGMENT": 1}, "DATASET.COLOR_JITTER 0.4, DATASET.RANDAUGMENT 1;"),
-        ({"DATASET__RANDOM_ERASING": 0.1}, "change: DATASET.RANDOM_ERASING 0.1; switch them off, or set SOLVER.CACHE"),
+        (
+            {"DATASET__RANDOM_ERASING": 0.1},
+            "change the images: DATASET.RANDOM_ERASING 0.1; switch them off, or set SOLVER.CACHE",
+        ),
         ({"DATASET__MIXUP_ALPHA": 0.2, "DATASET__CUTMIX_ALPHA": 1.0}, "DATASET.MIXUP_ALPHA 0.2, DATASET.CUTMIX_ALPHA"),
-        ({"DISTILLER__TYPE": "NONE"}, "needs a teacher, which NONE has not"),
+        ({"DISTILLER__TYPE": "NONE"}, "needs a teacher, and NONE has none"),
         ({"SOLVER__COMPILE": "teacher"}, "not compiled; set SOLVER.COMPILE off"),
     ],
 )
@@ -179,11 +185,11 @@ def test_what_a_method_does_with_its_teacher_beyond_the_images(tmp_path):
     trainer = trainer_of(tmp_path)
     teacher, cache, batch = trainer.distiller.teacher, trainer.teacher_cache, batches_of(trainer, 1)[0]
     turned = batch["image"].flip(3)
-    with cache.of(batch), pytest.raises(InputError, match="KD shows its teacher something other than the batch's"):
+    with cache.of(batch), pytest.raises(InputError, match="KD shows its teacher other images than the batch's"):
         teacher(turned)
     part = next(module for module in teacher.modules() if module is not teacher)
     handle = part.register_forward_hook(lambda *_: None)
-    with cache.of(batch), pytest.raises(InputError, match="hooks on parts of it"):
+    with cache.of(batch), pytest.raises(InputError, match="hooks on the teacher's modules"):
         teacher(batch["image"])
     handle.remove()
     part.train()

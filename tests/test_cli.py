@@ -410,7 +410,7 @@ def test_environment_and_results():
              "dataset": "digits", "training_images": 40, "images_seen": 80, "epochs": 2, "steps": 4}  # fmt: skip
     assert {key: results[key] for key in facts} == facts
     assert set(results) - set(facts) == {
-        "last", "best", "mean_of_last", "seconds", "images_per_second", "extra_parameters"
+        "last", "best", "mean_of_last", "seconds", "images_per_second", "extra_parameters", "method_file"
     }  # fmt: skip
     assert (results["last"]["epoch"], results["last"]["split"], results["last"]["images"]) == (2, "test", 539)
     assert results["best"]["top1"] == max(float(row["test_acc"]) for row in metrics_of(FIRST))

@@ -401,7 +401,8 @@ class DISTPlus(DIST):
         self.radius = own.ACCLIMATE_RADIUS
         for number, parameter in enumerate(self.acclimated):
             parameter.requires_grad_(True)
-            self.register_buffer(f"start_{number}", parameter.detach().clone())
+            # Follows from the teacher's file: not saved.
+            self.register_buffer(f"start_{number}", parameter.detach().clone(), persistent=False)
         self.align = None
         if uses_maps:
             width_s, width_t = (facts.channels[-1] for facts in self.network_facts(cfg))

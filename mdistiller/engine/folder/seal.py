@@ -55,16 +55,17 @@ def fault(file: BinaryIO) -> str | None:
             return "it goes on behind its end, or is cut short"
         if problem := _strange_entry(archive.infolist(), size):
             return problem
-        if any(name.lower().endswith("data.pkl") and ALLOCATES in archive.read(name) for name in archive.namelist()):
-            return TOO_MUCH
         if not archive.comment:
-            damaged = archive.testzip()
-            return damaged and f"{damaged} fails its checksum"
-        if not archive.comment.startswith(MARK):
+            if damaged := archive.testzip():
+                return f"{damaged} fails its checksum"
+        elif not archive.comment.startswith(MARK):
             return "its checksum cannot be read"
-        file.seek(0)
-        digest = sha256(file, size - DIGEST)
-        return None if archive.comment == MARK + digest.encode() else "the file fails its checksum"
+        else:
+            file.seek(0)
+            if archive.comment != MARK + sha256(file, size - DIGEST).encode():
+                return "the file fails its checksum"
+        pickles = [name for name in archive.namelist() if name.lower().endswith("data.pkl")]
+        return TOO_MUCH if any(ALLOCATES in archive.read(name) for name in pickles) else None
 
 
 def _strange_entry(entries: list[zipfile.ZipInfo], size: int) -> str | None:

@@ -98,7 +98,8 @@ class Option:
                 raise InputError(f"{key}: no choice named {value!r}; {suggestion(str(value), self.one_of)}")
             return value
         entries = value if isinstance(value, (list, tuple)) else [value]
-        within = all(BOUNDS[name](entry, bound) for entry in entries for name, bound in self.bounds.items())
+        within = not self.bounds or all(isinstance(entry, (int, float)) for entry in entries)
+        within = within and all(BOUNDS[name](entry, bound) for entry in entries for name, bound in self.bounds.items())
         within = within and not any(isinstance(entry, int) and abs(entry) >= 2**63 for entry in entries)
         if not within or (self.holds is not None and not self.holds[0](value)):
             raise InputError(f"{key} must be {self.allowed or 'below 2**63'}, got {value}")

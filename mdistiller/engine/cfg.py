@@ -316,7 +316,7 @@ OPTIONS |= {
     "LOG.WANDB": place(False, "log to Weights & Biases too"),
 }
 
-three = (lambda value: len(value) in (0, 3), "three numbers")
+three = (lambda value: len(value) in (0, 3) and all(isinstance(v, (int, float)) for v in value), "three numbers")
 for _role in ("TEACHER", "STUDENT"):
     OPTIONS |= {f"DISTILLER.{_role}_{key}": replace(option, when=partial(_is_adapted, _role)) for key, option in {
         "ARGS": Option(CN(new_allowed=True), "arguments of the network's constructor, by name"),

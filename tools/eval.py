@@ -28,7 +28,9 @@ from mdistiller.registry import InputError
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("-m", "--model", required=True, help="a name that tools/list.py shows")
+    parser.add_argument(
+        "-m", "--model", required=True, help="a name as DISTILLER.STUDENT takes: resnet8, timm:NAME, ..."
+    )
     parser.add_argument(
         "-c",
         "--ckpt",

@@ -9,3 +9,4 @@ __all__ = ["ModelEntry", "cifar_model_dict", "imagenet_model_dict", "tiny_imagen
 
 for _table in (cifar_model_dict, tiny_imagenet_model_dict, imagenet_model_dict):
     _table.finder = find_network
+    _table.advice = "other networks: cifar:resnet8, imagenet:ResNet18, timm:NAME, package.module:factory (docs/own.md)"

@@ -1,4 +1,4 @@
-"""Pictures of a plan's runs. Needs matplotlib: ``pip install mdistiller[plots]``."""
+"""Pictures of a plan's runs. Needs matplotlib: ``pip install -e ".[plots]"``."""
 
 from __future__ import annotations
 

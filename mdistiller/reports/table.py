@@ -14,6 +14,8 @@ from .plan import Plan
 
 Results = dict[tuple[str, str, int], dict[str, Any]]
 SECONDS = "training [s]"
+# By seeds of each method: equal methods pass a claim's test in one of so many plans (normal values of one spread).
+PASSES_BY_CHANCE = {2: 6, 3: 9, 4: 14, 5: 19}
 COLUMNS = ("method", "pair", "last-epoch {}", "std", "n", SECONDS, "images seen")  # {}: the headline
 
 
@@ -123,7 +125,8 @@ def check_claims(plan: Plan, rows: list[Summary]) -> list[tuple[bool, str]]:
     """For each of the plan's claims and each pair: does it hold, and the sentence that says so.
 
     A method is better than another if its mean is better by more than the larger of both standard deviations. With a
-    limit, two methods are alike if the mean of their differences, seed by seed, is at most that.
+    limit, two methods are alike if the mean of their differences, seed by seed, is at most that. Where the test has few
+    seeds, the sentence of a claim that holds says how often chance alone passes it.
     """
     found = {(row.method, row.pair): row for row in rows}
     verdicts = []
@@ -143,7 +146,10 @@ def _better(a: Summary, b: Summary) -> tuple[bool, str]:
     headline, gain, needed = a.headline, a.headline.gain(a.mean, b.mean), max(a.std, b.std)
     holds = gain > needed
     sentence = f"{a.method} {'beats' if holds else 'does NOT beat'} {b.method} on {a.pair}: {headline.difference(gain)}"
-    return holds, f"{sentence}, larger std {headline.text(needed)}"
+    seeds = min(len(a.values), len(b.values))
+    weak = holds and seeds in PASSES_BY_CHANCE
+    chance = f" (weak: with {seeds} seeds, equal methods pass in 1 of {PASSES_BY_CHANCE[seeds]} plans)" if weak else ""
+    return holds, f"{sentence}, larger std {headline.text(needed)}{chance}"
 
 
 def _alike(a: Summary, b: Summary, limit: float) -> tuple[bool, str]:

@@ -12,7 +12,7 @@ from torch import nn
 from mdistiller.engine.build import build_student, build_teacher
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.folder.checkpoint import CheckpointError, load_weights
-from mdistiller.models import cifar_model_dict
+from mdistiller.models import cifar_model_dict, imagenet_model_dict
 from mdistiller.models.any import Input, find_network, is_code, with_features
 from mdistiller.models.any.timm_maps import stages_of
 from mdistiller.models.facts import facts_of
@@ -186,7 +186,7 @@ def test_a_safetensors_file_is_read_and_a_damaged_one_refused(tmp_path):
         ("timm:resnet50.a9_in1k", "timm's resnet50 has no weights named 'a9_in1k'; closest: .*a3_in1k"),
         ("torchvision:resnt50", "torchvision has no classifier named 'resnt50'; closest: resnet50"),
         ("torchvision:fasterrcnn_resnet50_fpn", "torchvision has no classifier named"),
-        ("no.such:factory", "no.such:factory: No module named 'no'; a name package.module:factory must be importable"),
+        ("no.such:factory", "no.such:factory: No module named 'no'; a name package.module:factory must lie below"),
         ("math:sine", "math:sine: module math has no 'sine'"),
         ("math:pi", "math:pi: pi is no function and no class"),
         ("math:floor", "DISTILLER.STUDENT math:floor cannot be built"),
@@ -233,6 +233,34 @@ def test_a_factory_is_code_that_the_command_line_may_name_and_a_file_may_not(tmp
         logits, features = student(torch.zeros(2, 3, 32, 32))
         assert logits.shape == (2, 10) and features["pooled_feat"].shape[1] == len(features["feats"][0][0])
     monkeypatch.delitem(sys.modules, "mine_of_any")
+
+
+def test_a_factory_is_found_below_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "here_of_any").mkdir()
+    (tmp_path / "here_of_any" / "net.py").write_text("from torch.nn import Identity as net\n")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(find_network("here_of_any.net:net")(num_classes=10), nn.Identity)
+    assert sys.path[-1] == str(tmp_path)  # what is installed comes first
+    for name in ("here_of_any", "here_of_any.net"):
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_network_of_another_table_is_named_with_the_table():
+    assert find_network("cifar:resnet8") is cifar_model_dict["resnet8"]
+    cfg = options("DATASET.TYPE", "folder", "DATASET.IMAGE_SIZE", 32, "DISTILLER.STUDENT", "cifar:resnet8")
+    logits, features = build_student(cfg, 3)(torch.zeros(2, 3, 32, 32))
+    assert logits.shape == (2, 3) and len(features["feats"]) == 4
+    with pytest.raises(UnknownName, match=r"no ImageNet model named 'resnet8'; .*other networks: cifar:resnet8"):
+        imagenet_model_dict["resnet8"]
+
+
+def test_a_factory_behind_the_name_of_a_table_is_not_executed(tmp_path, monkeypatch):
+    (tmp_path / "behind_a_table.py").write_text("net = print\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UnknownName, match="no CIFAR model named 'behind_a_table:net'"):
+        find_network("cifar:behind_a_table:net")
+    assert "behind_a_table" not in sys.modules
 
 
 def test_names_of_other_forms_are_looked_up_as_ever():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from mdistiller.reports import Plan, Summary, check_claims, render, summarize
 from mdistiller.reports.plots import apart
@@ -94,10 +96,13 @@ def test_the_table_as_csv():
     assert second[:3] == ["plain", "p", "80.00"]
 
 
+WEAK = " (weak: with 2 seeds, equal methods pass in 1 of 6 plans)"
+
+
 @pytest.mark.parametrize(
     ("better", "worse", "holds", "sentence"),
     [
-        ([90.0, 92.0], [88.0, 90.0], True, "KD beats plain on p: +2.00 points, larger std 1.41"),
+        ([90.0, 92.0], [88.0, 90.0], True, f"KD beats plain on p: +2.00 points, larger std 1.41{WEAK}"),
         ([90.0, 94.0], [89.0, 91.0], False, "KD does NOT beat plain on p: +2.00 points, larger std 2.83"),
         ([90.0, 92.0], [87.0, 93.0], False, "KD does NOT beat plain on p: +1.00 points, larger std 4.24"),
         ([90.0, 90.0], [90.0, 90.0], False, "KD does NOT beat plain on p: +0.00 points, larger std 0.00"),
@@ -109,7 +114,20 @@ def test_a_claim_holds_above_the_larger_standard_deviation(better, worse, holds,
     plan = make_plan(claims=[("KD", "plain")])
     same = [row("KD", [91.0, 91.0], "q"), row("plain", [90.0, 90.0], "q")]
     verdicts = check_claims(plan, [row("KD", better), row("plain", worse), *same])
-    assert verdicts == [(holds, sentence), (True, "KD beats plain on q: +1.00 points, larger std 0.00")]
+    assert verdicts == [(holds, sentence), (True, f"KD beats plain on q: +1.00 points, larger std 0.00{WEAK}")]
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5, 6])
+def test_a_claim_of_few_seeds_says_how_often_chance_passes_it(seeds):
+    """Drawn: two methods of one mean and one spread, in many plans."""
+    one, other = torch.randn(2, 1_000_000, seeds, generator=torch.Generator().manual_seed(0))
+    passes = (one.mean(1) - other.mean(1) > torch.maximum(one.std(1), other.std(1))).double().mean().item()
+    values = [90.0 + seed / 10 for seed in range(seeds)]
+    plan = Plan("t", Path("o"), list(range(seeds)), {"p": {}}, {"KD": {}, "plain": {}}, claims=[("KD", "plain")])
+    [(holds, sentence)] = check_claims(plan, [row("KD", values), row("plain", [value - 5 for value in values])])
+    said = re.search(rf"weak: with {seeds} seeds, equal methods pass in 1 of (\d+) plans", sentence)
+    assert holds and bool(said) == (passes > 0.05)
+    assert said is None or abs(1 / passes - int(said[1])) < 0.6
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError:
-        raise CheckpointError(f"{path} needs safetensors: pip install mdistiller[models]") from None
+        raise CheckpointError(f'{path} needs safetensors: pip install -e ".[models]"') from None
     return load_file(path)
 
 

@@ -1,15 +1,20 @@
-"""Names of networks outside the tables: ``timm:NAME[.tag]``, ``torchvision:NAME`` and ``package.module:factory``."""
+"""Names of networks with a colon: ``timm:NAME[.tag]``, ``torchvision:NAME`` and ``package.module:factory``.
+
+Also ``cifar:NAME`` and its like: a network of this library's tables, where the data set's own table lacks the name.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from mdistiller.registry import InputError, UnknownName, suggestion
+from mdistiller.registry import MODEL_FAMILIES, InputError, Registry, UnknownName, suggestion
 
 from .._registration import ModelEntry
 
@@ -25,7 +30,7 @@ def is_code(name: str) -> bool:
 
 
 def find_network(name: str) -> ModelEntry | None:
-    """The entry of a network outside the tables; ``None`` for a name of another form.
+    """The entry of a network whose name has a colon; ``None``: the name has none.
 
     Raises:
         UnknownName: the library has no such network; the message has the closest names.
@@ -34,14 +39,15 @@ def find_network(name: str) -> ModelEntry | None:
     if not is_foreign(name):
         return None
     library, _, rest = name.partition(":")
-    return ModelEntry(FINDERS[library](rest) if library in FINDERS else _factory(library, rest))
+    found = FINDERS[library](rest) if library in FINDERS else _factory(library, rest)
+    return found if isinstance(found, ModelEntry) else ModelEntry(found)
 
 
 def _timm(name: str) -> Callable[..., nn.Module]:
     try:
         import timm
     except ImportError:
-        raise InputError(f"timm:{name} needs timm: pip install mdistiller[models]") from None
+        raise InputError(f'timm:{name} needs timm: pip install -e ".[models]"') from None
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         raise UnknownName(f"timm has no network named {architecture!r}; {suggestion(architecture, timm.list_models())}")
@@ -78,18 +84,33 @@ def _torchvision(name: str) -> Callable[..., nn.Module]:
     return build
 
 
-FINDERS: dict[str, Callable[[str], Callable[..., nn.Module]]] = {"timm": _timm, "torchvision": _torchvision}
+def _of_table(table: Registry) -> Callable[[str], ModelEntry]:
+    def entry(name: str) -> ModelEntry:
+        if name not in table:  # the table's own finder would look behind a second colon, and may execute code
+            raise UnknownName(table.refusal(name))
+        return ModelEntry.of(table[name])
+
+    return entry
+
+
+FINDERS: dict[str, Callable[[str], Callable[..., nn.Module]]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    **{family: _of_table(table) for family, table in MODEL_FAMILIES.items()},
+}
 """By library, before the colon."""
 
 
 def _factory(module: str, name: str) -> Callable[..., nn.Module]:
     full = f"{module}:{name}"
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # as `python -m` does; at the end, so that it hides nothing that is installed
     try:
         factory = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         raise InputError(
-            f"{full}: {error}; a name package.module:factory must be importable: install the package, or add its "
-            "folder to PYTHONPATH"
+            f"{full}: {error}; a name package.module:factory must lie below the current folder "
+            f"({os.getcwd()}), be installed, or be found by PYTHONPATH"
         ) from None
     except AttributeError:
         raise InputError(f"{full}: module {module} has no {name!r}") from None

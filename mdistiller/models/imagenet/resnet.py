@@ -74,8 +74,8 @@ def _resnet(
     if pretrained:
         if net.fc.out_features != 1000:
             raise InputError(
-                f"{name}: pretrained=True has weights for 1000 classes, not {net.fc.out_features}; "
-                "name your own weights with DISTILLER.TEACHER_CKPT FILE"
+                f"{name}: its public weights (pretrained=True) are for 1000 classes, not {net.fc.out_features}; "
+                "name your own weights with DISTILLER.TEACHER_CKPT FILE, or another teacher with DISTILLER.TEACHER"
             )
         from torchvision.models import get_model_weights
 

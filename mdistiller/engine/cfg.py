@@ -194,6 +194,21 @@ data, speed, place = (partial(Option, role=role) for role in ("data", "speed", "
 resumable = partial(Option, resumable=True)
 
 # fmt: off
+three = (lambda value: len(value) in (0, 3) and all(isinstance(v, (int, float)) for v in value), "three numbers")
+places = (lambda value: all(type(v) is str or (type(v) is int and v >= 0) for v in value), "module names or numbers")
+NETWORKS: dict[str, Option] = {}
+for _role in ("TEACHER", "STUDENT"):
+    NETWORKS |= {f"DISTILLER.{_role}_{key}": replace(option, when=partial(_is_adapted, _role)) for key, option in {
+        "ARGS": Option(CN(new_allowed=True), "arguments of the network's constructor, by name"),
+        "MAPS": Option([], "network of another library: modules whose outputs are the maps, or numbers of timm's "
+                           "intermediates; empty: chosen automatically", holds=places),
+        "INPUT.SIZE": Option(0, "image size of the network, in pixels; 0: the pretrained network's size, or no "
+                                "resizing", at_least=0),
+        "INPUT.MEAN": Option([], "mean for the network's normalisation; empty: the pretrained network's, or the data "
+                                 "set's", holds=three),
+        "INPUT.STD": Option([], "standard deviation, as MEAN", above=0, holds=three),
+        "INPUT.RESIZE": Option("antialias", "method of resizing", one_of=RESIZE),
+    }.items()}
 OPTIONS |= {
     "EXPERIMENT.PROJECT": place("distill", "a run's folder is LOG.PREFIX/PROJECT/(NAME or TAG)"),
     "EXPERIMENT.NAME": place("", "name of the run's folder; empty: TAG"),
@@ -238,6 +253,7 @@ OPTIONS |= {
                                     "public weights", when=has_teacher),
     "DISTILLER.STUDENT": Option("resnet32", "the student's architecture, named as TEACHER", code=_factory_in),
     "DISTILLER.STUDENT_CKPT": Option("", "the student's initial weights: a file, or pretrained; empty: random"),
+    **NETWORKS,
     "DISTILLER.PLUGINS": resumable([], "paths of other projects' method files: code that is executed; see "
                                    "mdistiller/plugins.py", code=_files_in, holds=(are_texts, "paths")),
     "DISTILLER.FORK": resumable("", "folder of the project that a method file comes from: its engine/cfg.py is read "
@@ -315,20 +331,6 @@ OPTIONS |= {
     "LOG.PROGRESS": place("auto", "progress bar; auto: on a terminal only", one_of=SWITCH),
     "LOG.WANDB": place(False, "log to Weights & Biases too"),
 }
-
-three = (lambda value: len(value) in (0, 3) and all(isinstance(v, (int, float)) for v in value), "three numbers")
-for _role in ("TEACHER", "STUDENT"):
-    OPTIONS |= {f"DISTILLER.{_role}_{key}": replace(option, when=partial(_is_adapted, _role)) for key, option in {
-        "ARGS": Option(CN(new_allowed=True), "arguments of the network's constructor, by name"),
-        "MAPS": Option([], "network of another library: modules whose outputs are the maps, or numbers of timm's "
-                           "intermediates; empty: chosen automatically"),
-        "INPUT.SIZE": Option(0, "image size of the network, in pixels; 0: the pretrained network's size, or no "
-                                "resizing", at_least=0),
-        "INPUT.MEAN": Option([], "mean for the network's normalisation; empty: the pretrained network's, or the data "
-                                 "set's", holds=three),
-        "INPUT.STD": Option([], "standard deviation, as MEAN", above=0, holds=three),
-        "INPUT.RESIZE": Option("antialias", "method of resizing", one_of=RESIZE),
-    }.items()}
 # fmt: on
 
 CFG = ConfigTree()

@@ -85,6 +85,8 @@ def _shown(value: Any) -> str:
     """A default as it would be typed."""
     if isinstance(value, str):
         return value or '""'
+    if isinstance(value, dict):
+        return str(dict(value))
     return str(list(value) if isinstance(value, tuple) else value)
 
 

@@ -135,7 +135,7 @@ def test_names_of_mdistiller_and_what_it_saves(tmp_path):
         ({"SOLVER__TYPE": "AdamW"}, "got SOLVER.TYPE AdamW"),
         ({"SOLVER__NESTEROV": True}, "got SOLVER.TYPE SGD with SOLVER.NESTEROV"),
         ({"SOLVER__DOT__DELTA": 0.2}, r"SOLVER\.DOT\.DELTA must leave"),
-        ({"SOLVER__DOT__DELTA": -0.1}, r"SOLVER\.DOT\.DELTA must leave"),
+        ({"SOLVER__DOT__DELTA": -0.1}, r"SOLVER\.DOT\.DELTA must be at least 0"),
     ],
     ids=str,
 )

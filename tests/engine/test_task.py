@@ -212,7 +212,9 @@ def test_a_plan_tabulates_it_and_the_lower_error_wins(plan):
     table = list(csv.reader(Path("output/squares/table.csv").read_text().splitlines()))
     assert table[0][2] == "last-epoch MAE [px]"
     means = {}
-    for method, _, mean, *_ in table[1:]:
+    teacher, *rows = table[1:]
+    assert teacher[0] == "teacher (resnet8)" and float(teacher[2]) > 0
+    for method, _, mean, *_ in rows:
         paths = [Path(f"output/squares/{method}/res8/seed{seed}/results.json") for seed in (0, 1)]
         values = [json.loads(path.read_text())["last"]["mae"] for path in paths]
         means[method] = sum(values) / 2

@@ -88,6 +88,8 @@ def adapted(cfg: Any, role: str, entry: ModelEntry, num_classes: int, pretrained
     public = getattr(network, "pretrained_cfg", None) or {}
     facts = public if pretrained else {"mean": entry.mean, "std": entry.std}
     size = wanted.SIZE or (facts.get("input_size") or (0,))[-1]
+    if bool(wanted.MEAN) != bool(wanted.STD):
+        raise InputError(f"{keys}_INPUT.MEAN and {keys}_INPUT.STD belong together: give both or neither")
     own = [list(wanted[key.upper()]) or facts.get(key) for key in ("mean", "std")]
     fits = Input(size, wanted.RESIZE, (dataset.mean, dataset.std), None if None in own else tuple(own))
     fits = fits if size not in (0, dataset.image_size) or fits.normalises else None
@@ -96,7 +98,10 @@ def adapted(cfg: Any, role: str, entry: ModelEntry, num_classes: int, pretrained
     if fits is not None:
         say(f"{role.lower()} {name}: {fits.described(dataset.image_size)}")
     try:
-        return with_features(network, dataset.image_size, maps, fits)
+        network = with_features(network, size or dataset.image_size, maps, fits)
+        if hasattr(network, "map_names"):
+            say(f"{role.lower()} {name}: maps of {', '.join(network.map_names)}")
+        return network
     except InputError as error:
         given = [f"images are {dataset.image_size} pixels wide (DATASET.IMAGE_SIZE)"]
         if public.get("fixed_input_size"):

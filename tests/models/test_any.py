@@ -151,6 +151,11 @@ def test_a_run_builds_them_by_name_with_arguments_maps_and_input(capsys):
     cfg = options("DISTILLER.STUDENT", "timm:test_vit", "DISTILLER.STUDENT_INPUT.SIZE", 160)
     assert build_student(cfg, 10)(torch.zeros(1, 3, 32, 32))[0].shape == (1, 10)
     assert "student timm:test_vit: images are resized from 32 to 160 pixels (antialias)" in capsys.readouterr().out
+    cfg = options("DISTILLER.STUDENT", "timm:deit_tiny_distilled_patch16_224", "DISTILLER.STUDENT_INPUT.SIZE", 224)
+    assert build_student(cfg, 10)(torch.zeros(1, 3, 32, 32))[0].shape == (1, 10)  # a network of one size
+    assert "student timm:deit_tiny_distilled_patch16_224: maps of 2, 5, 8, 11" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"STUDENT_INPUT\.MEAN and DISTILLER\.STUDENT_INPUT\.STD belong together"):
+        build_student(options("DISTILLER.STUDENT", "resnet8", "DISTILLER.STUDENT_INPUT.MEAN", "[0.5, 0.5, 0.5]"), 10)
     cfg = options("DISTILLER.STUDENT", "resnet8", "DISTILLER.STUDENT_INPUT.MEAN", "[0.5, 0.5, 0.5]",
                   "DISTILLER.STUDENT_INPUT.STD", "[0.5, 0.5, 0.5]")  # fmt: skip
     assert build_student(cfg, 10)(torch.zeros(1, 3, 32, 32))[0].shape == (1, 10)

@@ -35,6 +35,11 @@ class Adapted:
         logits, maps, pooled = self._reader(self, super().forward, image)
         return logits, make_features(maps, pooled)
 
+    @property
+    def map_names(self) -> list[str]:
+        """Names of the modules, or numbers of timm's intermediates, that the maps come from."""
+        return list(map(str, self._reader.maps))
+
     def get_stage_indices(self) -> tuple[int, ...]:
         """Indices of the stages: all maps, or all maps after the stem's."""
         return tuple(range(int(self._has_stem), self._num_maps))

@@ -113,7 +113,8 @@ def _factory(module: str, name: str) -> Callable[..., nn.Module]:
             f"({os.getcwd()}), be installed, or be found by PYTHONPATH"
         ) from None
     except AttributeError:
-        raise InputError(f"{full}: module {module} has no {name!r}") from None
+        known = [each for each in vars(sys.modules[module]) if not each.startswith("_")]
+        raise InputError(f"{full}: module {module} has no {name!r}; {suggestion(name, known)}") from None
     if not callable(factory):
         raise InputError(f"{full}: {name} is no function and no class")
     takes_classes = "num_classes" in _parameters(factory)

@@ -23,18 +23,18 @@ class TimmReader:
     """Runs a network and returns its logits, its maps ``(B, C, H, W)`` and its pooled features.
 
     Args:
-        indices: numbers of the intermediates that are maps.
+        maps: numbers of the intermediates that are maps.
         direct: the classifier computes the logits from the pooled features. Otherwise the head runs twice, since some
             heads average two classifiers.
     """
 
-    def __init__(self, indices: Sequence[int], direct: bool) -> None:
-        self.indices, self.direct = list(indices), direct
+    def __init__(self, maps: Sequence[int], direct: bool) -> None:
+        self.maps, self.direct = list(maps), direct
 
     def __call__(
         self, network: nn.Module, forward: Callable[[Tensor], Any], image: Tensor
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        last, maps = network.forward_intermediates(image, indices=self.indices, output_fmt="NCHW")
+        last, maps = network.forward_intermediates(image, indices=self.maps, output_fmt="NCHW")
         pooled = network.forward_head(last, pre_logits=True)
         logits = network.get_classifier()(pooled) if self.direct else network.forward_head(last)
         return logits, maps, pooled

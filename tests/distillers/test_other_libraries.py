@@ -20,7 +20,7 @@ PAIRS = {
 }
 REFUSED = {
     "OFD": r"the teacher \w+ does not say by get_bn_before_relu\(\)",
-    "MDR": r"MDR relates stages one to one, but the student \w+ has \d of them and the teacher \w+ \d",
+    "MDR": r"MDR relates stages one to one, but the student \w+ has \d stages and the teacher \w+ \d",
     "FITNET": r"takes a student's map to a teacher's that is smaller, equal or twice as large, not 4x4 to 16x16",
 }
 

@@ -183,7 +183,7 @@ REFUSED = [
     ("train", "--cfg configs/digits/kd/res20_res9.yaml", "no config file configs/digits/kd/res20_res9.yaml; in",
      "closest: res20_res8.yaml"),
     ("train", "--cfg config/kd.yaml", "no config file config/kd.yaml; there is no folder config (seen from /"),
-    ("train", "--cfg configs", "cannot read configs: it is a folder; name a file in it"),
+    ("train", "--cfg configs", "cannot read configs: it is a folder; name a file"),
     ("train", "--cfg broken.yaml", "cannot read broken.yaml", "line 1"),
     ("train", "--cfg list.yaml", "config file list.yaml must hold keys, not list"),
     ("train", "--cfg twice.yaml", "cannot read twice.yaml: key 'SOLVER' stands twice"),

@@ -316,7 +316,8 @@ def test_demo_table_has_the_rows_and_columns_of_the_plan():
 def test_method_table_is_complete():
     """A new method needs a row in README's table, and a name there must be registered."""
     rows = table("method", "paper", "loss")
-    assert sorted(name for row in rows for name in names_in(row[0])) == sorted(distiller_dict)
+    ours = [name for name, method in distiller_dict.items() if ROOT in Path(inspect.getfile(method)).parents]
+    assert sorted(name for row in rows for name in names_in(row[0])) == sorted(ours)  # other tests may add methods
 
 
 def test_data_set_table_is_complete():

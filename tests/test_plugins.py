@@ -239,7 +239,7 @@ def test_code_that_a_file_names_runs_by_the_users_leave_only(tmp_path, trap, wri
     config = written(tmp_path, file)
     outcome = run_tool("train", ["--cfg", config, "DISTILLER.TYPE", "TRAP"])
     assert outcome.code == 2 and "Traceback" not in outcome.err
-    assert f"{file} (SHA-256 {file_sha256(file)})" in outcome.err and "run it by --allow-plugins" in outcome.err
+    assert f"{file} (SHA-256 {file_sha256(file)})" in outcome.err and "add --allow-plugins" in outcome.err
     with pytest.raises(InputError, match="names code, which runs with all your rights"):
         CFG.merge_from_file(str(config))
     with pytest.raises(InputError, match=r"merged node: DISTILLER\.PLUGINS names code"):

@@ -86,6 +86,13 @@ def adapted(cfg: Any, role: str, entry: ModelEntry, num_classes: int, pretrained
         raise InputError(f"{keys} {name} cannot be built with {keys}_ARGS {dict(arguments)}: {error}") from error
     dataset = open_dataset(cfg)
     public = getattr(network, "pretrained_cfg", None) or {}
+    known = public.get("num_classes", num_classes)
+    if pretrained and role == "TEACHER" and known != num_classes:  # timm would give it a classifier with fresh weights
+        raise InputError(
+            f"{keys} {name} is pretrained for {known} classes, and data set {cfg.DATASET.TYPE} has {num_classes}; "
+            f"train a teacher from these weights (DISTILLER.STUDENT {name} DISTILLER.STUDENT_CKPT {PRETRAINED}), "
+            f"name its file by {keys}_CKPT, or take a method without a teacher"
+        )
     facts = public if pretrained else {"mean": entry.mean, "std": entry.std}
     size = wanted.SIZE or (facts.get("input_size") or (0,))[-1]
     if bool(wanted.MEAN) != bool(wanted.STD):

@@ -145,5 +145,5 @@ def test_what_is_refused():
         target_class_consistency(a, b, targets()[:5])
     with pytest.raises(InputError, match="at least 3"):
         nontarget_class_consistency(a[:, :2], b[:, :2], targets() % 2)
-    with pytest.raises(InputError, match="but one"):
+    with pytest.raises(InputError, match="only one"):
         prediction_correlation(a[:1], b[:1], axis="intra")

@@ -88,7 +88,7 @@ def test_a_teacher_and_its_student_by_the_command(root, tmp_path, monkeypatch):
 def test_what_is_refused(root, tmp_path):
     with pytest.raises(InputError, match=r"there is no folder .*nowhere/train: .* DATASET.ROOT names the folder"):
         build_loaders(config(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="weights for 1000 classes, not 3; name your own weights"):
+    with pytest.raises(InputError, match=r"public weights .* are for 1000 classes, not 3; name your own weights"):
         build_teacher(config(root, "DISTILLER.TEACHER", "ResNet18"), 3)
     write_images(root / "val", ["dog"])
     with pytest.raises(InputError, match=r"val holds the class 'dog', which .*train lacks"):

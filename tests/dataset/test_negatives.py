@@ -78,7 +78,7 @@ def test_settings_come_from_the_methods_section_or_from_crd():
     assert (negatives_from(cfg, "MINE", LABELS).count, negatives_from(cfg, "MINE", LABELS).mode) == (2, "exact")
     assert (negatives_from(cfg, "OTHER", LABELS).count, negatives_from(cfg, "OTHER", LABELS).mode) == (3, "relax")
     del cfg["CRD"]
-    with pytest.raises(InputError, match=r"give CRD\.NCE\.K"):
+    with pytest.raises(InputError, match=r"set CRD\.NCE\.K"):
         negatives_from(cfg, "OTHER", LABELS)
 
 

@@ -74,5 +74,5 @@ def test_more_images_per_class_than_there_are(per_class):
 
 
 def test_two_reductions_at_once():
-    with pytest.raises(InputError, match=r"TRAIN_FRACTION=0.5 and DATASET.TRAIN_PER_CLASS=5 are both given"):
+    with pytest.raises(InputError, match=r"TRAIN_FRACTION=0.5 and DATASET.TRAIN_PER_CLASS=5 are both set"):
         reduce_train(LABELS, 0.5, 5, seed=0)

@@ -128,7 +128,7 @@ def test_what_is_left_over_is_said(student, teacher, expected, capsys):
     assert pairs_of(network(student), network(teacher)) == expected
     said = capsys.readouterr().out
     role, other = ("teacher", "VGG") if teacher == "vgg8" else ("student", {"vgg8": "VGG"}.get(student, "MobileNetV2"))
-    assert f"the {role}'s from" in said and other in said
+    assert f"the {role}'s maps" in said and other in said
 
 
 def test_equal_networks_warn_of_nothing(capsys):

@@ -93,7 +93,7 @@ def test_the_command(mirror: Server, tmp_path: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert f"resnet56    there    {root / RESNET56}" in out
     assert "tiny_imagenet_teachers: by hand only" in out
-    with pytest.raises(InputError, match="none of cifar_teachers lies in"):
+    with pytest.raises(InputError, match="holds no file of cifar_teachers"):
         hub.main(["--root", str(tmp_path / "other"), "--verify"])
     with pytest.raises(InputError, match="no collection of teachers named 'cifar'; closest"):
         hub.main(["cifar"])

@@ -204,6 +204,16 @@ def test_what_cannot_be_built_is_refused(name, message):
         build_student(options("DISTILLER.STUDENT", name), 10)
 
 
+def test_a_pretrained_teacher_of_other_classes_is_refused(monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *given, pretrained, **more: create(*given, **more))  # no download
+    cfg = options("DISTILLER.TEACHER", "timm:test_resnet", "DISTILLER.TEACHER_CKPT", "pretrained",
+                  "DISTILLER.STUDENT", "timm:test_resnet", "DISTILLER.STUDENT_CKPT", "pretrained")  # fmt: skip
+    with pytest.raises(InputError, match="is pretrained for 1000 classes, and data set digits has 10; train a teacher"):
+        build_teacher(cfg, 10)
+    assert build_student(cfg, 10)(torch.zeros(1, 3, 32, 32))[0].shape == (1, 10)
+
+
 def test_wrong_arguments_maps_and_second_adaption_are_refused():
     with pytest.raises(InputError, match=r"DISTILLER\.STUDENT timm:test_resnet cannot be built with .*depth"):
         build_student(options("DISTILLER.STUDENT", "timm:test_resnet", "DISTILLER.STUDENT_ARGS.depth", 3), 10)

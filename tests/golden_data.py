@@ -88,9 +88,21 @@ def change(moved: Tensor, output: Tensor) -> float:
     return ((moved - output).norm() / output.norm()).item()
 
 
+def all_loss_cases() -> list[dict[str, Any]]:
+    """The cases of ``losses/losses.json`` and, if there is one, of ``losses_more/losses_more.json``.
+
+    ``"folder"`` names the folder of a case's arrays.
+    """
+    found = []
+    for folder in ("losses", "losses_more"):
+        if folder == "losses" or (golden_dir() / folder).exists():
+            found += [{**case, "folder": folder} for case in golden_json(f"{folder}/{folder}.json")]
+    return found
+
+
 def loss_cases(*methods: str) -> list[Any]:
-    """The cases of ``losses/losses.json`` as pytest parameters, named by what they are."""
-    cases = golden_json("losses/losses.json")
+    """The cases of some methods as pytest parameters, named by what they are."""
+    cases = all_loss_cases()
     return [
         pytest.param(case, id=f"{case['method']}-{case['case']}")
         for method in methods
@@ -102,9 +114,43 @@ def loss_cases(*methods: str) -> list[Any]:
 def case_tensors(case: dict[str, Any], kind: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """The arrays of a case by name: ``kind`` is ``in``, ``out``, ``grad`` or ``after``; floats in ``dtype``."""
     prefix = f"{case['case']}/{kind}/"
-    with np.load(golden_dir() / "losses" / f"{case['method']}.npz") as arrays:
+    with np.load(golden_dir() / case["folder"] / f"{case['method']}.npz") as arrays:
         found = {key.removeprefix(prefix): torch.from_numpy(arrays[key]) for key in arrays if key.startswith(prefix)}
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in found.items()}
+
+
+def case_leaves(case: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """The inputs of a case by name. Those with a gradient in the case require one."""
+    given = case_tensors(case, "in", dtype)
+    for name in case["gradients"]:
+        given[name].requires_grad_()
+    return given
+
+
+def load_case(module: nn.Module, given: dict[str, Tensor], prefix: str = "param.") -> nn.Module:
+    """Put a case's state into a module.
+
+    The module's parameters, which get the gradients, replace those in ``given``.
+
+    Args:
+        module: in training mode afterwards, in the type of the case.
+        given: of :func:`case_leaves`.
+        prefix: of the module's keys in the case.
+    """
+    module.to(next(value for value in given.values() if value.is_floating_point()).dtype)
+    state = {key: given[prefix + key].detach() for key in module.state_dict() if prefix + key in given}
+    module.load_state_dict(module.state_dict() | state)
+    given |= {prefix + name: parameter for name, parameter in module.named_parameters()}
+    return module.train()
+
+
+def assert_golden(case: dict[str, Any], given: dict[str, Tensor], loss: Tensor) -> None:
+    """Value and gradients of a loss of ``given`` are the case's, by the precision of the loss."""
+    loss.backward()
+    exact = loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(case["outputs"]["loss"], rel=1e-7 if exact else 1e-4)
+    if exact:
+        assert_golden_gradients(case, given)
 
 
 def listed(given: dict[str, Tensor], prefix: str) -> list[Tensor]:

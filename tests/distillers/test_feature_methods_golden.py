@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden_data import assert_golden_gradients, case_tensors, listed, loss_cases
+from golden_data import assert_golden_gradients, case_tensors, listed, load_case, loss_cases
 from method_cases import config
 from torch import nn
 
@@ -32,23 +32,16 @@ def stages(given):
     return listed(given, "feat_s_"), listed(given, "feat_t_")
 
 
-def load(module, given, prefix):
-    """The case's parameters go into the module; its own, which get the gradients, replace them in the case."""
-    module.to(given["feat_s_0"].dtype).load_state_dict({key: given[prefix + key] for key in module.state_dict()})
-    given |= {prefix + name: p for name, p in module.named_parameters()}
-    return module
-
-
 def fitnet(case, given, options):
     f_s, f_t = given["feat_s_0"], given["feat_t_0"]
     if "s_shape" in options:
-        f_s = load(ConvReg(options["s_shape"], options["t_shape"]), given, "param.")(f_s)
+        f_s = load_case(ConvReg(options["s_shape"], options["t_shape"]), given, "param.")(f_s)
     return hint_loss(f_s, f_t)
 
 
 def vid(case, given, options):
     f_s, f_t = given["feat_s_0"], given["feat_t_0"]
-    regressor = load(mean_regressor(f_s.shape[1], f_t.shape[1]), given, "param.regressor.")
+    regressor = load_case(mean_regressor(f_s.shape[1], f_t.shape[1]), given, "param.regressor.")
     return vid_loss(regressor, given["param.log_scale"], f_s, f_t, options["eps"])
 
 

@@ -7,6 +7,8 @@ or beside the method file in ``__init__.py``.
 from __future__ import annotations
 
 import ast
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,7 @@ def _config_of(file: Path, root: str) -> Path | None:
     return None
 
 
+@cache  # a run asks at each check of its settings
 def _literals(path: Path) -> dict[str, Any]:
     """The assignments ``CFG.A.B = literal`` of a file, by ``"A.B"``."""
     try:
@@ -73,19 +76,18 @@ def _literals(path: Path) -> dict[str, Any]:
         warn(f"cannot read the defaults in {path}: {error}")
         return {}
     found = {}
-    for node in tree.body:
-        key = _key(node.targets[0]) if isinstance(node, ast.Assign) else ""
-        try:
-            if key:
-                found[key] = ast.literal_eval(node.value)
-        except ValueError:  # a section, or something that would have to be executed
-            continue
+    for node in [node for node in tree.body if isinstance(node, ast.Assign)]:
+        root, parts = attribute_path(node.targets[0])
+        if isinstance(root, ast.Name) and parts:
+            with suppress(ValueError):  # a section, or something that would have to be executed
+                found[".".join(parts)] = ast.literal_eval(node.value)
     return found
 
 
-def _key(target: ast.expr) -> str:
+def attribute_path(node: ast.expr) -> tuple[ast.expr, list[str]]:
+    """The expression ``x`` and ``["a", "b"]`` of ``x.a.b``."""
     parts: list[str] = []
-    while isinstance(target, ast.Attribute):
-        parts.insert(0, target.attr)
-        target = target.value
-    return ".".join(parts) if isinstance(target, ast.Name) else ""
+    while isinstance(node, ast.Attribute):
+        parts.insert(0, node.attr)
+        node = node.value
+    return node, parts

@@ -27,6 +27,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from typing import Any
 import mdistiller.distillers
 from mdistiller.distillers import Distiller, distiller_dict
 from mdistiller.files import file_sha256
+from mdistiller.forks import attribute_path
 from mdistiller.messages import warn
 from mdistiller.options import Option
 from mdistiller.registry import InputError
@@ -169,12 +171,8 @@ def contents(paths: Iterable[str]) -> str:
 
 def place_in_file(error: BaseException) -> str:
     """``"FILE, line 12"``: the innermost place in a loaded file that an error came through; empty where none is."""
-    files, place, trace = {str(path) for path in _loaded}, "", error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename in files:
-            place = f"{trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno}"
-        trace = trace.tb_next
-    return place
+    places = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) in _loaded]
+    return f"{places[-1].filename}, line {places[-1].lineno}" if places else ""
 
 
 distiller_dict.finder = find_method
@@ -365,11 +363,7 @@ def _is_dispensable(node: ast.stmt, tree: ast.Module) -> bool:
 
 def _line_of(error: BaseException, path: Path) -> str:
     """``", line 12"``: the innermost place in the file that an error came through."""
-    lines, trace = [], error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            lines.append(trace.tb_lineno)
-        trace = trace.tb_next
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f", line {lines[-1]}" if lines else ""
 
 
@@ -440,10 +434,7 @@ class _Reads(ast.NodeVisitor):
             self.visit(part)
 
     def _record(self, node: ast.Attribute) -> None:
-        parts, root = [], node
-        while isinstance(root, ast.Attribute):
-            parts.insert(0, root.attr)
-            root = root.value
+        root, parts = attribute_path(node)
         if not isinstance(root, ast.Name):
             self.visit(root)
             return

@@ -21,6 +21,7 @@ import torch
 import yaml
 from cli_runner import ROOT, run_tool
 from mini_cifar import write_mini_cifar100
+from plugin_files import forgotten
 
 from mdistiller.dataset import dataset_dict
 from mdistiller.distillers import distiller_dict
@@ -119,6 +120,8 @@ def workspace(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_workspace(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
+    with forgotten():
+        yield
 
 
 def succeed(tool: str, command: str) -> str:

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "distillers": NETWORKS_AND_DATA | {"models"},
     "dataset": NETWORKS_AND_DATA,
     "models": NETWORKS_AND_DATA,
-    "plugins": {"registry", "options", "files", "contract", "messages", "distillers"},
+    "plugins": {"registry", "options", "files", "contract", "messages", "distillers", "forks"},
     "engine": BELOW_ENGINE | {"plugins", "forks"},
     "analysis": BELOW_ENGINE,
     "reports": BELOW_ENGINE | {"engine", "analysis", "plugins"},

@@ -19,11 +19,10 @@ from mdistiller.contract import contract_of
 from mdistiller.dataset import Loaders, build_loaders
 from mdistiller.engine.batch import to_batch
 from mdistiller.engine.build import (
+    adapted,
     build_distiller,
-    build_model,
     build_student,
     build_teacher,
-    model_table,
 )
 from mdistiller.engine.forwards.chain import linked, networks_of, put
 from mdistiller.engine.forwards.listen import listen
@@ -71,7 +70,7 @@ def build_networks(cfg: Any) -> tuple[nn.Module, nn.Module | None]:
         return student, None
     if cfg.DISTILLER.TEACHER_CKPT:
         return student, build_teacher(cfg, classes)
-    return student, build_model(model_table(cfg), cfg.DISTILLER.TEACHER, classes)
+    return student, adapted(cfg, "TEACHER", classes)
 
 
 def build_subject(cfg: Any, folder: Path, num_batches: int = 4) -> Subject:

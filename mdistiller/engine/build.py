@@ -51,15 +51,16 @@ def build_student(cfg: Any, num_classes: int) -> nn.Module:
     Raises:
         InputError: no such model; the message has the closest names.
     """
-    entry, path = _model_entry(cfg, "STUDENT"), cfg.DISTILLER.STUDENT_CKPT
+    path = cfg.DISTILLER.STUDENT_CKPT
+    _model_entry(cfg, "STUDENT")  # first, since the import of a factory's file may draw numbers
     torch.manual_seed(cfg.EXPERIMENT.SEED)
-    student = adapted(cfg, "STUDENT", entry, num_classes, pretrained=path == PRETRAINED)
+    student = adapted(cfg, "STUDENT", num_classes, pretrained=path == PRETRAINED)
     if path and path != PRETRAINED:
         load_network(student, path, f"student {cfg.DISTILLER.STUDENT}", cfg, "a start must be of the same classes")
     return student
 
 
-def adapted(cfg: Any, role: str, entry: ModelEntry, num_classes: int, pretrained: bool = False) -> nn.Module:
+def adapted(cfg: Any, role: str, num_classes: int, pretrained: bool = False) -> nn.Module:
     """A network with ``DISTILLER.<role>_ARGS``, ``_MAPS`` and ``_INPUT``.
 
     See :func:`~mdistiller.models.any.with_features`.
@@ -67,50 +68,30 @@ def adapted(cfg: Any, role: str, entry: ModelEntry, num_classes: int, pretrained
     Args:
         cfg: the configuration.
         role: ``"STUDENT"`` or ``"TEACHER"``.
-        entry: the network's entry.
         num_classes: K.
         pretrained: with public weights.
 
     Raises:
-        InputError: arguments or an image size that the network refuses; maps that the network does not have.
+        InputError: no such model; arguments or an image size that the network refuses; maps that the network does not
+            have.
     """
-    name, keys = cfg.DISTILLER[role], f"DISTILLER.{role}"
-    arguments, maps, wanted = (cfg.DISTILLER[f"{role}_{part}"] for part in ("ARGS", "MAPS", "INPUT"))
-    try:
-        network = entry(num_classes=num_classes, **({"pretrained": True} if pretrained else {}), **arguments)
-    except InputError:
-        raise
-    except Exception as error:
-        if not (arguments or is_foreign(name)):
-            raise
-        raise InputError(f"{keys} {name} cannot be built with {keys}_ARGS {dict(arguments)}: {error}") from error
-    dataset = open_dataset(cfg)
-    public = getattr(network, "pretrained_cfg", None) or {}
-    known = public.get("num_classes", num_classes)
-    if pretrained and role == "TEACHER" and known != num_classes:  # timm would give it a classifier with fresh weights
-        raise InputError(
-            f"{keys} {name} is pretrained for {known} classes, and data set {cfg.DATASET.TYPE} has {num_classes}; "
-            f"train a teacher from these weights (DISTILLER.STUDENT {name} DISTILLER.STUDENT_CKPT {PRETRAINED}), "
-            f"name its file by {keys}_CKPT, or take a method without a teacher"
-        )
-    facts = public if pretrained else {"mean": entry.mean, "std": entry.std}
-    size = wanted.SIZE or (facts.get("input_size") or (0,))[-1]
-    if bool(wanted.MEAN) != bool(wanted.STD):
-        raise InputError(f"{keys}_INPUT.MEAN and {keys}_INPUT.STD belong together: give both or neither")
-    own = [list(wanted[key.upper()]) or facts.get(key) for key in ("mean", "std")]
-    fits = Input(size, wanted.RESIZE, (dataset.mean, dataset.std), None if None in own else tuple(own))
-    fits = fits if size not in (0, dataset.image_size) or fits.normalises else None
+    name, maps, dataset = cfg.DISTILLER[role], cfg.DISTILLER[f"{role}_MAPS"], open_dataset(cfg)
+    network, facts = _plain_network(cfg, role, num_classes, pretrained)
+    fits = _input_of(cfg, role, facts)
     if not (is_foreign(name) or fits is not None or maps):
         return network
     if fits is not None:
         say(f"{role.lower()} {name}: {fits.described(dataset.image_size)}")
+    size = fits.size if fits is not None and fits.size else dataset.image_size
     try:
-        network = with_features(network, size or dataset.image_size, maps, fits)
+        network = with_features(network, size, maps, fits)
         if hasattr(network, "map_names"):
             say(f"{role.lower()} {name}: maps of {', '.join(network.map_names)}")
         return network
     except InputError as error:
+        keys = f"DISTILLER.{role}"
         given = [f"images are {dataset.image_size} pixels wide (DATASET.IMAGE_SIZE)"]
+        public = _public_facts(network)
         if public.get("fixed_input_size"):
             made_for = public["input_size"][-1]
             given.append(
@@ -118,6 +99,47 @@ def adapted(cfg: Any, role: str, entry: ModelEntry, num_classes: int, pretrained
                 f"network alone, and {keys}_ARGS.img_size {dataset.image_size} builds it for smaller ones"
             )
         raise InputError(f"{keys} {name}: {error}; {'; '.join(given)}") from None
+
+
+def _plain_network(cfg: Any, role: str, num_classes: int, pretrained: bool) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The network of ``DISTILLER.<role>`` as its library builds it, and what is known of its images."""
+    name, keys, entry = cfg.DISTILLER[role], f"DISTILLER.{role}", _model_entry(cfg, role)
+    arguments = dict(cfg.DISTILLER[f"{role}_ARGS"])
+    try:
+        network = entry(num_classes=num_classes, **({"pretrained": True} if pretrained else {}), **arguments)
+    except InputError:
+        raise
+    except Exception as error:
+        if not (arguments or is_foreign(name)):
+            raise
+        raise InputError(f"{keys} {name} cannot be built with {keys}_ARGS {arguments}: {error}") from error
+    if not pretrained:
+        return network, {"mean": entry.mean, "std": entry.std}
+    public = _public_facts(network)
+    known = public.get("num_classes", num_classes)
+    if role == "TEACHER" and known != num_classes:  # timm would give it a classifier with fresh weights
+        raise InputError(
+            f"{keys} {name} is pretrained for {known} classes, and data set {cfg.DATASET.TYPE} has {num_classes}; "
+            f"train a teacher from these weights (DISTILLER.STUDENT {name} DISTILLER.STUDENT_CKPT {PRETRAINED}), "
+            f"name its file by {keys}_CKPT, or take a method without a teacher"
+        )
+    return network, public
+
+
+def _public_facts(network: nn.Module) -> Mapping[str, Any]:
+    """timm's facts of the public weights: classes, image size, normalisation."""
+    return getattr(network, "pretrained_cfg", None) or {}
+
+
+def _input_of(cfg: Any, role: str, facts: Mapping[str, Any]) -> Input | None:
+    """The transformation of the data set's images to the network's input; ``None``: they fit."""
+    wanted, dataset, key = cfg.DISTILLER[f"{role}_INPUT"], open_dataset(cfg), f"DISTILLER.{role}_INPUT"
+    if bool(wanted.MEAN) != bool(wanted.STD):
+        raise InputError(f"{key}.MEAN and {key}.STD belong together: give both or neither")
+    size = wanted.SIZE or (facts.get("input_size") or (0,))[-1]
+    mean, std = (list(wanted[name.upper()]) or facts.get(name) for name in ("mean", "std"))
+    fits = Input(size, wanted.RESIZE, (dataset.mean, dataset.std), None if None in (mean, std) else (mean, std))
+    return fits if size not in (0, dataset.image_size) or fits.normalises else None
 
 
 def _model_entry(cfg: Any, key: str) -> ModelEntry:
@@ -141,12 +163,11 @@ def build_teacher(cfg: Any, num_classes: int, option: str = TEACHER_OPTION) -> n
     Raises:
         InputError: no such model; no weights, with advice to get or train them; weights that do not fit.
     """
-    name, entry = cfg.DISTILLER.TEACHER, _model_entry(cfg, "TEACHER")
     path = teacher_checkpoint(cfg, option)
-    teacher = adapted(cfg, "TEACHER", entry, num_classes, pretrained=path is None)
-    if path is None:
-        return teacher
-    load_network(teacher, path, f"teacher {name}", cfg, "a teacher must be trained on the same classes")
+    teacher = adapted(cfg, "TEACHER", num_classes, pretrained=path is None)
+    if path is not None:
+        advice = "a teacher must be trained on the same classes"
+        load_network(teacher, path, f"teacher {cfg.DISTILLER.TEACHER}", cfg, advice)
     return teacher
 
 
@@ -255,11 +276,12 @@ def build_networks(cfg: Any, num_classes: int) -> dict[str, nn.Module]:
         if is_code(model) and model not in (cfg.DISTILLER.STUDENT, cfg.DISTILLER.TEACHER):
             raise InputError(f"DISTILLER.{key} {model}: a factory can be the student's or the teacher's only")
         torch.manual_seed((cfg.EXPERIMENT.SEED + zlib.crc32(name.encode())) % 2**63)
-        entry = ModelEntry.of(table[model])
-        same = model == cfg.DISTILLER[role.upper()]  # then it is built as that network is
-        networks[name] = adapted(cfg, role.upper(), entry, num_classes) if same else entry(num_classes=num_classes)
-        if is_foreign(model) and not same:
-            networks[name] = with_features(networks[name], open_dataset(cfg).image_size)
+        if model == cfg.DISTILLER[role.upper()]:  # then it is built as that network is
+            networks[name] = adapted(cfg, role.upper(), num_classes)
+        else:
+            networks[name] = build_model(table, model, num_classes)
+            if is_foreign(model):
+                networks[name] = with_features(networks[name], open_dataset(cfg).image_size)
         if path:
             load_network(networks[name], path, f"{name} {model}", cfg, "it must be trained on the same classes")
         if role == "teacher":

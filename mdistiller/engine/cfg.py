@@ -37,7 +37,7 @@ from mdistiller.plugins import MethodFile, contents, load_methods, method_file
 from mdistiller.registry import InputError
 
 from .config.experiment import UNDECLARED, flatten, options_of_run, relevant_part
-from .config.node import SWITCH, sections_of
+from .config.node import SWITCH, sections_of, value_at
 from .config.node import ConfigNode as CN
 from .forwards.cache import check_cacheable
 from .task import task_of
@@ -74,7 +74,7 @@ class ConfigTree(CN):
             InputError: see :func:`mdistiller.consent.check_code` and :func:`mdistiller.plugins.load_methods`.
         """
         for key in CODE_KEYS:
-            named = [(source, value) for source, tree in trees if (value := _value(tree, key)) is not None]
+            named = [(source, value) for source, tree in trees if (value := value_at(tree, key)) is not None]
             for source, value in named[-1:]:  # the last one holds
                 check_code(key, OPTIONS[key].code(value), source, allow_plugins)
         asked = dict(self.DISTILLER)
@@ -145,21 +145,13 @@ class ConfigTree(CN):
 
 def _files_in(value: Any) -> list[str]:
     """The files that a value of ``DISTILLER.PLUGINS`` names: a list, or one alone."""
-    return (
-        [value] if isinstance(value, str) else [str(path) for path in value] if isinstance(value, (list, tuple)) else []
-    )
+    values = [value] if isinstance(value, str) else value
+    return [str(path) for path in values] if isinstance(values, (list, tuple)) else []
 
 
 def _factory_in(value: Any) -> list[str]:
     """The factory that a network's name is, if it is one."""
     return [value] if isinstance(value, str) and is_code(value) else []
-
-
-def _value(tree: Any, key: str) -> Any:
-    """The value of a dotted key in a tree of dictionaries, or ``None``."""
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
 
 
 def is_rising(values: Sequence[float]) -> bool:
@@ -168,7 +160,7 @@ def is_rising(values: Sequence[float]) -> bool:
 
 def only(key: str, *values: Any) -> Callable[[Any], bool]:
     """For :attr:`Option.when`: where ``key`` has one of the values."""
-    return lambda cfg: flatten(cfg)[key] in values
+    return lambda cfg: value_at(cfg, key) in values
 
 
 def _is_adapted(role: str, cfg: Any) -> bool:
@@ -412,19 +404,23 @@ def load_run(path: str | PurePath | None = None, options: Sequence[str] = (), al
             f"{found}: nothing says what to train; for example: python tools/train.py --cfg "
             "configs/digits/kd/res20_res8.yaml (all of them: python tools/list.py configs)"
         )
-    unread = [f"{key} ({why})" for key in dict.fromkeys(options[::2]) if (why := _why_unread(cfg, key))]
+    unread = [f"{key} ({why})" for key, why in _unread(cfg, options[::2]).items()]
     if unread:
         say(f"without effect here: {', '.join(unread)}")
     return cfg
 
 
-def _why_unread(cfg: CN, key: str) -> str:
-    """Why the run does not read an option; empty where it does."""
-    file = method_file(distiller_dict[cfg.DISTILLER.TYPE])
-    if key not in flatten(relevant_part(cfg)) and not (file and key in file.reads):
-        return f"DISTILLER.TYPE is {cfg.DISTILLER.TYPE}"
-    option = options_of_run(cfg).get(key, UNDECLARED)
-    return "" if option.role == "ignored" or option.is_read(cfg) else "given the other settings"
+def _unread(cfg: CN, keys: Sequence[str]) -> dict[str, str]:
+    """The keys that the run does not read, and why."""
+    file, known = method_file(distiller_dict[cfg.DISTILLER.TYPE]), options_of_run(cfg)
+    read, unread = {*flatten(relevant_part(cfg)), *(file.reads if file else ())}, {}
+    for key in keys:
+        option = known.get(key, UNDECLARED)
+        if key not in read:
+            unread[key] = f"DISTILLER.TYPE is {cfg.DISTILLER.TYPE}"
+        elif option.role != "ignored" and not option.is_read(cfg):
+            unread[key] = "given the other settings"
+    return unread
 
 
 OFF = (0, "", "off", "none", [])

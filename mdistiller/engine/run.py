@@ -19,7 +19,7 @@ from mdistiller.registry import InputError, distiller_dict, open_dataset
 from .build import build_distiller, build_networks, build_student, build_teacher, teacher_checkpoint
 from .cfg import experiment_name, show_cfg
 from .config.experiment import without_keys_of_fork
-from .config.node import convert, read_yaml
+from .config.node import convert, read_yaml, value_at
 from .folder.checkpoint import remove_leftovers, write_atomically
 from .folder.run_folder import (
     CHANGES,
@@ -100,9 +100,8 @@ def _with_layout(cfg: Any, folder: Path | None) -> Any:
         return cfg
     layout = "on" if Precision.from_cfg(cfg).channels_last else "off"
     if folder is not None and (folder / "config.yaml").is_file():
-        content = read_yaml(folder / "config.yaml")
-        solver = content.get("SOLVER") if isinstance(content, dict) else None
-        layout = solver.get("CHANNELS_LAST", layout) if isinstance(solver, dict) else layout
+        kept = value_at(read_yaml(folder / "config.yaml"), "SOLVER.CHANNELS_LAST")
+        layout = layout if kept is None else kept
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SOLVER.CHANNELS_LAST = convert(layout, "auto", "SOLVER.CHANNELS_LAST", f"{folder}/config.yaml")

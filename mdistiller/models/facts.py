@@ -8,7 +8,8 @@ them by ``get_stage_indices()`` and ``get_bn_before_relu()``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -106,6 +107,27 @@ class NetworkFacts:
         return [round(self.side / math.sqrt(count)) for count in positions]
 
 
+@contextmanager
+def asked(network: nn.Module, size: Sequence[int]) -> Iterator[Tensor]:
+    """A black image for a network in eval mode; afterwards every module has its former mode.
+
+    Args:
+        network: the network.
+        size: of the image, ``(H, W)`` pixels.
+
+    Yields:
+        ``(1, 3, H, W)``, in the number format and on the device of the network's parameters.
+    """
+    like = next(network.parameters(), torch.empty(0))
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield torch.zeros(1, 3, *size, device=like.device, dtype=like.dtype)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def facts_of(network: nn.Module, size: Sequence[int], role: str = "network") -> NetworkFacts:
     """Find a network's facts by one black image.
 
@@ -123,18 +145,15 @@ def facts_of(network: nn.Module, size: Sequence[int], role: str = "network") -> 
     name, (height, width) = type(network).__name__, size
     convolutions: list[str] = []
     flat: list[tuple[str, Tensor]] = []  # outputs that may be the logits
-    modes = {module: module.training for module in network.modules()}
     handles = [
         module.register_forward_hook(partial(_listen, path, convolutions, flat))
         for path, module in network.named_modules()
         if is_parametrized(module) or any(True for _ in module.parameters(recurse=False))
     ]
-    like = next(network.parameters(), torch.empty(0))
-    network.eval()
     try:
-        image = torch.zeros(1, 3, height, width, device=like.device, dtype=like.dtype, requires_grad=True)
-        with torch.enable_grad():  # without a backward pass; the graph tells which maps come out of a ReLU
-            output = network(image)
+        # without a backward pass; the graph tells which maps come out of a ReLU
+        with asked(network, size) as image, torch.enable_grad():
+            output = network(image.requires_grad_())
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"the {role} {name} fails on an image of {height}x{width} pixels: {error}; DATASET.IMAGE_SIZE must be the "
@@ -143,8 +162,6 @@ def facts_of(network: nn.Module, size: Sequence[int], role: str = "network") -> 
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     is_pair = isinstance(output, (tuple, list)) and len(output) == 2
     if not (is_pair and isinstance(output[0], Tensor) and isinstance(output[1], Mapping)):
         raise InputError(

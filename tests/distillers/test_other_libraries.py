@@ -6,8 +6,7 @@ import pytest
 import torch
 from method_cases import IMAGES, TEACHER_METHODS, config, make_batch
 
-from mdistiller.engine.build import adapted, build_distiller, model_table
-from mdistiller.models import ModelEntry
+from mdistiller.engine.build import adapted, build_distiller
 from mdistiller.registry import InputError
 
 CNN = {"": "timm:test_resnet"}
@@ -30,7 +29,7 @@ def network(cfg, role, network):
     for name, value in network.get("ARGS", {}).items():
         options += [f"DISTILLER.{role}_ARGS.{name}", value]
     cfg.merge_from_list(options)
-    return adapted(cfg, role, ModelEntry.of(model_table(cfg)[network[""]]), 10)
+    return adapted(cfg, role, 10)
 
 
 @pytest.mark.parametrize("pair", PAIRS)

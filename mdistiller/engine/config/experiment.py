@@ -9,7 +9,7 @@ from mdistiller.options import OPTIONS, Option, options_of
 from mdistiller.plugins import method_file
 from mdistiller.registry import distiller_dict
 
-from .node import ConfigNode, convert
+from .node import ConfigNode, convert, value_at
 
 UNDECLARED = Option(None)  # a key that a method file of another project reads
 
@@ -47,7 +47,7 @@ def without_keys_of_fork(cfg: Any) -> Any:
         cfg = cfg.clone()
         for key in keys:
             section, _, name = key.rpartition(".")
-            cfg._get(section)[name] = OPTIONS[key].default
+            value_at(cfg, section)[name] = OPTIONS[key].default
     return cfg
 
 

@@ -154,7 +154,7 @@ class ConfigNode(CfgNode):
 
     def _option(self, key: str, word: Any) -> Any:
         """``KEY VALUE`` as the tree that a file would hold."""
-        default = self._get(key)
+        default = value_at(self, key)
         tree = word if default is None else _literal(word)  # without a default, it is read when it is merged
         if isinstance(word, str) and not isinstance(tree, str) and isinstance(default, str):
             tree = word  # a text that looks like a number or a list: NAME 1e3
@@ -168,13 +168,6 @@ class ConfigNode(CfgNode):
         """Merge another node; the same checks as for a file."""
         self.before_merge([("merged node", cfg_other)], **how)
         self._merge(cfg_other, source="merged node")
-
-    def _get(self, key: str) -> Any:
-        """The value under a dotted key, or ``None``."""
-        node: Any = self
-        for part in key.split("."):
-            node = node.get(part) if isinstance(node, CfgNode) else None
-        return node
 
     def _merge(self, tree: Any, source: str, prefix: str = "", root: ConfigNode | None = None) -> None:
         if not isinstance(tree, dict):
@@ -205,6 +198,13 @@ class ConfigNode(CfgNode):
                 self[key] = _literal(value)  # as yacs reads it: 1e-3 is a number
             else:
                 self[key] = convert(value, self[key], full_key, source)
+
+
+def value_at(tree: Any, key: str) -> Any:
+    """The value under a dotted key of nested dictionaries, or ``None``."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def _leave_out(tree: dict[str, Any], key: str) -> None:
@@ -325,7 +325,7 @@ def _keys_nearby(key: str, root: ConfigNode) -> str:
     section, _, word = key.rpartition(".")
     same_word = [known for known in keys if known.lower().rpartition(".")[2] == word.lower()]
     near = [known for known in keys if known.endswith(f".{key}")] or closest(key, same_word)
-    beside = root._get(section) if section else None
+    beside = value_at(root, section) if section else None
     if not near and isinstance(beside, ConfigNode):
         near = [f"{section}.{name}" for name in closest(word, beside)]
         if not near:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mdistiller.registry import InputError
 
 from .._features import Features, make_features
+from ..facts import asked
 from . import probed_maps, timm_maps
 from .inputs import Input
 
@@ -79,12 +80,8 @@ def with_features(
     if isinstance(network, Adapted):
         raise InputError(f"{type(network).__name__} has features already: call with_features once")
     height, width = (size, size) if isinstance(size, int) else size
-    like = next(network.parameters(), torch.empty(0))
-    image = torch.zeros(1, 3, height, width, device=like.device, dtype=like.dtype)
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
     try:
-        with torch.no_grad():
+        with asked(network, (height, width)) as image, torch.no_grad():
             if _returns_features(network(image)):
                 if maps:
                     raise InputError(f"{type(network).__name__} returns maps itself; leave out maps=")
@@ -97,9 +94,6 @@ def with_features(
         raise InputError(
             f"{type(network).__name__} fails on an image of {height}x{width} pixels: {str(error).splitlines()[0]}"
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     network._reader, network._num_maps = reader, len(shapes)
     network._has_stem = has_stem(shapes, height)
     return _subclassed(network, Adapted, input)

@@ -97,11 +97,11 @@ def teacher(settings: Settings, folder: Path) -> list[Row]:
         batch = {key: precision.place_tensor(value) for key, value in subject.batches[0].items()}
         if not cfg.DISTILLER.TEACHER_CKPT:
             settle(network, [batch])
-        graph = (Folding(network).graph if folded else None) or network
+        twin = (Folding(network, batch["image"].shape[2:]).twin if folded else None) or network
         cases[name] = _forward(network, precision, batch["image"], settings)
         if folded and settings.compiled and precision.autocast_dtype is not None:
             check_compiler(precision.device)
-            cases[f"{name}, compiled"] = _forward(torch.compile(graph), precision, batch["image"], settings)
+            cases[f"{name}, compiled"] = _forward(torch.compile(twin), precision, batch["image"], settings)
     return _rows(_timed(cases, settings), "float32", settings, per=settings.steps)
 
 

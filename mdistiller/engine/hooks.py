@@ -138,7 +138,7 @@ class FoldAnew(Hook):
     """Folds frozen networks again after their weights have stopped changing.
 
     A network that changed in an epoch runs unfolded in the next epoch too. The state lists these networks, so a resumed
-    run uses the folded graph in the same steps.
+    run uses the folded twin in the same steps.
     """
 
     state_kind: ClassVar[Any] = {str: bool}

@@ -321,7 +321,7 @@ def gathering(rank, folder):
     """Every method on the images of both processes."""
     found = train_each(rank, METHODS, torch.float64, gather=True, batch_norm="sync")
     distiller = build_distiller(config("KD", {"DISTILLER.ADD_KD": 0.5}), *networks("KD")).double().train()
-    folding = Folding(distiller.teacher)
+    folding = Folding(distiller.teacher, (32, 32))
     losses = attempt(train, distiller, "KD", True, "sync", torch.float64, rank)
     compiled = build("KD").double()
     compiled.student._compiled_call_impl = compiled.student._call_impl  # as student.compile() does

@@ -319,7 +319,7 @@ def test_pickle_and_state_dict_round_trip(family: str, name: str) -> None:
 
 @every_model(slow=DEEP)
 def test_traces_symbolically(family: str, name: str) -> None:
-    """By torch.fx, which folding and export tools stand on."""
+    """By torch.fx, which export tools stand on."""
     net = build(family, name, num_classes=10).eval()
     x = small_input(family, batch=1)
     with torch.no_grad():

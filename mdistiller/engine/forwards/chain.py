@@ -20,7 +20,7 @@ ORDER = (
     "listen",  # hears each call and its output as the method sees them: whole batches, kept outputs too
     "cache",  # gives kept outputs; the links behind it compute those that are not kept yet
     "share",  # divides a pass among processes, whichever way each process computes its rows
-    "fold",  # computes by the folded graph
+    "fold",  # computes by the folded twin
 )
 
 

@@ -1,4 +1,4 @@
-"""Faster steps with equal results: folded graphs of frozen networks, compiled networks, reused memory."""
+"""Faster steps with equal results: folded twins of frozen networks, compiled networks, reused memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mdistiller.registry import InputError
+from mdistiller.registry import InputError, image_side
 
 from .chain import networks_of
 from .fold import Folding
@@ -49,7 +49,8 @@ def accelerate(distiller: nn.Module, cfg: Any) -> dict[str, Folding]:
     folded = {}
     if solver.FAST_TEACHER:
         for name, network in frozen.items():
-            folded[name] = Folding(network, partial(torch.compile, **compiled) if network in wanted else None)
+            compile_ = partial(torch.compile, **compiled) if network in wanted else None
+            folded[name] = Folding(network, (image_side(cfg),) * 2, compile_)
     for network in wanted:
         if not any(folding.active for folding in folded.values() if folding.network is network):
             network.compile(**compiled)  # in place: links stand before compiled code, and copies are not compiled

@@ -209,7 +209,7 @@ def test_all_frozen_networks_are_compiled(two_teachers, monkeypatch, fast):
     trainer = two_teachers(SOLVER__COMPILE="teacher", SOLVER__FAST_TEACHER=fast)
     frozen = trainer.distiller.frozen_networks()
     assert list(frozen) == ["teacher", "assistant"]
-    expected = [trainer.foldings[name].graph if fast else net._call_impl for name, net in frozen.items()]
+    expected = [trainer.foldings[name].twin if fast else net._call_impl for name, net in frozen.items()]
     assert compiled == expected
 
 

@@ -84,7 +84,7 @@ def test_added_kd_listens_outside_of_compiled_code(kd, monkeypatch, fast):
     trainer = kd(SOLVER__COMPILE="all", SOLVER__FAST_TEACHER=fast, DISTILLER__ADD_KD=1.0)
     assert losses_of(trainer) == pytest.approx(losses_of(kd(DISTILLER__ADD_KD=1.0)), rel=1e-4)
     student, teacher = trainer.distiller.student, trainer.distiller.teacher
-    of_teacher = trainer.foldings["teacher"].graph if fast else teacher._call_impl
+    of_teacher = trainer.foldings["teacher"].twin if fast else teacher._call_impl
     assert [calls.count(function) for function in (student._call_impl, of_teacher)] == [4, 4]
 
 

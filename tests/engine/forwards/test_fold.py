@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 from mdistiller.distillers import Distiller, register_distiller
 from mdistiller.engine.forwards.fold import Folding, fold_batch_norms
 from mdistiller.engine.hooks import Hook
+from mdistiller.models.any import find_network, with_features
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 from test_models_all import DEEP, all_maps, build, every_model, small_input
@@ -39,7 +40,7 @@ def settled(family: str, name: str, **kwargs) -> nn.Module:
 
 def sped_up(net: nn.Module) -> nn.Module:
     net = copy.deepcopy(net)
-    assert Folding(net).active
+    assert Folding(net, (32, 32)).active
     return net
 
 
@@ -49,7 +50,7 @@ def as_written(net: nn.Module, x):
 
 
 def is_folded(net: nn.Module, x) -> bool:
-    """Whether a call of the network runs its graph, which calls none of the batch norms."""
+    """Whether a call of the network runs its twin, which calls none of the batch norms."""
     net(x)  # the first time, both are compared
     norm, called = next(module for module in net.modules() if isinstance(module, nn.BatchNorm2d)), []
     forward = norm.forward
@@ -75,28 +76,27 @@ def test_every_output_of_every_network_is_the_same(family: str, name: str) -> No
     net = settled(family, name)
     x = small_input(family, batch=2)
     with torch.no_grad():
-        graph, _ = fold_batch_norms(net)
-        (logits, features), (folded_logits, folded_features) = net(x), graph(x)
+        twin, _ = fold_batch_norms(net, (32, 32))
+        (logits, features), (folded_logits, folded_features) = net(x), twin(x)
     assert_near(folded_logits, logits)
     assert features.keys() == folded_features.keys()
     assert_near(all_maps(folded_features), all_maps(features))
     # Of a wide residual network half the batch norms follow a sum, not a convolution.
-    assert count_norms(graph) == (count_norms(net) // 2 + 1 if name.startswith("wrn") else 0)
+    assert count_norms(twin) == (count_norms(net) // 2 + 1 if name.startswith("wrn") else 0)
 
 
 def test_in_float64_the_same_to_twelve_digits() -> None:
     net = settled("cifar", "vgg8").double()
     x = small_input("cifar").double()
     with torch.no_grad():
-        assert_near(fold_batch_norms(net)[0](x), net(x), tolerance=1e-12)
+        assert_near(fold_batch_norms(net, (32, 32))[0](x), net(x), tolerance=1e-12)
 
 
 def test_channels_last_stays() -> None:
     net = settled("cifar", "resnet8").to(memory_format=torch.channels_last)
-    graph, _ = fold_batch_norms(net)
-    folded = [module.weight for name, module in graph.named_modules() if name.startswith("folded_")]
-    assert len(folded) == 9
-    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in folded)
+    _, pairs = fold_batch_norms(net, (32, 32))
+    assert len(pairs) == 9
+    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv, *_ in pairs)
 
 
 def test_bfloat16_is_as_near_to_exact_as_it_was() -> None:
@@ -146,10 +146,10 @@ class Shared(nn.Module):
 
 def test_a_map_that_is_asked_for_keeps_its_batch_norm() -> None:
     net = Shared().eval().requires_grad_(False)
-    graph, pairs = fold_batch_norms(net)
-    assert count_norms(graph) == 1 and [pair[1:] for pair in pairs] == [(net.second, net.last)]
+    twin, pairs = fold_batch_norms(net, (32, 32))
+    assert count_norms(twin) == 1 and [pair[1:] for pair in pairs] == [(net.second, net.last)]
     x = torch.randn(2, 3, 4, 4)
-    assert_near(graph(x), net(x))
+    assert_near(twin(x), net(x))
 
 
 def test_what_is_trained_is_shared_and_gets_its_gradient() -> None:
@@ -157,7 +157,7 @@ def test_what_is_trained_is_shared_and_gets_its_gradient() -> None:
     trained = [net.layer3[-1].conv2.weight, net.fc.weight, net.fc.bias]
     for parameter in trained:
         parameter.requires_grad_(True)
-    folding = Folding(net)
+    folding = Folding(net, (32, 32))
     x = small_input("cifar")
 
     def gradients(forward):
@@ -231,8 +231,8 @@ def move(net: nn.Module) -> None:
 
 def test_weights_that_rest_again_are_folded_as_they_are_then() -> None:
     net = settled("cifar", "resnet8")
-    folding, x = Folding(net), small_input("cifar")
-    graph = folding.graph
+    folding, x = Folding(net, (32, 32)), small_input("cifar")
+    twin = folding.twin
     with torch.no_grad():
         net(x)
         move(net)
@@ -241,11 +241,11 @@ def test_weights_that_rest_again_are_folded_as_they_are_then() -> None:
         assert not is_folded(net, x)  # it is not known to rest
         folding.rests = True
         folding.begin()
-        assert is_folded(net, x) and folding.graph is graph  # in place: what was compiled of it stays compiled
+        assert is_folded(net, x) and folding.twin is twin  # in place: what was compiled of it stays compiled
         assert_near(net(x), as_written(net, x))
         fresh = copy.deepcopy(net)
         del fresh.forward
-        assert Folding(fresh).active
+        assert Folding(fresh, (32, 32)).active
         assert torch.equal(fresh(x)[0], net(x)[0])
 
 
@@ -264,7 +264,7 @@ def test_a_copy_of_folded_weights_is_folded_anew_by_itself() -> None:
 
 def test_what_is_trained_may_change_between_epochs() -> None:
     net = settled("cifar", "resnet8").requires_grad_(True)
-    folding = Folding(net)
+    folding = Folding(net, (32, 32))
     assert not folding.active and "forward" not in vars(net)
     net.requires_grad_(False)
     folding.begin()
@@ -374,7 +374,7 @@ class Prepares(Moves):
 
 
 EPOCHS = 4  # of four steps
-PATHS = {  # of each method, the epochs in which the teacher runs by its graph, after the first step
+PATHS = {  # of each method, the epochs in which the teacher runs by its twin, after the first step
     Moves: {4},
     MovesUncounted: {4},
     MovesAtEpochs: {1, 2, 3, 4},
@@ -384,7 +384,7 @@ PATHS = {  # of each method, the epochs in which the teacher runs by its graph, 
 
 
 class Paths(Hook):
-    """Whether the teacher runs by its graph after each step; can end the run after one."""
+    """Whether the teacher runs by its twin after each step; can end the run after one."""
 
     def __init__(self, trainer, stop_at=None):
         super().__init__(trainer)
@@ -443,7 +443,7 @@ def test_a_teacher_that_moves_gives_what_it_gives_unfolded(tmp_path, method) -> 
 
 
 class Fickle(nn.Module):
-    """A trace would keep the first image's brightness for ever."""
+    """Gives another output at each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -454,9 +454,9 @@ class Fickle(nn.Module):
         return self.norm(self.conv(x)) * self.calls
 
 
-def test_a_graph_that_computes_something_else_is_dropped() -> None:
+def test_a_twin_that_computes_something_else_is_dropped() -> None:
     net = Fickle().eval().requires_grad_(False)
-    folding = Folding(net)
+    folding = Folding(net, (32, 32))
     x = torch.randn(2, 3, 4, 4)
     with torch.no_grad():
         net(x)
@@ -472,13 +472,78 @@ class Branching(nn.Module):
         self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
 
     def forward(self, x):
-        return self.norm(self.conv(x)) if x.mean() > 0 else x
+        between = self.conv(x)
+        return self.norm(between) if x.mean() <= 0 else between
 
 
-def test_code_that_cannot_be_traced_stays() -> None:
+def test_code_with_branches_takes_each_of_them() -> None:
     net = Branching().eval().requires_grad_(False)
-    assert not Folding(net).active
-    assert "forward" not in vars(net)
+    assert Folding(net, (32, 32)).active
+    with torch.no_grad():
+        net(-torch.ones(2, 3, 4, 4))
+        assert_near(net(-torch.ones(2, 3, 4, 4)), as_written(net, -torch.ones(2, 3, 4, 4)))
+
+
+class Keeping(Branching):
+    def forward(self, x):
+        self.between = self.norm(self.conv(x))
+        return self.between.mean((2, 3))
+
+
+class OfItsOwn(nn.Conv2d):
+    """Its weights do not scale its output."""
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight / self.weight.norm(), self.bias)
+
+
+def test_what_is_not_folded() -> None:
+    """Maps that are kept as attributes, modules that are called twice, and convolutions of other kinds."""
+    nets = [Keeping(), nn.Sequential(OfItsOwn(3, 3, 1), nn.BatchNorm2d(3)), nn.Sequential(nn.BatchNorm2d(3))]
+    nets.append(nn.Sequential(*[nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)] * 2))
+    nets.append(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)))
+    nets.append(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)))
+    nets.append(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True), nn.BatchNorm2d(3)))
+    for net in nets:
+        net = net.eval().requires_grad_(False)
+        assert not Folding(net, (32, 32)).active
+        assert "forward" not in vars(net)
+
+
+FOREIGN = {  # and how many of their batch norms are folded, which stand right behind a convolution
+    "timm:test_resnet": 1.0, "timm:resnet10t": 1.0, "timm:mobilenetv3_small_050": 1.0, "timm:tf_efficientnet_b0": 1.0,
+    "timm:repvgg_a0": 0.72, "timm:ghostnet_050": 1.0, "torchvision:resnet18": 1.0, "torchvision:mobilenet_v2": 1.0,
+    "torchvision:shufflenet_v2_x0_5": 1.0, "torchvision:densenet121": 0.49,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_networks_of_other_libraries_are_folded(name) -> None:
+    """Their code cannot be traced, and hooks read the maps of some."""
+    torch.manual_seed(0)
+    net = with_features(find_network(name)(num_classes=10), 64)
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        for tensor in (norm.weight.data, norm.running_var):
+            tensor.uniform_(0.5, 1.5)
+        for tensor in (norm.bias.data, norm.running_mean):
+            tensor.uniform_(-0.5, 0.5)
+    net, x = net.eval().requires_grad_(False), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        logits, features = net(x)
+        folding = Folding(net, (64, 64))
+        folded_logits, folded_features = net(x)
+        assert folding.active and folding.agrees
+        assert len(folding.pairs) == pytest.approx(FOREIGN[name] * len(norms), abs=1)
+        assert_near(folded_logits, logits, 1e-4)
+        assert_near(all_maps(folded_features), all_maps(features), 1e-4)
+        if hasattr(net._reader, "store"):
+            assert folding.twin._reader.store is not net._reader.store
+        seen = []
+        hooked = folding.tapped[0] if folding.tapped else norms[0]
+        hooked.register_forward_hook(lambda module, given, found: seen.append(found))
+        net(x)
+        assert len(seen) == 1
 
 
 BATCH_STATISTICS = {"OFD"}  # the teacher's batch norms use the batch's, so there is nothing to fold
@@ -488,7 +553,7 @@ BATCH_STATISTICS = {"OFD"}  # the teacher's batch norms use the batch's, so ther
 def test_every_method_gives_the_same_losses(method) -> None:
     plain = method_cases.build(method)
     fast = copy.deepcopy(plain)
-    folding = Folding(fast.teacher)
+    folding = Folding(fast.teacher, (32, 32))
     batch = method_cases.make_batch(method)
     (_, expected), (_, found) = plain(**batch, epoch=1), fast(**batch, epoch=1)
     assert folding.active
@@ -512,6 +577,6 @@ class ReadsNorms(Distiller):
 def test_a_method_that_reads_batch_norms_finds_them() -> None:
     plain = ReadsNorms(settled("cifar", "resnet8"), settled("cifar", "resnet8")).train()
     fast = copy.deepcopy(plain)
-    assert Folding(fast.teacher).active
+    assert Folding(fast.teacher, (32, 32)).active
     batch = method_cases.make_batch("KD")
     torch.testing.assert_close(fast(**batch)[1]["margin"], plain(**batch)[1]["margin"])

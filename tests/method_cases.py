@@ -27,9 +27,11 @@ FALLING = {
     | {"SOLVER.BATCH_SIZE": 10, "SOLVER.EPOCHS": 30, "SOLVER.LR": 0.05},
     "DKD": {"DKD.WARMUP": 0},
     "MDR": {"MDR.SM_EPOCHS": 2},  # as many as need be
+    "NKD": {"NKD.GAMMA": 0.0},  # the other classes' cross-entropy is mostly the teacher's entropy
     "PKT": {"PKT.LOSS.FEAT_WEIGHT": 30000.0},  # a mean of differences of probabilities, 10^-5 at first
     "REVIEWKD": {"REVIEWKD.WARMUP_EPOCHS": 0},
     "SP": {"SP.LOSS.FEAT_WEIGHT": 300.0},  # a mean of squared differences of cosines, 10^-3 at first
+    "WSLD": {"WSLD.T": 0.2},  # at 4 the cross-entropy is mostly the teacher's entropy
     "VID": {"VID.INIT_PRED_VAR": 0.1},  # from 5, most of the loss is the variance's logarithm
 }
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32, require_one_shape, require_same_images, zs_norm
+from mdistiller.functional import at_least_float32, require_one_shape, require_same_images, without_target, zs_norm
 from mdistiller.functional.mixing import class_numbers
 from mdistiller.options import MANY, Option, weight
 
@@ -100,7 +100,7 @@ def tckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) ->
     """
     two_way = []
     for logits in (logits_student, logits_teacher):
-        margin = logits.gather(1, target[:, None]).squeeze(1) - _others(logits, target).logsumexp(1)
+        margin = logits.gather(1, target[:, None]).squeeze(1) - without_target(logits, target).logsumexp(1)
         two_way.append(F.logsigmoid(torch.stack([margin, -margin], dim=1)))
     return F.kl_div(*two_way, reduction="batchmean", log_target=True)
 
@@ -123,14 +123,8 @@ def nckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) ->
         >>> nckd_loss(student, teacher, torch.tensor([0]))
         tensor(0.4621)
     """
-    others = (_others(logits, target).log_softmax(1) for logits in (logits_student, logits_teacher))
+    others = (without_target(logits, target).log_softmax(1) for logits in (logits_student, logits_teacher))
     return F.kl_div(*others, reduction="batchmean", log_target=True)
-
-
-def _others(logits: Tensor, target: Tensor) -> Tensor:
-    """``(B, K - 1)``: the logits without the target's."""
-    place = torch.arange(logits.shape[1] - 1, device=logits.device)
-    return logits.gather(1, place + (place >= target[:, None]))
 
 
 @register_distiller("DKD", DEFAULTS, paper=PAPER, family="logit")

@@ -4,6 +4,7 @@ from mdistiller.registry import distiller_dict
 
 from ._base import Distiller, Vanilla, register_distiller
 from .AT import AT
+from .CC import CC
 from .CRD import CRD
 from .CTKD import CTKD
 from .DCD import DCD
@@ -14,17 +15,22 @@ from .KD import KD, KDTwoViews
 from .KDSVD import KDSVD
 from .MDR import MDR
 from .MLKD import MLKD
+from .NKD import NKD
 from .NST import NST
 from .OFD import OFD
 from .PKT import PKT
 from .ReviewKD import ReviewKD
 from .RKD import RKD
 from .SP import SP
+from .SRRL import SRRL
+from .TTM import TTM, WTTM
 from .VID import VID
 from .VRM import VRM, VRMOneView
+from .WSLD import WSLD
 
 __all__ = [
     "AT",
+    "CC",
     "CRD",
     "CTKD",
     "DCD",
@@ -34,13 +40,18 @@ __all__ = [
     "KDSVD",
     "MDR",
     "MLKD",
+    "NKD",
     "NST",
     "OFD",
     "PKT",
     "RKD",
     "SP",
+    "SRRL",
+    "TTM",
     "VID",
     "VRM",
+    "WSLD",
+    "WTTM",
     "DISTPlus",
     "Distiller",
     "FitNet",

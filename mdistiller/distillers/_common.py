@@ -59,6 +59,40 @@ class FeatureDistiller(Distiller):
         }
 
 
+def logit_losses(weight_of_logits: float, ce_weight: float = 1.0) -> dict[str, Option]:
+    """The section ``LOSS`` of a method that compares logits."""
+    return {
+        "CE_WEIGHT": weight(ce_weight, "of the cross-entropy"),
+        "KD_WEIGHT": weight(weight_of_logits, "of the distance of the logits"),
+    }
+
+
+class LogitDistiller(Distiller):
+    """Cross-entropy on the labels plus a distance of the networks' logits. A method defines the distance.
+
+    The weights are ``LOSS.CE_WEIGHT`` and ``LOSS.KD_WEIGHT`` of the method's section.
+    """
+
+    mixed_labels = True
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+        super().__init__(student, teacher)
+        self.own = cfg[self.section]
+
+    def distance(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
+        """The unweighted loss ``()`` of logits ``(B, K)``. The teacher's are constant."""
+        raise NotImplementedError(f"{type(self).__name__} has no distance")
+
+    def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_student, _ = self.student(image)
+        with torch.no_grad():
+            logits_teacher, _ = self.teacher(image)
+        return logits_student, {
+            "loss_ce": self.own.LOSS.CE_WEIGHT * F.cross_entropy(logits_student, target),
+            "loss_kd": self.own.LOSS.KD_WEIGHT * self.distance(logits_student, logits_teacher, target),
+        }
+
+
 class ConvReg(nn.Module):
     """FitNet's regressor: one convolution and a batch norm from the student's map to the shape of the teacher's.
 

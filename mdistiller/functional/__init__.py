@@ -1,6 +1,6 @@
 """Maths shared by the methods: tensors in, tensors out."""
 
-from .logits import zs_norm
+from .logits import without_target, zs_norm
 from .maps import channel_mean_square, gradient_in_layout, pool_to_common, same_size, spatial_mean
 from .precision import at_least_float32
 from .relations import unit
@@ -16,5 +16,6 @@ __all__ = [
     "same_size",
     "spatial_mean",
     "unit",
+    "without_target",
     "zs_norm",
 ]

@@ -31,3 +31,14 @@ def zs_norm(logits: Tensor) -> Tensor:
     deviation = logits.std(1, keepdim=True)
     standardised = (logits - logits.mean(1, keepdim=True)) / (deviation + 1e-7)
     return torch.where(deviation > 0, standardised, 0.0)
+
+
+def without_target(logits: Tensor, target: Tensor) -> Tensor:
+    """``(B, K - 1)``: the logits without the target's.
+
+    Args:
+        logits: ``(B, K)``; gradient flows.
+        target: ``(B,)`` class numbers.
+    """
+    place = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, place + (place >= target[:, None]))

@@ -22,14 +22,17 @@ from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.KDSVD import kdsvd_loss
 from mdistiller.distillers.MDR import angle_matrix, distance_matrix, length_loss, length_matrix, relation_kl
 from mdistiller.distillers.MLKD import bc_loss, cc_loss, mlkd_losses
+from mdistiller.distillers.NKD import nkd_loss
 from mdistiller.distillers.NST import nst_loss
 from mdistiller.distillers.OFD import ofd_loss
 from mdistiller.distillers.PKT import pkt_loss
 from mdistiller.distillers.ReviewKD import hcl_loss
 from mdistiller.distillers.RKD import rkd_loss
 from mdistiller.distillers.SP import sp_loss
+from mdistiller.distillers.TTM import ttm_loss, wttm_loss
 from mdistiller.distillers.VID import vid_loss
 from mdistiller.distillers.VRM import vrm_loss
+from mdistiller.distillers.WSLD import wsld_loss
 from mdistiller.registry import InputError
 
 
@@ -46,6 +49,10 @@ OF_LOGITS = {
     "kd": lambda s, t: kd_loss(s, t, 4.0),
     "kd standardised": lambda s, t: kd_loss(s, t, 2.0, logit_stand=True),
     "dkd": lambda s, t: dkd_loss(s, t, targets(s), 1.0, 8.0, 4.0),
+    "nkd": lambda s, t: nkd_loss(s, t, targets(s), 1.5, 3.0),
+    "ttm": lambda s, t: ttm_loss(s, t, 0.1),
+    "wttm": lambda s, t: wttm_loss(s, t, 0.1),
+    "wsld": lambda s, t: wsld_loss(s, t, targets(s), 4.0),
     "cc": lambda s, t: cc_loss(s, t, 4.0),
     "bc": lambda s, t: bc_loss(s, t, 4.0),
     "mlkd": lambda s, t: sum(mlkd_losses((s, s.flip(1)), (t, t.flip(1)), 4.0)),

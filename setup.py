@@ -19,8 +19,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["mdistiller", "mdistiller.*"]),
-    package_data={"mdistiller": ["py.typed", "reports/tables/*.yaml"]},
+    packages=[*find_packages(include=["mdistiller", "mdistiller.*"]), "mdistiller.configs"],
+    package_dir={"mdistiller.configs": "configs"},
+    package_data={"mdistiller": ["py.typed", "reports/tables/*.yaml"], "mdistiller.configs": ["**/*.yaml"]},
     install_requires=(root / "requirements.txt").read_text().split(),
     extras_require={
         "plots": ["matplotlib"],

@@ -1,11 +1,15 @@
-"""Notices and warnings to the user: one form, one way, from the first process only."""
+"""Notices and warnings to the user: one form, one way, from the first process only. Commands as the user types them."""
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
+from pathlib import Path
 
 from mdistiller.functional.gather import this_process
 
+TOOLS = Path(__file__).resolve().parents[1] / "tools"  # of the checkout; an installed package has none
 COLORS = {"INFO": 36, "TRAIN": 32, "EVAL": 31}
 
 
@@ -19,9 +23,33 @@ def log_msg(msg: str, mode: str = "INFO") -> str:
 def say(message: str, mode: str = "INFO") -> None:
     """Print a notice on standard output, in the form of :func:`log_msg`; only the first process does."""
     if this_process()[0] == 0:
-        print(log_msg(message, mode), flush=True)
+        print(log_msg(as_typed(message), mode), flush=True)
 
 
 def warn(message: str, mode: str = "INFO") -> None:
     """The same for what the user should look at."""
     say(f"WARNING: {message}", mode)
+
+
+def _by_module() -> bool:
+    """Whether this process is ``python -m mdistiller``."""
+    script = Path(sys.argv[0])
+    return (script.name, script.parent.name) == ("__main__.py", "mdistiller")
+
+
+def as_typed(text: str) -> str:
+    """``text`` with the commands as the user types them.
+
+    Texts of the library name commands as they are in a checkout, ``python tools/train.py``. A user of
+    ``python -m mdistiller``, and of an installed package, reads ``python -m mdistiller train``.
+    """
+    if TOOLS.is_dir() and not _by_module():
+        return text
+    text = text.replace("sh download_ckpts.sh", "python -m mdistiller.hub")
+    text = re.sub(r"(torchrun [^\n]*?)tools/(\w+)\.py", r"\1-m mdistiller \2", text)
+    return re.sub(r"(?:python )?\btools/(\w+)\.py", r"python -m mdistiller \1", text)
+
+
+def command_line() -> str:
+    """The command of this process, as its user typed it."""
+    return shlex.join(["python", *(["-m", "mdistiller", *sys.argv[1:]] if _by_module() else sys.argv)])

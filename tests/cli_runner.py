@@ -1,4 +1,4 @@
-"""Runs the commands of ``tools/`` inside the test's process: starting one anew costs seconds for importing torch."""
+"""Runs the commands inside the test's process: starting one anew costs seconds for importing torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ class Outcome(NamedTuple):
 
 def run_tool(name: str, arguments: list[object]) -> Outcome:
     """Run ``tools/NAME.py ARGUMENTS`` as ``python`` would, in the current folder."""
-    path = ROOT / "tools" / f"{name}.py"
+    return _run(ROOT / "tools" / f"{name}.py", arguments)
+
+
+def run_module(name: str, arguments: list[object]) -> Outcome:
+    """Run ``python -m mdistiller NAME ARGUMENTS`` likewise."""
+    return _run(ROOT / "mdistiller" / "__main__.py", [name, *arguments])
+
+
+def _run(path: Path, arguments: list[object]) -> Outcome:
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, [str(path), *map(str, arguments)]
     try:

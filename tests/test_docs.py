@@ -235,12 +235,12 @@ def reach(*args, **kwargs):
 @pytest.mark.parametrize("line", [line for line in commands(BOTH) if line.startswith(("python tools/", "torchrun "))])
 def test_commands_are_accepted(line, walk_through_method, walk_through_dataset, walk_through_folder, monkeypatch):
     """Each goes through its own parser, and through its config or plan, up to where work would begin."""
-    monkeypatch.setattr(mdistiller.engine.run, "run", reach)
-    monkeypatch.setattr(mdistiller.engine.build, "build_student", reach)
-    monkeypatch.setattr(mdistiller.reports, "run_plan", reach)
-    monkeypatch.setattr(mdistiller.bench.commands, "run_command", reach)
-    monkeypatch.setattr(mdistiller.reports.methods, "write_methods_page", lambda *given: None)  # builds each method
-    monkeypatch.setattr(mdistiller.dataset, "load_splits", reach)
+    monkeypatch.setattr("mdistiller.commands.train.run", reach)
+    monkeypatch.setattr("mdistiller.commands.eval.build_student", reach)
+    monkeypatch.setattr("mdistiller.commands.reproduce.run_plan", reach)
+    monkeypatch.setattr("mdistiller.commands.bench.run_command", reach)
+    monkeypatch.setattr("mdistiller.commands.list.write_methods_page", lambda *given: None)  # builds each method
+    monkeypatch.setattr("mdistiller.commands.views.load_splits", reach)
     script, *arguments = shlex.split(line[line.index("tools/") :])
     name = Path(script).stem
     if name == "list":

@@ -33,7 +33,9 @@ MAY_IMPORT = {
     "bench": BELOW_ENGINE | {"engine"},
     "fetch": BELOW_ENGINE | {"engine"},
     "hub": BELOW_ENGINE | {"engine", "fetch"},
-    "tools": BELOW_ENGINE | {"engine", "analysis", "reports", "bench"},
+    "commands": BELOW_ENGINE | {"engine", "analysis", "reports", "bench"},
+    "__main__": {"commands", "engine", "registry"},
+    "tools": {"commands", "engine"},
 }
 FILES = [
     path

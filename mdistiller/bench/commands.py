@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import datetime
 import multiprocessing
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from mdistiller.engine.cfg import load_config
 from mdistiller.engine.forwards.compile import check_compiler
 from mdistiller.engine.forwards.fold import Folding
 from mdistiller.engine.forwards.precision import Precision
+from mdistiller.messages import command_line
 from mdistiller.registry import InputError, distiller_dict, suggestion
 
 from . import old_loop
@@ -263,7 +263,7 @@ def run_command(what: str, settings: Settings) -> dict[str, Any]:
     return {
         "what": what,
         "about": COMMANDS[what].__doc__,
-        "command": shlex.join(sys.argv),
+        "command": command_line(),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "machine": machine(settings.precision.device),
         "rounds": settings.rounds,

@@ -21,7 +21,7 @@ from mdistiller.registry import MODEL_FAMILIES, InputError, Registry, UnknownNam
 
 from .added_kd import add_kd
 from .cfg import check_values
-from .config.node import ConfigNode
+from .config.node import CONFIGS, ConfigNode
 from .folder.checkpoint import CheckpointError, check_weights, load_weights, not_a_folder
 from .forwards.precision import hard_coded_cuda_explained, resolve_device
 
@@ -250,12 +250,12 @@ def teacher_checkpoint(cfg: Any, option: str = TEACHER_OPTION) -> Path | None:
 
 
 def training_recipe(dataset: str, student: str) -> Path | None:
-    """The config below ``configs/`` that trains ``student`` plainly on ``dataset``, if there is one."""
-    for path in sorted(Path("configs").glob(f"{dataset}/vanilla/[!_]*.yaml")):
+    """The library's config that trains ``student`` plainly on ``dataset``, if there is one."""
+    for path in sorted(CONFIGS.glob(f"{dataset}/vanilla/[!_]*.yaml")):
         tree = ConfigNode(new_allowed=True)
         tree.merge_from_file(path)
         if tree.get("DISTILLER", {}).get("STUDENT") == student:
-            return path
+            return path.relative_to(CONFIGS.parent)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Common parts of the commands in ``tools/``: a user's mistake ends with one message and exit code 2."""
+"""Common parts of the commands: a user's mistake ends with one message and exit code 2."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.consent import FLAG
+from mdistiller.messages import as_typed
 from mdistiller.plugins import place_in_file
 from mdistiller.registry import InputError, RunError
 
@@ -62,11 +63,26 @@ def command(main: Callable[[], int | None]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Options of a command, with its docstring as the help; an option that stands twice is refused."""
+    """Options of a command, with its docstring as the help; an option that stands twice is refused.
 
-    def __init__(self, about: str | None) -> None:
-        super().__init__(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    Args:
+        name: of the command: ``"train"``.
+        about: its docstring.
+    """
+
+    def __init__(self, name: str, about: str | None) -> None:
+        super().__init__(
+            prog=as_typed(f"python tools/{name}.py"),
+            description=as_typed(about or ""),
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
         self.register("action", None, _Once)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return as_typed(action.help or "")
 
 
 class _Once(argparse.Action):
@@ -136,4 +152,4 @@ def check_output(path: str | os.PathLike[str], option: str) -> None:
 
 def _say(message: str, error: Exception) -> None:
     if not getattr(error, "told_elsewhere", False):
-        print(message, file=sys.stderr)
+        print(as_typed(message), file=sys.stderr)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.config.node import files_nearby, read_yaml
+from mdistiller.engine.config.node import config_path, files_nearby, read_yaml
 from mdistiller.engine.folder.run_folder import run_folder
 from mdistiller.engine.task import Classification, Measure, task_of
 from mdistiller.registry import InputError, suggestion
@@ -118,7 +118,7 @@ def load_plan(path: str | Path, allow_plugins: bool = False) -> Plan:
         InputError: a missing or unreadable file; keys that are missing, unknown or hold the wrong thing; a claim
             about no row; a run that its configuration keeps from starting, or that would share another's folder.
     """
-    path = Path(path)
+    path = config_path(Path(path))
     try:
         tree = read_yaml(path)
     except FileNotFoundError:

@@ -43,7 +43,7 @@ def parts(root: Path) -> dict[str, set[str]]:
     for top in (PACKAGE, "tools"):
         for path in sorted((root / top).rglob("*.py")):
             part = part_of(".".join(path.relative_to(root).with_suffix("").parts))
-            if part != "__init__":
+            if part not in ("__init__", "__main__"):
                 names = {part_of(name) for name in imports_of(path, root) if name.startswith(f"{PACKAGE}.")}
                 found.setdefault(part, set()).update(names - {part, "__version__"})
     return found

@@ -23,6 +23,9 @@ from yacs.config import CfgNode
 from mdistiller.consent import COMMAND_LINE
 from mdistiller.registry import InputError, closest, suggestion
 
+ROOT = Path(__file__).resolve().parents[2]  # the package
+# The library's configurations: in the package, or in the checkout that holds the package.
+CONFIGS = next((place for place in (ROOT / "configs", ROOT.parent / "configs") if place.is_dir()), ROOT / "configs")
 BASE_KEY, METHOD_FILES = "_BASE_", "DISTILLER.PLUGINS"
 ALLOWED, TYPED = "__allowed_keys__", "__typed_keys__"  # attributes of a node
 DEEPEST = 50  # files that build on each other
@@ -47,6 +50,16 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def config_path(path: Path) -> Path:
+    """``path``, or the library's file of that name, ``configs/...``, where the current folder has none."""
+    own = Path(os.path.normpath(path))
+    if not path.exists() and own.parts[:1] == (CONFIGS.name,):
+        own = CONFIGS.parent / own
+        if own.exists() or (own.parent.is_dir() and not path.parent.is_dir()):
+            return own
+    return path
 
 
 def read_yaml(path: Path) -> Any:
@@ -353,7 +366,7 @@ def _keys(node: CfgNode, prefix: str = "") -> list[str]:
 
 def _read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> dict[Path, tuple[Path, dict[str, Any]]]:
     """The file's path and tree behind those of its bases, by resolved path, in the order in which they are merged."""
-    where = f" (the {BASE_KEY} of {below[-1]})" if below else ""
+    path, where = config_path(path), f" (the {BASE_KEY} of {below[-1]})" if below else ""
     if len(below) > DEEPEST:
         raise InputError(f"{below[0]} is more than {DEEPEST} files deep in {BASE_KEY}")
     resolved = path.resolve()

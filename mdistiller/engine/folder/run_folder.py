@@ -8,10 +8,8 @@ import errno
 import json
 import os
 import platform
-import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -24,7 +22,7 @@ import torchvision
 
 import mdistiller
 from mdistiller.files import lock
-from mdistiller.messages import say, warn
+from mdistiller.messages import command_line, say, warn
 from mdistiller.options import options_of
 from mdistiller.registry import InputError
 
@@ -238,7 +236,7 @@ def write_environment(path: Path, environment: dict[str, Any], resumed: bool) ->
 def environment(cfg: Any, device: torch.device) -> dict[str, Any]:
     return {
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        "command": command_line(),
         "mdistiller": mdistiller.__version__,
         "git": _git_hash(),
         "python": platform.python_version(),

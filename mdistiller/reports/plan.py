@@ -195,7 +195,9 @@ def _is_claim(claim: Any, methods: dict[str, Any]) -> bool:
     if not isinstance(claim, list) or not 2 <= len(claim) <= 3:
         return False
     names, limit = claim[:2], claim[2:]
-    return all(name in methods for name in names) and all(type(x) in (int, float) and x >= 0 for x in limit)
+    return all(isinstance(name, str) and name in methods for name in names) and all(
+        type(x) in (int, float) and x >= 0 for x in limit
+    )
 
 
 def _fits(entry: Any, kinds: dict[str, type]) -> bool:

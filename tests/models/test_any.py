@@ -200,6 +200,8 @@ def test_a_safetensors_file_is_read_and_a_damaged_one_refused(tmp_path):
         ("timm:resnet50.a9_in1k", "timm's resnet50 has no weights named 'a9_in1k'; closest: .*a3_in1k"),
         ("torchvision:resnt50", "torchvision has no classifier named 'resnt50'; closest: resnet50"),
         ("torchvision:fasterrcnn_resnet50_fpn", "torchvision has no classifier named"),
+        (":", ": is no name of a network: a factory is written package.module:factory"),
+        ("mine/net.py:small", "mine/net.py:small is no name of a network: a factory is written package.module:factory"),
         ("no.such:factory", "no.such:factory: No module named 'no'; a name package.module:factory must lie below"),
         ("math:sine", "math:sine: module math has no 'sine'"),
         ("math:pi", "math:pi: pi is no function and no class"),

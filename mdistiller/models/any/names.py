@@ -103,6 +103,11 @@ FINDERS: dict[str, Callable[[str], Callable[..., nn.Module]]] = {
 
 def _factory(module: str, name: str) -> Callable[..., nn.Module]:
     full = f"{module}:{name}"
+    if not all(part.isidentifier() for part in [*module.split("."), name]):
+        raise InputError(
+            f"{full} is no name of a network: a factory is written package.module:factory (mine.net:small for the "
+            "function small in mine/net.py); other names begin with timm: or torchvision:"
+        )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # as `python -m` does; at the end, so that it hides nothing that is installed
     try:

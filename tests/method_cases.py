@@ -28,6 +28,7 @@ FALLING = {
     "DKD": {"DKD.WARMUP": 0},
     "MDR": {"MDR.SM_EPOCHS": 2},  # as many as need be
     "NKD": {"NKD.GAMMA": 0.0},  # the other classes' cross-entropy is mostly the teacher's entropy
+    "MGD": {"MGD.LOSS.FEAT_WEIGHT": 1e-3},  # a sum over all entries of a map
     "PKT": {"PKT.LOSS.FEAT_WEIGHT": 30000.0},  # a mean of differences of probabilities, 10^-5 at first
     "REVIEWKD": {"REVIEWKD.WARMUP_EPOCHS": 0},
     "SP": {"SP.LOSS.FEAT_WEIGHT": 300.0},  # a mean of squared differences of cosines, 10^-3 at first

@@ -10,14 +10,19 @@ from .CTKD import CTKD
 from .DCD import DCD
 from .DIST import DIST, DISTPlus
 from .DKD import DKD
+from .EGA import EGA
 from .FitNet import FitNet
+from .ICKD import ICKD
+from .ITRD import ITRD
 from .KD import KD, KDTwoViews
 from .KDSVD import KDSVD
 from .MDR import MDR
+from .MGD import MGD
 from .MLKD import MLKD
 from .NKD import NKD
 from .NST import NST
 from .OFD import OFD
+from .PEFD import PEFD
 from .PKT import PKT
 from .ReviewKD import ReviewKD
 from .RKD import RKD
@@ -36,13 +41,18 @@ __all__ = [
     "DCD",
     "DIST",
     "DKD",
+    "EGA",
+    "ICKD",
+    "ITRD",
     "KD",
     "KDSVD",
     "MDR",
+    "MGD",
     "MLKD",
     "NKD",
     "NST",
     "OFD",
+    "PEFD",
     "PKT",
     "RKD",
     "SP",

@@ -17,14 +17,19 @@ from mdistiller.distillers.DIST import (
     pearson_distance,
 )
 from mdistiller.distillers.DKD import dkd_loss
+from mdistiller.distillers.EGA import ega_loss
 from mdistiller.distillers.FitNet import hint_loss
+from mdistiller.distillers.ICKD import ickd_loss
+from mdistiller.distillers.ITRD import correlation_loss, mutual_loss
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.KDSVD import kdsvd_loss
 from mdistiller.distillers.MDR import angle_matrix, distance_matrix, length_loss, length_matrix, relation_kl
+from mdistiller.distillers.MGD import mgd_loss
 from mdistiller.distillers.MLKD import bc_loss, cc_loss, mlkd_losses
 from mdistiller.distillers.NKD import nkd_loss
 from mdistiller.distillers.NST import nst_loss
 from mdistiller.distillers.OFD import ofd_loss
+from mdistiller.distillers.PEFD import pefd_loss
 from mdistiller.distillers.PKT import pkt_loss
 from mdistiller.distillers.ReviewKD import hcl_loss
 from mdistiller.distillers.RKD import rkd_loss
@@ -64,11 +69,14 @@ OF_LOGITS = {
     "cosine": lambda s, t: cosine_distance(s, t).mean(),
     "vrm": of_views(vrm_loss),
     "dcd": lambda s, t: dcd_loss(s, t, 2.7, 0.0),
+    "ega": ega_loss,
+    "itrd": correlation_loss,
+    "pefd": lambda s, t: pefd_loss([s, s.flip(1)], t),
 }
 ACCLIMATIONS = {kind: lambda s, t, kind=kind: acclimation_loss(t, s, targets(s), 1.0, kind) for kind in ("all", "kl")}
 ACCLIMATIONS["nontarget"] = lambda s, t: acclimation_loss(t, s, targets(s))
 # Of embeddings (B, D) or maps (B, C, H, W), whose other sizes may differ.
-OF_IMAGES = {"pkt": pkt_loss, "rkd": rkd_loss, "sp": lambda s, t: sp_loss([s], [t])}
+OF_IMAGES = {"pkt": pkt_loss, "rkd": rkd_loss, "sp": lambda s, t: sp_loss([s], [t]), "mutual": mutual_loss}
 # Of maps of any width and size.
 OF_ANY_MAPS = {
     "at": lambda s, t: at_loss([s], [t], 2),
@@ -79,6 +87,8 @@ OF_ANY_MAPS = {
 }
 OF_MAPS = {
     "hint": hint_loss,
+    "ickd": ickd_loss,
+    "mgd": mgd_loss,
     "hcl": lambda s, t: hcl_loss([s], [t]),
     "ofd": lambda s, t: ofd_loss(s, t, -torch.ones(1, s.shape[1], 1, 1)),
     "vid": lambda s, t: vid_loss(nn.Identity(), torch.zeros(t.shape[1]), s, t),

@@ -158,7 +158,12 @@ def options_of_dataset(dataset: type) -> dict[str, Option]:
 
 
 def options_of(cfg: Any) -> dict[str, Option]:
-    """The options of a run by dotted key: the library's, all data sets' and the method's."""
+    """The options of a run by dotted key: the library's, all data sets' and the method's.
+
+    A configuration that is not shaped like ``CFG`` states its options by a method ``own_options``.
+    """
+    if hasattr(cfg, "own_options"):
+        return cfg.own_options()
     found = dict(OPTIONS)
     for dataset in dataset_dict.values():
         found |= options_of_dataset(dataset)

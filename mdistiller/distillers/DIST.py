@@ -323,6 +323,14 @@ def _standardised(f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, mean, std, std <= NOISE * limits.eps * mean.abs() + 2 * limits.tiny**0.5
 
 
+@torch.no_grad()
+def hold_within(parameter: Tensor, start: Tensor, radius: float) -> None:
+    """Take ``parameter`` back to the distance ``radius * ||start||`` from ``start`` if it lies beyond."""
+    way = parameter - start
+    length, limit = way.norm(), radius * start.norm()
+    parameter.copy_(torch.where(length > limit, start + way * (limit / length), parameter))
+
+
 def _samples(logits: Tensor) -> Tensor:
     """``(B, C, ...)`` to ``(N, C)``."""
     return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)
@@ -458,10 +466,7 @@ class DISTPlus(DIST):
     def hold_teacher(self) -> None:
         """Take weights beyond ``ACCLIMATE_RADIUS`` back to that distance from their start."""
         for number, parameter in enumerate(self.acclimated if self.radius else ()):
-            start = self.get_buffer(f"start_{number}")
-            way = parameter - start
-            length, limit = way.norm(), self.radius * start.norm()
-            parameter.copy_(torch.where(length > limit, start + way * (limit / length), parameter))
+            hold_within(parameter, self.get_buffer(f"start_{number}"), self.radius)
 
     def forward_train(self, image: Tensor, target: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         self.hold_teacher()

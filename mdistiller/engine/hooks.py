@@ -46,7 +46,6 @@ from .folder.checkpoint import (
 from .folder.state import NUMBER, ROW, check_kind
 from .folder.writers import CsvWriter, TensorboardWriter, WandbWriter, WorklogWriter
 from .processes import distributed
-from .solver import learning_rate
 from .task import LOSS, Measure, Score
 
 if TYPE_CHECKING:
@@ -127,8 +126,7 @@ class LearningRate(Hook):
     """Sets the rate of every parameter group before each step."""
 
     def before_step(self) -> None:
-        trainer = self.trainer
-        rate = learning_rate(trainer.cfg.SOLVER, trainer.epoch, trainer.step_in_epoch / trainer.steps_per_epoch)
+        trainer, rate = self.trainer, self.trainer.learning_rate()
         for group in trainer.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         trainer.row["lr"] = rate
@@ -240,10 +238,9 @@ class NonFiniteGuard(Hook):
             what: the event.
             bad: number of steps since the first state that leads to the event.
         """
-        trainer, solver = self.trainer, self.trainer.cfg.SOLVER
-        latest = trainer.folder / "latest"
+        latest = self.trainer.folder / "latest"
         earlier = previous(latest)
-        remedies = f"a lower SOLVER.LR than {solver.LR:g}" + (" or SOLVER.AMP off" if solver.AMP != "off" else "")
+        remedies, warm_up = self.trainer.remedies()
         if latest.is_file() and self.saved_at < bad:
             left = f"{latest} holds the last good state; go on from it by --resume with {remedies}"
         elif earlier.is_file():
@@ -252,7 +249,7 @@ class NonFiniteGuard(Hook):
                 f"{latest.name} and go on by --resume with {remedies}"
             )
         else:
-            left = f"No good state is saved; start again with {remedies}, or with SOLVER.WARMUP_EPOCHS"
+            left = f"No good state is saved; start again with {remedies}, or with {warm_up}"
         return NonFiniteLossError(f"{what}. {left}")
 
     def _check_losses(self) -> None:
@@ -823,7 +820,7 @@ class Console(Hook):
         for split in ("val", "test"):
             if f"{split}_{task.headline.column}" in trainer.row:
                 say(
-                    f"Epoch {trainer.epoch}/{trainer.cfg.SOLVER.EPOCHS}| lr {trainer.row['lr']:.4g}| "
+                    f"{trainer.progress()}| lr {trainer.row['lr']:.4g}| "
                     f"{self._part('train', LOSS, task.headline)}| {self._part(split, LOSS, *task.measures)}| "
                     f"{rate:,.0f} images/s| {duration(left)} left",
                     "EVAL",

@@ -75,6 +75,22 @@ def run(
         show_cfg(cfg)
     trainer, facts = build_run(cfg)
     add_hooks(trainer, hooks)
+    return train_in_folder(trainer, facts, cfg, resume, overwrite)
+
+
+def train_in_folder(
+    trainer: BaseTrainer, facts: dict[str, Any], cfg: Any, resume: bool, overwrite: bool
+) -> dict[str, Any]:
+    """Lock the trainer's folder, resume or begin the run there, train; returns the content of ``results.json``.
+
+    Args:
+        trainer: as it was built.
+        facts: for ``results.json``.
+        cfg: the user's configuration.
+        resume: see :func:`run`.
+        overwrite: see :func:`run`.
+    """
+    folder = trainer.folder
     with ExitStack() as stack:
 
         def enter() -> bool:
@@ -87,7 +103,8 @@ def run(
         if resumed:
             trainer.resume()
             with distributed.same_error():
-                _check_rest(trainer, facts, folder)
+                _check_teacher(trainer, facts, folder)
+                trainer.check_resumed()
         if not trainer.finished:  # else what the run was made with stays what stands there
             facts |= distributed.on_first_process(lambda: _begin(folder, cfg, trainer, resumed, overwrite))
         trainer.results.update(facts)
@@ -118,7 +135,7 @@ def _begin(folder: Path, cfg: Any, trainer: BaseTrainer, resumed: bool, overwrit
     else:
         (folder / CHANGES).unlink(missing_ok=True)
     write_atomically(folder / "config.yaml", cfg.dump())
-    write_environment(folder / "environment.json", environment(cfg, trainer.precision.device), resumed)
+    write_environment(folder / "environment.json", environment(trainer.cfg, trainer.precision.device), resumed)
     changed = changed_settings(folder, cfg)
     return {"changed_settings": changed} if changed else {}
 
@@ -186,8 +203,8 @@ def score_teacher(cfg: Any, teacher: torch.nn.Module, loaders: Loaders) -> dict[
     return {"name": name, "checkpoint": checkpoint, "sha256": digest, **score.without_loss}
 
 
-def _check_rest(trainer: BaseTrainer, facts: dict[str, Any], folder: Path) -> None:
-    """Checks that need the state: another teacher at the same path, or fewer epochs than are done."""
+def _check_teacher(trainer: BaseTrainer, facts: dict[str, Any], folder: Path) -> None:
+    """Checks that need the state: another teacher or method file at the same path."""
     before, now = (results.get("teacher", {}).get("sha256") for results in (trainer.results, facts))
     if before and now and before != now:
         raise InputError(
@@ -196,10 +213,3 @@ def _check_rest(trainer: BaseTrainer, facts: dict[str, Any], folder: Path) -> No
     before, now = (results.get("method_file", {}) for results in (trainer.results, facts))
     if before and now and before["sha256"] != now["sha256"]:
         say(f"resuming although {now['path']} has changed since: its SHA-256 was {before['sha256'][:12]}...")
-    begun, wanted = trainer.epoch - (trainer.step_in_epoch == 0), trainer.cfg.SOLVER.EPOCHS
-    scored = trainer.results.get("last", {}).get("epoch", 0)
-    if begun > wanted or (begun == wanted and trainer.step_in_epoch == 0 and scored < wanted):
-        raise InputError(
-            f"{folder} has trained {begun} epochs{'' if begun > wanted else ', the last one not evaluated'}, and "
-            f"SOLVER.EPOCHS is {wanted}; give at least {begun + (begun == wanted)}"
-        )

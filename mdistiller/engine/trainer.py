@@ -33,8 +33,8 @@ from .prepare import prepare
 from .processes import distributed
 from .processes.parallel import Parallel
 from .random_state import random_state, restorable, restore_random_state, seed_process
-from .solver import build_optimizer
-from .task import task_of
+from .solver import build_optimizer, learning_rate
+from .task import Task, task_of
 
 trainer_dict = Registry("trainer")
 
@@ -82,7 +82,7 @@ class BaseTrainer:
         cfg: Any,
         test_loader: Any = None,
     ) -> None:
-        self.cfg, self.task = cfg, task_of(cfg)
+        self.cfg, self.task = cfg, self.init_task(cfg)
         self.precision = Precision.from_cfg(cfg)
         # First, where the weights lie; then foldings, before Parallel makes synchronised BatchNorms, which cannot be
         # folded, of the others; hooks last, since they look at all else. The rest may stand in any order.
@@ -109,6 +109,14 @@ class BaseTrainer:
         self.outputs = 0  # of the student, where that is known
         self.checked = False  # whether the losses reach what the optimiser holds
         self.averaged_at = 0  # the step after which processes last agreed on their statistics
+
+    @property
+    def settings(self) -> Any:
+        """The user's configuration, which the state holds. The loop reads ``cfg``."""
+        return self.cfg
+
+    def init_task(self, cfg: Any) -> Task:
+        return task_of(cfg)
 
     def init_optimizer(self, cfg: Any) -> torch.optim.Optimizer:
         return build_optimizer(cfg, self.distiller)
@@ -176,7 +184,7 @@ class BaseTrainer:
         self.parallel.begin_epoch()
         for item in self._items():
             self._call("before_step")
-            output = self.run_step(to_batch(item, self.precision))
+            output = self.run_step(self.to_batch(item))
             self.parallel.end_step()
             self.step += 1
             self.step_in_epoch += 1
@@ -187,6 +195,28 @@ class BaseTrainer:
         self.epoch += 1
         self.step_in_epoch = 0
         self._call("epoch_done")
+
+    def to_batch(self, item: Any) -> dict[str, Any]:
+        """A loader's item as named values on the device."""
+        return to_batch(item, self.precision)
+
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        return learning_rate(self.cfg.SOLVER, self.epoch, self.step_in_epoch / self.steps_per_epoch)
+
+    def progress(self) -> str:
+        """Where the run stands at the end of an epoch: ``"Epoch 3/240"``."""
+        return f"Epoch {self.epoch}/{self.cfg.SOLVER.EPOCHS}"
+
+    def remedies(self) -> tuple[str, str]:
+        """What to do about a loss that is not finite: a lower rate, and for a new start also a warm-up."""
+        solver = self.cfg.SOLVER
+        lower = f"a lower SOLVER.LR than {solver.LR:g}" + (" or SOLVER.AMP off" if solver.AMP != "off" else "")
+        return lower, "SOLVER.WARMUP_EPOCHS"
+
+    def check_output(self, logits: Tensor, batch: dict[str, Any]) -> None:
+        """Refuse an output that the task's meters cannot be taken of."""
+        check_logits(self.distiller, logits, batch["target"], self.outputs)
 
     def run_step(self, batch: dict[str, Tensor]) -> StepOutput:
         given = self.contract.given(batch, self.epoch)
@@ -199,7 +229,7 @@ class BaseTrainer:
                 logits, losses = read_output(self.distiller, output)
             else:
                 logits, losses = self.parallel(given, self.train_loader.images_in(self.step_in_epoch))
-        check_logits(self.distiller, logits, batch["target"], self.outputs)
+        self.check_output(logits, batch)
         losses = {name: loss.mean() for name, loss in losses.items()}  # some methods return shape (1,)
         if not self.checked:
             self.checked = True
@@ -256,7 +286,7 @@ class BaseTrainer:
             "step_in_epoch": self.step_in_epoch,
             "step": self.step,
             "row": self.row,
-            "config": self.cfg.dump(),
+            "config": self.settings.dump(),
             "versions": {"mdistiller": mdistiller.__version__, "torch": str(torch.__version__)},
             "model": trained_state(self.distiller),
             "optimizer": self.optimizer.state_dict(),
@@ -295,8 +325,22 @@ class BaseTrainer:
             "EXPERIMENT.NAME"
         )
 
+    def check_resumed(self) -> None:
+        """Refuse to go on with fewer epochs than are done.
+
+        Raises:
+            InputError: says how many are needed.
+        """
+        begun, wanted = self.epoch - (self.step_in_epoch == 0), self.cfg.SOLVER.EPOCHS
+        scored = self.results.get("last", {}).get("epoch", 0)
+        if begun > wanted or (begun == wanted and self.step_in_epoch == 0 and scored < wanted):
+            raise InputError(
+                f"{self.folder} has trained {begun} epochs{'' if begun > wanted else ', the last one not evaluated'}, "
+                f"and SOLVER.EPOCHS is {wanted}; give at least {begun + (begun == wanted)}"
+            )
+
     def _say_changes(self, before: dict[str, Any]) -> None:
-        changes = [str(change) for change in changed_keys(before, self.cfg)[1]]
+        changes = [str(change) for change in changed_keys(before, self.settings)[1]]
         if self.finished:
             say("; ".join(["all epochs are done and nothing is trained", *(f"without effect: {c}" for c in changes)]))
         else:
@@ -358,7 +402,7 @@ class BaseTrainer:
         if min(state.get(key, 0) for key in ("epoch", "step", "step_in_epoch")) < 0:
             raise CheckpointError(f"{source} cannot be resumed from: its epochs or steps are negative")
         if "config" in state:
-            fatal, _ = changed_keys(_read_config(state["config"], source), self.cfg)
+            fatal, _ = changed_keys(_read_config(state["config"], source), self.settings)
             if fatal:
                 raise CheckpointError(f"{source} belongs to another experiment: {', '.join(map(str, fatal))}")
         check_optimizer_fit(self.optimizer, state["optimizer"], source)

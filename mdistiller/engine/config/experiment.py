@@ -53,6 +53,8 @@ def without_keys_of_fork(cfg: Any) -> Any:
 
 def relevant_part(cfg: Any) -> ConfigNode:
     """The configuration without the sections of other methods."""
+    if hasattr(cfg, "own_options"):
+        return cfg
     part = ConfigNode({key: cfg[key] for key in ("EXPERIMENT", "DATASET", "DISTILLER", "SOLVER", "LOG")})
     section = getattr(distiller_dict.get(cfg.DISTILLER.TYPE), "section", cfg.DISTILLER.TYPE)
     if section in cfg:

@@ -1,0 +1,1 @@
+"""Distillation of object detectors: Faster R-CNN with a feature pyramid on torchvision."""

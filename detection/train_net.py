@@ -27,9 +27,7 @@ BUILD = (
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--config-file", type=user_path, metavar="FILE", required=True, help="see detection/configs")
-    parser.add_argument(
-        "--engine", choices=("torchvision", "detectron2"), help="default: detectron2 if it is installed"
-    )
+    parser.add_argument("--engine", choices=("torchvision", "detectron2"), help="without it: detectron2 if installed")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes that train together")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR")

@@ -22,15 +22,16 @@ class Outcome(NamedTuple):
 
 def run_tool(name: str, arguments: list[object]) -> Outcome:
     """Run ``tools/NAME.py ARGUMENTS`` as ``python`` would, in the current folder."""
-    return _run(ROOT / "tools" / f"{name}.py", arguments)
+    return run_script(ROOT / "tools" / f"{name}.py", arguments)
 
 
 def run_module(name: str, arguments: list[object]) -> Outcome:
     """Run ``python -m mdistiller NAME ARGUMENTS`` likewise."""
-    return _run(ROOT / "mdistiller" / "__main__.py", [name, *arguments])
+    return run_script(ROOT / "mdistiller" / "__main__.py", [name, *arguments])
 
 
-def _run(path: Path, arguments: list[object]) -> Outcome:
+def run_script(path: Path, arguments: list[object]) -> Outcome:
+    """Run ``PATH ARGUMENTS`` as ``python`` would, in the current folder."""
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, [str(path), *map(str, arguments)]
     try:

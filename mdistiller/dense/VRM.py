@@ -7,6 +7,7 @@ class logits, background included. Zhang et al., ICCV 2025.
 The paper says nothing of how relations are taken in a detector. Readings: the vertices are the P sampled boxes of the
 process; the virtual view differs in its colours only, so both views share the boxes; student and teacher each see both
 views, so a step costs two passes of the student. Weights and options are those of
+classification.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The names are those of the methods for classification. ``dense_dict`` is the table.
 """
 
-from . import CWD, DIST, DKD, FGFI, FKD, KD, MIMIC, PKD, VRM, ReviewKD
+from . import CWD, DIST, DKD, FGFI, FKD, KD, MIMIC, PKD, VRM, ReviewKD  # noqa: F401  enters them into dense_dict
 from ._base import DenseMethod, dense_dict, register_dense
 from .record import DetectorFacts, Record
 

@@ -43,7 +43,7 @@ def check_pair(student: DetectorFacts, teacher: DetectorFacts) -> None:
     """
     if student.classes != teacher.classes:
         raise InputError(
-            f"the teacher has {teacher.classes} classes, the student {student.classes}; take a teacher that was trained "
+            f"the teacher has {teacher.classes} classes, the student {student.classes}; take a teacher trained "
             "on the same classes (MODEL.ROI_HEADS.NUM_CLASSES)"
         )
     if student.strides != teacher.strides:

@@ -1,4 +1,4 @@
-"""The configuration: detectron2's YAML with the nodes ``DISTILLER`` and ``TEACHER``, as the torchvision engine reads it.
+"""The torchvision engine's configuration: detectron2's YAML with the nodes ``DISTILLER`` and ``TEACHER``.
 
 Keys, types and defaults are detectron2's, with these exceptions: ``SOLVER.OPTIMIZER``, ``DISTILLER`` and ``TEACHER``
 are new; ``MODEL.DEVICE`` is ``auto``; ``MODEL.RESNETS.STRIDE_IN_1X1`` is False; ``MODEL.WEIGHTS`` is empty. A key or a
@@ -209,9 +209,7 @@ def load_teacher(cfg: DetectionConfig) -> tuple[DetectionConfig, Path]:
     """
     given = cfg.TEACHER
     if not given.CONFIG:
-        raise InputError(
-            f"DISTILLER.TYPE {cfg.DISTILLER.TYPE} needs a teacher: name its configuration by TEACHER.CONFIG"
-        )
+        raise InputError(f"the method {cfg.DISTILLER.TYPE} needs a teacher: TEACHER.CONFIG names its configuration")
     teacher = load(given.CONFIG, given.OPTS)
     path = Path(given.WEIGHTS or Path(teacher.OUTPUT_DIR) / "student_last")
     if not path.is_file():

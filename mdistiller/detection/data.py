@@ -299,7 +299,6 @@ def read(pictures: list[Picture], keys: list[list[tuple[int, bool]]], workers: i
         num_workers=workers,
         collate_fn=list,
         generator=torch.Generator().manual_seed(0),  # else it would draw from the run's
-        multiprocessing_context="spawn" if workers else None,
     )
     for own, items in zip(keys, loader, strict=True):
         for item in items:

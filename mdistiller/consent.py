@@ -24,8 +24,8 @@ def check_code(key: str, code: Sequence[str], named_by: str, allowed: bool) -> N
 
     Args:
         key: the setting.
-        code: what it names: Python files, or other code.
-        named_by: :data:`COMMAND_LINE`, or the file that gives the setting.
+        code: the setting's Python files or other code.
+        named_by: :data:`COMMAND_LINE`, or the file with the setting.
         allowed: the user gave :data:`FLAG`.
 
     Raises:
@@ -34,10 +34,11 @@ def check_code(key: str, code: Sequence[str], named_by: str, allowed: bool) -> N
     if allowed or named_by == COMMAND_LINE or not code:
         return
     typed = shlex.quote(code[0] if len(code) == 1 else f"[{', '.join(code)}]")
-    found = ", ".join(map(_described, code))
+    files = ", ".join(map(_described, code))
     raise InputError(
-        f"{named_by}: {key} names code, which runs with all your rights: {found}; nothing was executed. Read the code, "
-        f"then add {FLAG} (in Python allow_plugins=True), or name the code on the command line: {key} {typed}"
+        f"{named_by}: {key} names code, which runs with all your rights: {files}; nothing was executed. Read the code, "
+        f"then add {FLAG} (in Python allow_plugins=True). A command that takes KEY VALUE, such as tools/train.py, also "
+        f"accepts the code there: {key} {typed}"
     )
 
 
@@ -45,5 +46,5 @@ def _described(code: str) -> str:
     path = Path(code).expanduser()
     try:
         return f"{code} (SHA-256 {file_sha256(path)})" if path.is_file() else code
-    except (OSError, ValueError):  # unreadable; no file's name
+    except (OSError, ValueError):  # an unreadable file, or a text that cannot be a file's name
         return code

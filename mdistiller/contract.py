@@ -1,7 +1,7 @@
-"""A method's contract: the names in its signatures say what the method needs, and are read here once.
+"""A method's contract: the parameter names in its signatures say what the method needs. This module reads them once.
 
-``forward_train`` names the fields of a batch, the constructor names what the builder passes. Nothing else in the
-library looks at a method's signatures or at a method's name.
+The parameters of ``forward_train`` are fields of a batch. The parameters of the constructor are the values that the
+builder passes. Nothing else in the library looks at a method's signatures or at a method's name.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from mdistiller.registry import InputError
 
-ARGUMENTS = ("student", "teacher", "cfg", "num_data")  # what every constructor may name, in mdistiller's order
-FIELDS = ("target", "index", "epoch", "contrastive_index")  # what forward_train may name beside views
-PREPARE = ["batches", "autocast"]  # a method file of another project may call something else prepare
+ARGUMENTS = ("student", "teacher", "cfg", "num_data")  # parameters of every constructor, in mdistiller's order
+FIELDS = ("target", "index", "epoch", "contrastive_index")  # parameters of forward_train besides the views
+PREPARE = ["batches", "autocast"]  # a method file of another project may use the name prepare for something else
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Contract:
     """The inputs that a method's signatures name.
 
     Args:
-        views: the image fields of a batch, ``("image",)`` or ``("image_weak", "image_strong")``; a method that names
-            none gets ``image``.
-        fields: all that ``forward_train`` takes of a batch; ``None``: everything, by ``**kwargs``.
-        named: the names of its parameters.
-        required: those of them that have no default.
-        arguments: for each parameter of the constructor that is given something, which of the builder's values it gets.
-        by_place: the constructor is called by place, because its names are another project's.
+        views: the image fields of a batch, ``("image",)`` or ``("image_weak", "image_strong")``; ``("image",)`` if
+            ``forward_train`` names no view.
+        fields: the fields that ``forward_train`` takes; ``None``: all fields, by ``**kwargs``.
+        named: the names of the parameters of ``forward_train``.
+        required: the names in ``named`` without a default.
+        arguments: the builder's value for each parameter of the constructor that gets a value.
+        by_place: the constructor is called with positional arguments, because another project chose its names.
         prepares: the method has a stage before training.
     """
 
@@ -66,7 +66,7 @@ def contract_of(method: type) -> Contract:
     """The contract of a method's class.
 
     Raises:
-        InputError: a signature requires something that nobody gives; names the file, the parameter and what there is.
+        InputError: a signature requires an unknown parameter; names the file, the parameter and the known parameters.
     """
     parameters = inspect.signature(method.forward_train).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "self"]
@@ -75,14 +75,14 @@ def contract_of(method: type) -> Contract:
     unknown = [name for name in required if name not in views + FIELDS]
     if unknown:
         raise InputError(
-            f"{where(method)}: forward_train requires {unknown[0]!r}, which no data set delivers; it can have image, "
+            f"{where(method)}: forward_train requires {unknown[0]!r}, which no data set delivers; it can take image, "
             f"image_<view>, {', '.join(FIELDS)}, and parameters with a default"
         )
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     arguments, by_place = _constructor(method)
     if "student" not in arguments.values():
         raise InputError(
-            f"{where(method)}: the constructor takes no student; it can have {', '.join(ARGUMENTS)}, and must pass "
+            f"{where(method)}: the constructor takes no student; it can take {', '.join(ARGUMENTS)}, and must pass "
             "student and teacher to super().__init__(student, teacher)"
         )
     prepare = getattr(method, "prepare", None)
@@ -106,20 +106,20 @@ def check_step(method: type) -> None:
     """
     step = getattr(method, "forward_train", None)
     if step is None or getattr(step, "does_nothing", False):
-        raise InputError(f"{where(method)}: it defines no forward_train; see mdistiller/distillers/_base.py")
+        raise InputError(f"{where(method)}: the class defines no forward_train; see mdistiller/distillers/_base.py")
 
 
 def _constructor(method: type) -> tuple[dict[str, str], bool]:
     """:attr:`Contract.arguments` and :attr:`Contract.by_place`.
 
-    Parameters count by their names. They count by their place only in a class that our decorator has not registered:
-    the constructors of other projects' files have other names in mdistiller's order.
+    Parameters are identified by their names. In a class that :func:`~mdistiller.registry.register_distiller` has not
+    registered, unknown names are identified by their position: other projects use other names in mdistiller's order.
     """
     parameters = list(inspect.signature(method).parameters.values())
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     required = [p for p in named if p.default is p.empty]
     known = (*ARGUMENTS, *getattr(method, "networks", {}))
-    if not named and any(p.kind is p.VAR_POSITIONAL for p in parameters):  # the constructor hands all on
+    if not named and any(p.kind is p.VAR_POSITIONAL for p in parameters):  # *args: the base class gets all of them
         return {name: name for name in ARGUMENTS[:3]}, True
     unknown = [p.name for p in required if p.name not in known]
     if not unknown:
@@ -127,7 +127,7 @@ def _constructor(method: type) -> tuple[dict[str, str], bool]:
     by_keyword = any(p.kind is p.KEYWORD_ONLY for p in required)
     if "declared" in vars(method) or by_keyword or len(required) > len(ARGUMENTS):
         raise InputError(
-            f"{where(method)}: the constructor asks for {unknown[0]!r}, which the library does not pass; it can have "
+            f"{where(method)}: the constructor asks for {unknown[0]!r}, which the library does not pass; it can take "
             f"{', '.join(known)}, parameters with a default, and further networks that the class declares: "
             f'networks = {{"{unknown[0]}": "student"}}'
         )

@@ -1,4 +1,4 @@
-"""Files, wherever they are read and written: a digest, a lock, and messages for a disk that refuses."""
+"""Checksums and locks of files, and messages for files that cannot be written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error numbers: the disk
 
 
 def sha256(file: BinaryIO, size: int = sys.maxsize) -> str:
-    """The SHA-256 of what is still to be read of an open file, or of the next ``size`` bytes, in hexadecimal."""
+    """The SHA-256 of an open file from its position to its end, or of the next ``size`` bytes, in hexadecimal."""
     digest = hashlib.sha256()
     while size and (chunk := file.read(min(size, 1 << 20))):
         digest.update(chunk)
@@ -29,7 +29,7 @@ def sha256(file: BinaryIO, size: int = sys.maxsize) -> str:
 
 
 def file_sha256(path: StrPath) -> str:
-    """The SHA-256 of a file, in hexadecimal: tells whether the file is still the one that was used.
+    """The SHA-256 of a file, in hexadecimal.
 
     Raises:
         InputError: the file cannot be read.
@@ -44,23 +44,23 @@ def file_sha256(path: StrPath) -> str:
 _locked: weakref.WeakSet[IO] = weakref.WeakSet()  # by this process
 
 
-def _let_go_in_child() -> None:
+def _close_in_child() -> None:
     for file in _locked:
         file.close()
 
 
-if hasattr(os, "register_at_fork"):  # a loader's worker may outlive this process, and would keep its locks
-    os.register_at_fork(after_in_child=_let_go_in_child)
+if hasattr(os, "register_at_fork"):  # a loader's worker may outlive this process and would keep its locks
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def lock(file: IO) -> bool:
-    """Keep other processes from locking an open file, until it is closed or this process ends.
+    """Lock an open file for this process, until the file is closed or this process ends.
 
-    In a process that is forked from this one, the file is closed.
+    Forked children of this process close the file.
 
     Returns:
-        Whether the file is this process's. ``False``: another process holds it, or has just removed it. ``True``
-        also where nothing can be locked: on Windows, and on some network disks.
+        ``False`` if another process holds the lock or has just removed the file. ``True`` if this process holds the
+        lock, and if the system has no locks (Windows, some network disks).
     """
     try:
         import fcntl
@@ -77,11 +77,11 @@ def lock(file: IO) -> bool:
 
 
 def no_space(path: Path, needed: int = 0) -> str:
-    """The beginning of a message: ``path`` cannot be written, since the disk is full or the quota is used up.
+    """The start of a message: ``path`` cannot be written, since the disk is full or the quota is used up.
 
     Args:
         path: the file.
-        needed: bytes that were to be written; 0: not known.
+        needed: number of bytes to write; 0: not known.
     """
     free = shutil.disk_usage(path.parent).free
     figures = f"{free / 1e6:.1f} MB free"

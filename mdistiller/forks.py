@@ -1,7 +1,7 @@
-"""Defaults of mdistiller's forks, read from their files without executing these.
+"""Defaults of mdistiller's forks, read from their files without executing the files.
 
-Method files of forks state no defaults. Their project has them in ``mdistiller/engine/cfg.py``, as ``CFG.A.B = 1.0``,
-or beside the method file in ``__init__.py``.
+Method files of forks hold no defaults. The defaults are in the fork's ``mdistiller/engine/cfg.py``, as
+``CFG.A.B = 1.0``, or in ``__init__.py`` beside the method file.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ SHARED = frozenset(
     }.items()
     for key in keys.split()
 )
-"""mdistiller's keys in sections that all methods share. They mean here what they mean in a fork."""
+"""mdistiller's keys in sections that all methods share. Their meaning is the same in a fork."""
 
 
 def fork_defaults(file: Path, root: str = "") -> dict[str, Any]:
-    """The defaults of the fork that a method file comes from, by dotted key.
+    """The defaults of a method file's fork, by dotted key.
 
     Args:
-        file: the method file; where it lies in ``<fork>/mdistiller/distillers/``, the fork is found.
-        root: else the fork's folder.
+        file: the method file.
+        root: the fork's folder; may be empty if ``file`` is in ``<fork>/mdistiller/distillers/``.
 
     Raises:
         InputError: ``root`` is no fork's folder.
@@ -42,11 +42,11 @@ def fork_defaults(file: Path, root: str = "") -> dict[str, Any]:
     config = _config_of(file, root)
     if config is None:
         return {}
-    found: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     for path in (config, file.with_name("__init__.py")):
         if path.is_file():
-            found |= _literals(path)
-    return found
+            defaults |= _literals(path)
+    return defaults
 
 
 def _config_of(file: Path, root: str) -> Path | None:
@@ -59,29 +59,29 @@ def _config_of(file: Path, root: str) -> Path | None:
         raise InputError(
             f"DISTILLER.FORK {root} is no fork of mdistiller: there is no {folder / 'mdistiller/engine/cfg.py'}"
         )
-    own = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent
     for folder in file.parents:
         config = folder.parent / "engine" / "cfg.py"
-        if folder.name == "distillers" and folder.parent != own and config.is_file():
+        if folder.name == "distillers" and folder.parent != package and config.is_file():
             return config
     return None
 
 
 @cache  # a run asks at each check of its settings
 def _literals(path: Path) -> dict[str, Any]:
-    """The assignments ``CFG.A.B = literal`` of a file, by ``"A.B"``."""
+    """The literals in a file's assignments ``CFG.A.B = literal``, by ``"A.B"``."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, ValueError, SyntaxError) as error:
         warn(f"cannot read the defaults in {path}: {error}")
         return {}
-    found = {}
+    literals = {}
     for node in [node for node in tree.body if isinstance(node, ast.Assign)]:
         root, parts = attribute_path(node.targets[0])
         if isinstance(root, ast.Name) and parts:
-            with suppress(ValueError):  # a section, or something that would have to be executed
-                found[".".join(parts)] = ast.literal_eval(node.value)
-    return found
+            with suppress(ValueError):  # a section, or an expression that is no literal
+                literals[".".join(parts)] = ast.literal_eval(node.value)
+    return literals
 
 
 def attribute_path(node: ast.expr) -> tuple[ast.expr, list[str]]:

@@ -1,4 +1,4 @@
-"""The public teachers' command, ``python -m mdistiller.hub``, and its names; the code is :mod:`mdistiller.fetch`."""
+"""The command that downloads public teachers, ``python -m mdistiller.hub``; the code is :mod:`mdistiller.fetch`."""
 
 from .engine.cli import command
 from .fetch.archive import ArchiveError, unpack  # noqa: F401

@@ -1,22 +1,20 @@
-"""Method files from elsewhere, unmodified: found, loaded, registered.
+"""Plugins: method files of other projects, loaded and registered without changes.
 
-A file reaches the library in one of two ways. ``DISTILLER.PLUGINS`` names it, or it lies in
-``mdistiller/distillers/`` without a line that imports it. Files of the second kind are looked through only when a
-method is asked for that nobody has registered: they are parsed, not executed, and the one that declares the
-name is loaded. No other file is touched.
+There are two ways to add a file: name it in ``DISTILLER.PLUGINS``, or put it into ``mdistiller/distillers/``. Files in
+``mdistiller/distillers/`` that no module imports are searched only for a method that is not registered. The search
+parses them without executing them. Then the one file that declares the method is loaded.
 
-A file declares a name by its own name without ``.py``, by a class in it, or by registering it
-(``@register_distiller("X")``, ``distiller_dict["X"] = ...``); the name in capitals does too, because mdistiller's
-table does so with its own (``REVIEWKD`` is ``ReviewKD``). Names that are registered already are never taken over,
-whatever their letter case.
+A file declares the names of its classes, the names that it registers (``@register_distiller("X")``,
+``distiller_dict["X"] = ...``), and its file name without ``.py``. It also declares these names in capitals, as in
+mdistiller's table (``REVIEWKD`` is ``ReviewKD``). A registered name is never replaced, also not in another letter case.
 
-Loaded as a module of ``mdistiller.distillers``, a file may say ``from ._base import Distiller`` or
-``from .KD import kd_loss``; in a sub-folder of its project's package ``from .._base import Distiller``. A helper that
-lies beside it is loaded first where the package lacks it (``from .loss import ...``) or one of its names; an import
-that fails and that nothing in the file uses (``from turtle import st``) is left out.
+A file is loaded as a module of ``mdistiller.distillers``. So it may contain ``from ._base import Distiller`` or
+``from .KD import kd_loss``, and in a sub-folder of its project's package ``from .._base import Distiller``. A helper
+file beside it is loaded first if the package lacks the helper (``from .loss import ...``) or one of its names. An
+import that fails is left out if the file does not use its names (``from turtle import st``).
 
-A file may hold hooks, beside methods or alone: ``HOOKS = [MyHook]``, a list of classes derived from
-``mdistiller.engine.hooks.Hook``. They take part in each run whose method or ``DISTILLER.PLUGINS`` the file is.
+A file may hold hooks, with or without methods: ``HOOKS = [MyHook]``, a list of classes derived from
+``mdistiller.engine.hooks.Hook``. A run uses the hooks of its method's file and of the files in ``DISTILLER.PLUGINS``.
 """
 
 from __future__ import annotations
@@ -51,12 +49,12 @@ class MethodFile:
     """A loaded file.
 
     Args:
-        path: where it lies.
-        methods: the names under which ``distiller_dict`` holds its classes.
-        taken: names that it declares and that belong to another method, letter case aside.
-        reads: the configuration keys that its text reads, ``cfg.A.B`` as ``"A.B"``.
-        required: by class, those of them that its constructor reads in any case.
-        hooks: its list ``HOOKS``.
+        path: of the file.
+        methods: the file's classes by their names in ``distiller_dict``.
+        taken: names that the file declares and that belong to another method, compared without letter case.
+        reads: the configuration keys that the file's code reads, ``cfg.A.B`` as ``"A.B"``.
+        required: for each class the keys that its constructor always reads.
+        hooks: the file's list ``HOOKS``.
     """
 
     path: Path
@@ -71,12 +69,12 @@ _loaded: dict[Path, MethodFile] = {}
 
 
 def load_method_file(path: str | Path) -> MethodFile:
-    """Load a file and register its methods; a file that is loaded already is not loaded again.
+    """Load a file once and register its methods.
 
-    A file without any method is a helper for others, and registers nothing.
+    A file without a method is a helper for other files and registers nothing.
 
     Raises:
-        InputError: a file that is missing or fails when it is executed, or of whose names none is free.
+        InputError: the file is missing, fails when it is executed, or declares only names that are registered already.
     """
     path = Path(path).expanduser().resolve()
     if path.suffix != ".py":
@@ -94,14 +92,13 @@ def load_method_file(path: str | Path) -> MethodFile:
 
 
 def load_methods(paths: Iterable[str], name: str) -> MethodFile | None:
-    """Load what ``DISTILLER.PLUGINS`` names, and find ``DISTILLER.TYPE`` if it is not registered then.
+    """Load the files of ``DISTILLER.PLUGINS``; then search for ``DISTILLER.TYPE`` if it is not registered.
 
     Returns:
-        The file of the method; ``None`` for the library's own and for a name that nothing declares.
+        The file of the method; ``None`` for a method of the library and for a name that no file declares.
 
     Raises:
-        InputError: see :func:`load_method_file`; or the method is the library's own and one of the files has
-            another of that name, so that it is unclear which is meant.
+        InputError: see :func:`load_method_file`; or the library and one of the files both have a method of this name.
     """
     for file in [load_method_file(path) for path in paths]:
         if name in file.taken:
@@ -119,7 +116,7 @@ def find_method(name: str) -> type[Distiller] | None:
     """Load the file in ``mdistiller/distillers/`` that declares ``name``.
 
     Raises:
-        InputError: several files declare it, or the one that does cannot be loaded.
+        InputError: several files declare the name, or the file cannot be loaded.
     """
     by_stem, by_content = [], []
     for path in sorted(FOLDER.glob("*.py")):
@@ -138,7 +135,7 @@ def find_method(name: str) -> type[Distiller] | None:
 
 
 def method_file(method: type | None) -> MethodFile | None:
-    """The file that a registered class was loaded from; ``None`` for the library's own."""
+    """The file that a registered class was loaded from; ``None`` for a class of the library."""
     return next((file for file in _loaded.values() if method in file.methods.values()), None)
 
 
@@ -149,9 +146,9 @@ def hooks_of(paths: Iterable[str], name: str) -> list[Any]:
 
 
 def source_of(method: type) -> dict[str, str] | None:
-    """Path and SHA-256 of the file that a method stands in, to tell versions apart; ``None`` in a notebook.
+    """Path and SHA-256 of the file that defines a method, to tell versions apart; ``None`` in a notebook.
 
-    The path of a file of the package begins with ``mdistiller/``, wherever that is installed.
+    The path of a file of the package begins with ``mdistiller/``, independent of the place of installation.
     """
     file = method_file(method)
     try:
@@ -170,13 +167,13 @@ def contents(paths: Iterable[str]) -> str:
 
 
 def place_in_file(error: BaseException) -> str:
-    """``"FILE, line 12"``: the innermost place in a loaded file that an error came through; empty where none is."""
+    """``"FILE, line 12"``: the innermost line of a loaded file in an error's traceback; empty if there is none."""
     places = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) in _loaded]
     return f"{places[-1].filename}, line {places[-1].lineno}" if places else ""
 
 
 distiller_dict.finder = find_method
-distiller_dict.advice = "a method file from elsewhere is named by DISTILLER.PLUGINS"
+distiller_dict.advice = "name a method file of another project in DISTILLER.PLUGINS"
 
 
 # Loading
@@ -194,34 +191,34 @@ def _load(path: Path, registered: dict[str, Any]) -> MethodFile:
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Distiller) and value.__module__ == module.__name__
     ]
-    own = {name: cls for name, cls in distiller_dict.items() if name not in registered}
+    methods = {name: cls for name, cls in distiller_dict.items() if name not in registered}
     owners = {name.upper(): cls for name, cls in registered.items()}
-    taken = [name for name, cls in own.items() if owners.get(name.upper(), cls) is not cls]
-    for name in taken:  # registered by the file itself, beside ours of other letter case
-        del distiller_dict[name], own[name]
+    taken = [name for name, cls in methods.items() if owners.get(name.upper(), cls) is not cls]
+    for name in taken:  # the file registered a name that differs from a known name in letter case only
+        del distiller_dict[name], methods[name]
     for name, cls in _names(classes, path.stem):
         if name not in distiller_dict and name.upper() not in owners:
             distiller_dict.add(name, cls)
-            own[name] = cls
+            methods[name] = cls
         elif distiller_dict.get(name) is not cls and name not in taken:
             taken.append(name)
-    if classes and not own:
+    if classes and not methods:
         raise InputError(
             f"method file {path}: its names are taken ({', '.join(taken)}); copy it to a free name, such as "
             f"my_{path.stem}.py, and set DISTILLER.TYPE my_{path.stem}"
         )
-    for cls in dict.fromkeys(own.values()):
+    for cls in dict.fromkeys(methods.values()):
         _state_section(cls, module, reads)
         if getattr(cls, "defaults", None) is not None:
             _check_defaults(cls.defaults, path)
     if taken:
-        warn(f"{path}: {', '.join(taken)} stays registered as before; the file's methods are {', '.join(own)}")
+        warn(f"{path}: {', '.join(taken)} stays registered as before; the file's methods are {', '.join(methods)}")
     hooks = getattr(module, "HOOKS", ())
-    return MethodFile(path, own, tuple(taken), reads, required, tuple(hooks) if isinstance(hooks, list) else ())
+    return MethodFile(path, methods, tuple(taken), reads, required, tuple(hooks) if isinstance(hooks, list) else ())
 
 
 def _names(classes: list[type], stem: str) -> Iterator[tuple[str, type]]:
-    """Under which names each class is to be registered: its own, and the file's where it is clear whose that is."""
+    """The names to register each class by: the class's name, and the file's if the file has one class or equals it."""
     for cls in classes:
         alone = len(classes) == 1
         for name in _spellings([cls.__name__, *([stem] if alone or stem.upper() == cls.__name__.upper() else [])]):
@@ -233,9 +230,9 @@ def _spellings(names: Iterable[str]) -> list[str]:
 
 
 def _state_section(cls: type[Distiller], module: ModuleType, reads: tuple[str, ...]) -> None:
-    """Give a class that does not say so itself its configuration section, and the module's ``DEFAULTS`` if any."""
+    """Set the configuration section and the defaults (``DEFAULTS``) of a class that declares no section."""
     defaults = getattr(module, "DEFAULTS", None)
-    if "section" in vars(cls) or (defaults is None and "__init__" not in vars(cls)):  # said, or its parent's
+    if "section" in vars(cls) or (defaults is None and "__init__" not in vars(cls)):  # its own, or its parent's
         return
     sections = list(dict.fromkeys(key.split(".")[0] for key in reads))
     likely = [s for s in sections if s.upper() in (cls.__name__.upper(), module.__name__.split(".")[-1].upper())]
@@ -261,16 +258,16 @@ def _parse(path: Path) -> ast.Module:
     try:
         return ast.parse(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
-        raise InputError(f"no method file {path}; DISTILLER.PLUGINS takes paths as seen from {Path.cwd()}") from None
+        raise InputError(f"no method file {path}; paths in DISTILLER.PLUGINS are relative to {Path.cwd()}") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise InputError(f"cannot read method file {path}: {error}") from None
 
 
 def _execute(path: Path, tree: ast.Module) -> ModuleType:
-    """The module of a file, as one of the package; helpers beside the file first."""
+    """Execute a file as a module of the package, after the helpers beside the file."""
     name = _module_name(path)
     if name in sys.modules:
-        raise InputError(f"method file {path}: a file of that name is loaded already, {sys.modules[name].__file__}")
+        raise InputError(f"method file {path}: a file of this name is loaded already, {sys.modules[name].__file__}")
     for _, helper in _helpers(tree, path):
         if not _is_loaded(helper):
             _execute(helper, _parse(helper))
@@ -288,7 +285,7 @@ def _execute(path: Path, tree: ast.Module) -> ModuleType:
 
 
 def _module_name(path: Path) -> str:
-    """``mdistiller.distillers.STEM``, or another name in the package where that is one of its own files."""
+    """``mdistiller.distillers.STEM``; with a hash of the path if the package has a file of this name."""
     stem = path.stem.replace(".", "_")
     if path.parent != FOLDER and (FOLDER / path.name).is_file():
         stem = f"{stem} {hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
@@ -296,17 +293,17 @@ def _module_name(path: Path) -> str:
 
 
 def _helpers(tree: ast.Module, path: Path) -> list[tuple[ast.ImportFrom, Path]]:
-    """Imports of the package that need a file beside ``path`` or, for those with two dots, in the folder above.
+    """Imports that need a helper: a file beside ``path``, or in the folder above for imports with two dots.
 
-    The package does not have the module then, or its module lacks a name that is imported.
+    These are imports from the package of a module that the package lacks, or of a name that its module lacks.
     """
-    found = []
+    helpers = []
     for node in [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and path.parent != FOLDER]:
         for stem in _stems_in_package(node):
             beside = (path.parent.parent if node.level == 2 else path.parent) / f"{stem}.py"
             if beside != path and beside.is_file() and not _provides(stem, node):
-                found.append((node, beside))
-    return found
+                helpers.append((node, beside))
+    return helpers
 
 
 def _stems_in_package(node: ast.ImportFrom) -> list[str]:
@@ -324,7 +321,7 @@ def _is_module(path: Path) -> bool:
 
 
 def _provides(stem: str, node: ast.ImportFrom) -> bool:
-    """Whether the package's own module has what is imported."""
+    """Whether the package's module has all imported names."""
     if not (FOLDER / f"{stem}.py").is_file():
         return False
     module = importlib.import_module(f"{PACKAGE}.{stem}")
@@ -332,7 +329,7 @@ def _provides(stem: str, node: ast.ImportFrom) -> bool:
 
 
 def _resolve_imports(tree: ast.Module, path: Path) -> None:
-    """Let imports of the package, and of helpers that took the place of its modules, find them."""
+    """Change a file's imports such that they find helpers and modules of the package."""
     names = {node: _module_name(helper) for node, helper in _helpers(tree, path)}
     for node in [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]:
         if node in names:
@@ -347,7 +344,7 @@ def _is_loaded(path: Path) -> bool:
 
 
 def _is_dispensable(node: ast.stmt, tree: ast.Module) -> bool:
-    """Whether this is an import that fails and whose names the file never uses."""
+    """Whether a statement is an import that fails and whose names the file never uses."""
     if not isinstance(node, (ast.Import, ast.ImportFrom)):
         return False
     bound = {(alias.asname or alias.name).split(".")[0] for alias in node.names}
@@ -362,16 +359,16 @@ def _is_dispensable(node: ast.stmt, tree: ast.Module) -> bool:
 
 
 def _line_of(error: BaseException, path: Path) -> str:
-    """``", line 12"``: the innermost place in the file that an error came through."""
+    """``", line 12"``: the innermost line of the file in an error's traceback."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f", line {lines[-1]}" if lines else ""
 
 
-# What a file says, without executing it
+# Facts of a file, read without executing it
 
 
 def _declared_names(path: Path) -> list[str]:
-    """Classes with a base, and what is registered in so many words; nothing for a file that cannot be read."""
+    """Names of classes with a base, and names registered as literals; empty for a file that cannot be read."""
     try:
         tree = _parse(path)
     except InputError:
@@ -389,7 +386,7 @@ def _declared_names(path: Path) -> list[str]:
 
 
 def _config_reads(tree: ast.Module, path: Path) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """:attr:`MethodFile.reads` and :attr:`MethodFile.required`, with those of the file's helpers."""
+    """:attr:`MethodFile.reads` and :attr:`MethodFile.required` of a file and its helpers."""
     everywhere, required = _Reads(["cfg"]), {}
     for _, helper in _helpers(tree, path):
         reads, of_helper = _config_reads(_parse(helper), helper)
@@ -411,7 +408,7 @@ BRANCHES = (ast.If, ast.IfExp, ast.While, ast.For, ast.Try, ast.BoolOp, ast.Func
 
 
 class _Reads(ast.NodeVisitor):
-    """Collects ``cfg.A.B`` and ``self.cfg.A.B``; ``always`` are those outside of branches and inner functions."""
+    """Collects ``cfg.A.B`` and ``self.cfg.A.B``; in ``always`` only those outside of branches and inner functions."""
 
     def __init__(self, config_names: list[str]) -> None:
         self.config_names = set(config_names)

@@ -186,7 +186,7 @@ REFUSED = [
     # files
     ("train", "--cfg configs/digits/kd/res20_res9.yaml", "no config file configs/digits/kd/res20_res9.yaml; in",
      "closest: res20_res8.yaml"),
-    ("train", "--cfg config/kd.yaml", "no config file config/kd.yaml; there is no folder config (seen from /"),
+    ("train", "--cfg config/kd.yaml", "no config file config/kd.yaml; there is no folder config (current folder: /"),
     ("train", "--cfg configs", "cannot read configs: it is a folder; name a file"),
     ("train", "--cfg broken.yaml", "cannot read broken.yaml", "line 1"),
     ("train", "--cfg list.yaml", "config file list.yaml must hold keys, not list"),
@@ -264,7 +264,7 @@ REFUSED = [
      "not in the model: layer1.1", "name the network that it was trained as: resnet14 with 10 classes fits"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT not_finite", "checkpoint not_finite for teacher resnet8 has values that "
      "are not finite, in conv1.weight: "),
-    ("train", f"{KD} DISTILLER.TEACHER_CKPT empty", "checkpoint empty is damaged: it is empty; copy or "),
+    ("train", f"{KD} DISTILLER.TEACHER_CKPT empty", "checkpoint empty is damaged: the file is empty; copy or "),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT truncated", "checkpoint truncated is damaged"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT flipped", "checkpoint flipped is damaged", "checksum"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT broken.yaml", "checkpoint broken.yaml is damaged or no checkpoint (",
@@ -362,7 +362,7 @@ def test_options_that_this_run_does_not_read_are_taken_and_named():
     assert "EPOCHS: 2\n" in config and config.count("\n") < 50
     assert not re.search("TEACHER|SHAPES|BETAS|VIEW_STRONG|RANDAUGMENT|DOT|VRM", config)
     assert re.search(r"\| [\d,]+ images/s\| \d:\d\d:\d\d left\n", out)
-    assert re.search(r"Last: .*\| \d:\d\d:\d\d in total\| files in output/digits/unread\n", out)
+    assert re.search(r"Last: .*\| \d:\d\d:\d\d of training and evaluation\| files in output/digits/unread\n", out)
 
 
 def test_a_real_process_ends_with_code_2_and_without_a_traceback():

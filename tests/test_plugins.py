@@ -208,7 +208,7 @@ def test_a_file_that_cannot_be_loaded_leaves_nothing_behind(tmp_path, text, mess
 
 
 def test_a_missing_file():
-    with pytest.raises(InputError, match=r"no method file .*nowhere\.py; DISTILLER\.PLUGINS takes paths as seen from"):
+    with pytest.raises(InputError, match=r"no method file .*nowhere\.py; paths in DISTILLER\.PLUGINS are relative to"):
         load_config(options=["DISTILLER.PLUGINS", "nowhere.py"])
 
 

@@ -5,7 +5,7 @@ recorded calls contain the logits of the batch's views:
 
 - the term is the sum over the batch's views (``image``, or ``image_weak`` and ``image_strong``) of
   :func:`~mdistiller.distillers.KD.kd_loss`; a view that the student never sees has no term;
-- images that the method adds (rotated or mixed copies) have no term, even if one call contains both;
+- images that the method adds (rotated or mixed copies) have no term, even if one call contains them and a view;
 - if several calls contain one view, the student's first call with a gradient counts, and the teacher's first call;
 - the teacher runs again only for views that the method did not show it in eval mode (OFD normalises by the batch); its
   logits are constant.
@@ -32,7 +32,7 @@ from .forwards.listen import listen
 
 TERM = "loss_added_kd"
 
-Call = tuple[Tensor, Tensor]  # what a network was shown, (M, 3, H, W), and its logits (M, K)
+Call = tuple[Tensor, Tensor]  # a network's input (M, 3, H, W) and its logits (M, K)
 Place = tuple[int, slice]  # number of the call, and the view's rows in it
 
 
@@ -74,7 +74,7 @@ class AddedKD:
         student, teacher = self._stop()
         logits, losses = output
         views = images_of(kwargs)
-        if not student and len(views) == 1:  # its student runs in pieces
+        if not student and len(views) == 1:  # the method runs the student's parts, so no call is recorded
             student = [(views[0], logits)]
         key = tuple(tuple(len(images) for images, *_ in part) for part in (zip(views), student, teacher))
         if key not in self.places:
@@ -87,8 +87,8 @@ class AddedKD:
         ]
         if not pairs:
             raise InputError(
-                f"DISTILLER.ADD_KD: {type(distiller).__name__} never shows its student the unchanged images of the "
-                "batch, so KD cannot be added; leave DISTILLER.ADD_KD at 0"
+                f"DISTILLER.ADD_KD: {type(distiller).__name__} never calls its student with the unchanged images of "
+                "the batch, so KD cannot be added; set DISTILLER.ADD_KD to 0"
             )
         term = sum(kd_loss(of_s, of_t, self.temperature) for of_s, of_t in pairs)
         return logits, {**losses, TERM: self.weight * term}
@@ -112,8 +112,8 @@ def _keep(calls: list[Call], frozen: nn.Module | None, args: Any, kwargs: dict[s
     """Record a call. A frozen network's call counts only if all of the network is in eval mode."""
     if frozen is not None and any(module.training for module in frozen.modules()):
         return
-    given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    calls.append((given, _logits_of(output)))
+    images = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    calls.append((images, _logits_of(output)))
 
 
 def _logits_of(output: Any) -> Tensor:
@@ -126,8 +126,8 @@ def _logits_at(place: Place, calls: list[Call]) -> Tensor:
 
 
 def _find(view: Tensor, calls: list[Call]) -> Place | None:
-    """Where in the calls a view's images are: consecutive or at even distances. Calls with gradient come first."""
-    found = []
+    """Find a view's images in the calls: consecutive rows or rows at even distances. Calls with gradient come first."""
+    matches = []
     for number, (images, logits) in enumerate(calls):
         copies, rest = divmod(len(images), len(view))
         if rest or images.shape[1:] != view.shape[1:] or images.dtype != view.dtype:
@@ -135,6 +135,6 @@ def _find(view: Tensor, calls: list[Call]) -> Place | None:
         blocks = [slice(copy * len(view), (copy + 1) * len(view)) for copy in range(copies)]
         for rows in blocks + [slice(copy, None, copies) for copy in range(copies)]:
             if images is view or torch.equal(images[rows], view):
-                found.append((not logits.requires_grad, number, rows))
+                matches.append((not logits.requires_grad, number, rows))
                 break
-    return min(found, key=lambda place: place[:2])[1:] if found else None
+    return min(matches, key=lambda match: match[:2])[1:] if matches else None

@@ -22,15 +22,18 @@ from .processes import distributed
 
 
 def command(main: Callable[[], int | None]) -> None:
-    """Run ``main`` and leave the process: 0; 2 for bad input; 1 for a run that failed; 143 or 130 for one
-    that a signal stopped. Of several processes, the one that the error comes from says so."""
+    """Run ``main`` and end the process.
+
+    Exit codes: 0; 2 for a user's mistake; 1 for a failed run; 143 or 130 for a run that a signal stopped. With several
+    processes, only the process that raised the error prints the message.
+    """
     ended_together = False
     try:
         code = main() or 0
         sys.stdout.flush()
         ended_together = True
-    except BrokenPipeError:  # whoever read our output has seen enough: tools/list.py | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+    except BrokenPipeError:  # the reader of our output has ended: tools/list.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails again
         code = 141  # as a shell reports SIGPIPE
     except InputError as error:
         _say(f"error: {error}", error)
@@ -53,7 +56,7 @@ def command(main: Callable[[], int | None]) -> None:
             traceback.print_exception(error)
             _say(f"error: raised in the method file {place}: {type(error).__name__}: {error}", error)
         code = 1
-    except KeyboardInterrupt:  # before or after the training, which handles it itself
+    except KeyboardInterrupt:  # before or after the training; during it, hooks handle the signal
         code = 128 + signal.SIGINT
     if ended_together:
         distributed.stop()
@@ -63,7 +66,7 @@ def command(main: Callable[[], int | None]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Options of a command, with its docstring as the help; an option that stands twice is refused.
+    """Options of a command, with its docstring as the help; an option that is given twice is refused.
 
     Args:
         name: of the command: ``"train"``.
@@ -98,18 +101,18 @@ def _shown(values: Any) -> str:
 
 
 class PathError(InputError, argparse.ArgumentTypeError):
-    """The given text cannot be a path. argparse shows the message of an ArgumentTypeError."""
+    """A text that cannot be a path. argparse shows the message of an ArgumentTypeError."""
 
 
 def user_path(text: str) -> Path:
     """A path of a command line, with ``~`` as the user's folder.
 
     Raises:
-        PathError: it cannot be one.
+        PathError: the text cannot be a path.
     """
     try:
         path = Path(text).expanduser()
-        path.resolve()  # finds a NUL in it, and links that lead to each other
+        path.resolve()  # raises for a NUL in the path, and for links that lead to each other
         if not text:
             raise ValueError("it is empty")
     except (OSError, RuntimeError, ValueError) as error:
@@ -118,21 +121,21 @@ def user_path(text: str) -> Path:
 
 
 def allow_plugins_option(parser: argparse.ArgumentParser) -> None:
-    """The option of every command that reads a configuration from a file."""
+    """Add ``--allow-plugins``, for every command that reads a configuration from a file."""
     parser.add_argument(
         FLAG, action="store_true", help="execute code that configurations name (DISTILLER.PLUGINS); read the code first"
     )
 
 
 def check_output(path: str | os.PathLike[str], option: str) -> None:
-    """Refuse a file that could not be written, before the work whose result it is to hold.
+    """Refuse a file that cannot be written, before the work for its content.
 
     Args:
-        path: the file; its folder must be there.
-        option: what names it on the command line.
+        path: the file; its folder must exist.
+        option: the command line's option that names the file.
 
     Raises:
-        InputError: no such folder, one that is not writable, or no regular file in the file's place.
+        InputError: the folder does not exist or is not writable, or ``path`` is no regular file.
     """
     path = user_path(os.fspath(path))
     if path.is_dir():
@@ -145,7 +148,7 @@ def check_output(path: str | os.PathLike[str], option: str) -> None:
         try:
             with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
                 return
-        except OSError as error:  # of what os.access says nothing: /proc, a full table of files
+        except OSError as error:  # cases that os.access does not find: /proc, a full table of files
             problem = error.strerror or str(error)
     raise InputError(f"{option}: cannot write {path}: {problem}")
 

@@ -1,4 +1,4 @@
-"""The network that a method trains for use: it is scored, averaged, saved as the student and exported."""
+"""The deployed network of a method: the network that is scored, averaged, saved as the student and exported."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mdistiller.registry import InputError
 
 
 def deployed_network(distiller: Distiller) -> nn.Module:
-    """``distiller.deployed()``, or the whole method where only its ``forward_test`` says how it predicts."""
+    """``distiller.deployed()``, or the whole method if the method defines only ``forward_test``."""
     return WholeMethod(distiller) if deploys_whole(type(distiller)) else distiller.deployed()
 
 
 def deploys_whole(method: type) -> bool:
-    """Whether a class defines ``forward_test`` and neither it nor a class derived from it defines ``deployed``."""
-    speakers = [cls for cls in method.__mro__ if {"forward_test", "deployed"} & vars(cls).keys()]
-    return bool(speakers) and "deployed" not in vars(speakers[0])
+    """Whether a method inherits or defines ``forward_test`` in a class that is more derived than its ``deployed``."""
+    definers = [cls for cls in method.__mro__ if {"forward_test", "deployed"} & vars(cls).keys()]
+    return bool(definers) and "deployed" not in vars(definers[0])
 
 
 class WholeMethod(nn.Module):
@@ -37,7 +37,7 @@ class WholeMethod(nn.Module):
         trained = {id(p) for p in distiller.teacher_parameters()}
         frozen = distiller.frozen_networks().items()
         self.frozen = {name: net for name, net in frozen if trained.isdisjoint(map(id, net.parameters()))}
-        vars(self)["distiller"] = distiller  # no module of this network: keys begin with the names of its parts
+        vars(self)["distiller"] = distiller  # not registered as a module, else all keys would begin with "distiller."
         self._modules = {name: net for name, net in distiller._modules.items() if name not in self.frozen}
         self._parameters, self._buffers = distiller._parameters, distiller._buffers
         self._non_persistent_buffers_set = distiller._non_persistent_buffers_set
@@ -47,19 +47,19 @@ class WholeMethod(nn.Module):
 
     def train(self, mode: bool = True) -> WholeMethod:
         super().train(mode)
-        self.distiller.train(mode)  # last, since it may keep some of its modules in eval mode
+        self.distiller.train(mode)  # last, since the method may keep some of its modules in eval mode
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WholeMethod:
         """
         Raises:
-            InputError: the method holds something that cannot be copied, such as an open file.
+            InputError: the method holds an object that cannot be copied, such as an open file.
         """
         memo.update({id(network): network for network in self.frozen.values()})
         try:
             return WholeMethod(copy.deepcopy(self.distiller, memo))
         except (TypeError, RuntimeError) as error:
             raise InputError(
-                f"{type(self.distiller).__name__} cannot be copied, as SOLVER.EMA_DECAY and DATASET.VAL_FRACTION need "
-                f"it ({error}); let it define deployed(self), which returns the network that predicts"
+                f"{type(self.distiller).__name__} cannot be copied ({error}), but SOLVER.EMA_DECAY and "
+                "DATASET.VAL_FRACTION need a copy; define deployed(self), which returns the network that predicts"
             ) from error

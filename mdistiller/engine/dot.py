@@ -4,7 +4,7 @@ Zhao, Cui, Song, Liang. DOT: A Distillation-Oriented Trainer. ICCV 2023. arXiv:2
 
 Cross-entropy and distillation have separate gradients. Each gradient has its own momentum buffer, with
 ``momentum - delta`` for the cross-entropy and ``momentum + delta`` for the distillation (Eq. 5). So the distillation's
-direction prevails. A step is the sum of both.
+direction dominates. A step is the sum of both.
 
 As in the authors' code: weight decay is part of the cross-entropy's gradient. Parameters with only one of the two
 gradients, such as a method's adapters, have the plain momentum; if that gradient is the distillation's, weight decay
@@ -35,9 +35,9 @@ class DistillationOrientedTrainer(torch.optim.Optimizer):
         params: parameters or groups of them.
         lr: learning rate.
         momentum: of the task's gradient.
-        momentum_kd: of the distillation's.
+        momentum_kd: of the distillation's gradient.
         dampening: as in ``torch.optim.SGD``; not in a buffer's first step.
-        weight_decay: as there, on the task's gradient.
+        weight_decay: as in ``torch.optim.SGD``, on the task's gradient.
     """
 
     def __init__(
@@ -59,16 +59,16 @@ class DistillationOrientedTrainer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_kd(self) -> None:
-        """Keep the gradients as the distillation's, for the :meth:`step` that follows."""
+        """Keep the current gradients as the distillation's for the next :meth:`step`."""
         parameters = (p for group in self.param_groups for p in group["params"])
         self.kd_gradients = {p: p.grad for p in parameters if p.grad is not None}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Go down the gradients as the task's, and those of :meth:`step_kd`.
+        """Update the parameters with the current gradients, the task's, and those of :meth:`step_kd`.
 
         Args:
-            closure: computes the task's loss anew and calls ``backward`` of it.
+            closure: computes the task's loss again and calls its ``backward``.
         """
         loss = None
         if closure is not None:
@@ -102,8 +102,8 @@ class DistillationOrientedTrainer(torch.optim.Optimizer):
 class DOT(BaseTrainer):
     """The loop with :class:`DistillationOrientedTrainer`: ``SOLVER.TRAINER`` ``dot``, and ``SOLVER.DOT.DELTA``.
 
-    Of a method's losses, those named ``ce`` or ``loss_ce``, with or without an ending (``loss_ce_virtual``), are the
-    task's, all others the distillation's.
+    The task's losses are those with the name ``ce`` or ``loss_ce``, with or without an ending (``loss_ce_virtual``).
+    All other losses are the distillation's.
     """
 
     backward_passes = 2
@@ -111,12 +111,12 @@ class DOT(BaseTrainer):
     def init_optimizer(self, cfg: Any) -> DistillationOrientedTrainer:
         solver, delta = cfg.SOLVER, cfg.SOLVER.DOT.DELTA
         if solver.TYPE != "SGD" or solver.NESTEROV:
-            found = f"SOLVER.TYPE {solver.TYPE}" + (" with SOLVER.NESTEROV" if solver.NESTEROV else "")
-            raise InputError(f"SOLVER.TRAINER {solver.TRAINER} has SGD without Nesterov's momentum, got {found}")
+            optimizer = f"SOLVER.TYPE {solver.TYPE}" + (" with SOLVER.NESTEROV" if solver.NESTEROV else "")
+            raise InputError(f"SOLVER.TRAINER {solver.TRAINER} has SGD without Nesterov's momentum, got {optimizer}")
         if solver.AMP == "fp16":
             raise InputError(
-                f"SOLVER.TRAINER {solver.TRAINER} keeps two gradients apart, which the loss scaling of SOLVER.AMP fp16 "
-                "does not know; use bf16"
+                f"SOLVER.TRAINER {solver.TRAINER} has two gradients, but the loss scaling of SOLVER.AMP fp16 handles "
+                "only one; use bf16"
             )
         if not 0 <= delta <= min(solver.MOMENTUM, 1 - solver.MOMENTUM):
             raise InputError(
@@ -155,4 +155,4 @@ def is_task(name: str) -> bool:
 
 
 trainer_dict["dot"] = DOT
-trainer_dict["crd_dot"] = DOT  # mdistiller's name for it with an index in the batch
+trainer_dict["crd_dot"] = DOT  # mdistiller's name for DOT with an index in the batch

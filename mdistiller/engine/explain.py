@@ -1,6 +1,6 @@
-"""Messages for broken contracts: batches, networks and methods that are not as the trainer needs them.
+"""Messages for broken contracts: batches, networks and methods that the trainer cannot use.
 
-The library's own loaders, networks and methods never break a contract. Those of a script or of another project may.
+The library's loaders, networks and methods never break a contract. Those of a script or of another project may.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ from .processes import distributed
 def read_output(distiller: nn.Module, output: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """The logits and the losses that ``forward_train`` returned.
 
-    A method file of another project may return more than that; the rest is dropped, and a notice says so once.
+    A method file of another project may return more values. They are dropped, and a notice says so once.
 
     Raises:
-        InputError: something else was returned; names the file, what was found and what is expected.
+        InputError: ``forward_train`` returned anything else; names the file, the returned and the expected values.
     """
     method = type(distiller)
     if isinstance(output, (tuple, list)) and len(output) > 2 and "declared" not in vars(method):
         _say_dropped(method, len(output))
         output = output[:2]
     if not (isinstance(output, (tuple, list)) and len(output) == 2):
-        found = f"{len(output)} values" if isinstance(output, (tuple, list)) else type(output).__name__
-        raise _returned(method, found)
+        raise _returned(method, f"{len(output)} values" if isinstance(output, (tuple, list)) else type(output).__name__)
     logits, losses = output
     if not isinstance(logits, Tensor):
         raise _returned(method, f"{type(logits).__name__} instead of the logits")
@@ -48,10 +47,10 @@ def read_output(distiller: nn.Module, output: Any) -> tuple[Tensor, dict[str, Te
     return logits, losses
 
 
-def _returned(method: type, found: str) -> InputError:
+def _returned(method: type, returned: str) -> InputError:
     return InputError(
-        f"{where(method)}: forward_train returned {found}; it must return the student's logits, a tensor (B, K), and "
-        "the weighted losses by name, a dictionary of tensors (); at least one needs a gradient"
+        f"{where(method)}: forward_train returned {returned}; it must return the student's logits, a tensor (B, K), "
+        "and the weighted losses by name, a dictionary of tensors (); at least one needs a gradient"
     )
 
 
@@ -61,13 +60,13 @@ def _say_dropped(method: type, values: int) -> None:
 
 
 def check_logits(distiller: nn.Module, logits: Tensor, target: Tensor, outputs: int) -> None:
-    """Refuse logits that the training accuracy cannot be taken of.
+    """Refuse logits of a shape that gives no training accuracy.
 
     Args:
         distiller: the method.
-        logits: what it returned.
-        target: of the batch.
-        outputs: of the student; 0: not known.
+        logits: the logits that the method returned.
+        target: the batch's labels.
+        outputs: number of the student's logits; 0: not known.
 
     Raises:
         InputError: names the file and both shapes.
@@ -78,30 +77,30 @@ def check_logits(distiller: nn.Module, logits: Tensor, target: Tensor, outputs: 
 
 
 def check_gradients(distiller: nn.Module, losses: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Say which losses have no gradient, and which trainable tensors the losses reach that the optimiser does not hold.
+    """Print a notice of losses without gradient, and warn of trainable tensors that the optimiser does not hold.
 
-    A module in a plain list is no part of the method: it is not trained, moved to the device, saved or loaded.
+    PyTorch does not see a module in a plain list: the module is not trained, moved to the device, saved or loaded.
     """
     method = where(type(distiller))
     constant = [name for name, loss in losses.items() if not loss.requires_grad]
     if constant:
         say(f"{method}: nothing is learned from {', '.join(constant)}, which has no gradient in the first step")
     if not any(bool(loss.detach().any()) for loss in losses.values()):
-        warn(f"{method}: every loss is 0 in the first step, so that nothing is learned; are all weights 0?")
+        warn(f"{method}: every loss is 0 in the first step, so nothing is learned; are all weights 0?")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     lost = [p for p in _leaves(losses.values()) if id(p) not in held]
     if lost:
         names = _names_of(distiller)
-        found = ", ".join(sorted({names.get(id(p), f"a tensor {tuple(p.shape)}") for p in lost}))
+        tensors = ", ".join(sorted({names.get(id(p), f"a tensor {tuple(p.shape)}") for p in lost}))
         warn(
-            f"{method}: the losses depend on {found}, which the optimiser does not hold, so its values stay. "
-            "Make a list of modules an nn.ModuleList, a tensor an nn.Parameter of the method, and let "
+            f"{method}: the losses depend on {tensors}, which the optimiser does not hold, so its values do not "
+            "change. Make a list of modules an nn.ModuleList, a tensor an nn.Parameter of the method, and let "
             "get_learnable_parameters() return them"
         )
 
 
 def _leaves(losses: Iterable[Tensor]) -> list[Tensor]:
-    """The trainable tensors that the graph of the losses ends in."""
+    """The trainable tensors in the graph of the losses."""
     nodes, seen, leaves = [loss.grad_fn for loss in losses], {None}, []
     while nodes:
         node = nodes.pop()
@@ -114,7 +113,7 @@ def _leaves(losses: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _names_of(distiller: nn.Module) -> dict[int, str]:
-    """Names of parameters by ``id``: those of the method, and of what PyTorch does not see in its attributes."""
+    """Names by ``id``: of the method's parameters, and of tensors in attributes that PyTorch does not register."""
     names = {}
     for name, value in vars(distiller).items():
         if name.startswith("_"):
@@ -128,16 +127,14 @@ def _names_of(distiller: nn.Module) -> dict[int, str]:
 
 @contextmanager
 def contract_explained(distiller: nn.Module, given: dict[str, Any]) -> Iterator[None]:
-    """Around a method's step: where it fails, say if a loader's batches lack a part or a network returns no features.
-
-    The library's loaders and networks do neither; those that a script brings may.
+    """Context of a method's step: explains errors that a batch without a field or a network's wrong output causes.
 
     Args:
         distiller: the method.
-        given: what it is called with.
+        given: the arguments of the step.
 
     Raises:
-        InputError: in place of what Python says when such a batch or output is unpacked.
+        InputError: in place of Python's error.
     """
     try:
         yield
@@ -158,14 +155,14 @@ def contract_explained(distiller: nn.Module, given: dict[str, Any]) -> Iterator[
 
 
 def _check_output(net: nn.Module, role: str, method: str, images: Tensor, error: Exception) -> None:
-    """Refuse a network whose output is not what ``mdistiller/models/_features.py`` says, or lacks what was read."""
+    """Refuse an output that breaks ``mdistiller/models/_features.py`` or lacks the feature of the KeyError."""
     with torch.no_grad():
         output = net(images)
     what, advice = f"the {role} ({type(net).__name__})", "see mdistiller/models/_features.py"
     if not (isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[1], Mapping)):
         raise InputError(
-            f"{what} returns {type(output).__name__}; a network must return (logits, features), features being a "
-            f"dictionary: {advice}"
+            f"{what} returns {type(output).__name__}; a network must return (logits, features), and features must be "
+            f"a dictionary: {advice}"
         ) from error
     key = error.args[0] if isinstance(error, KeyError) and error.args else None
     if key in ("feats", "preact_feats", "pooled_feat") and key not in output[1]:
@@ -175,13 +172,13 @@ def _check_output(net: nn.Module, role: str, method: str, images: Tensor, error:
 
 
 def check_batches(distiller: nn.Module, loader: Any, batch_norm_over: str = "local") -> None:
-    """Refuse an epoch without steps, and a last batch of one image where BatchNorm needs several.
+    """Refuse an epoch without steps, and a last batch that is too small.
 
-    Where several processes train, each needs a share of every batch, and BatchNorm of the process's own images
-    (``batch_norm_over`` ``"local"``) several in each.
+    With BatchNorm, a batch needs two images. With several processes, each process needs an image of every batch, and
+    two images if BatchNorm takes its statistics from the process's own images (``batch_norm_over`` ``"local"``).
 
     Raises:
-        InputError: what was found and which key to change.
+        InputError: says which key to change.
     """
     if not len(loader):
         raise InputError(
@@ -191,16 +188,16 @@ def check_batches(distiller: nn.Module, loader: Any, batch_norm_over: str = "loc
     world = distributed.world_size()
     if world > 1 and getattr(loader, "share", (0, 1))[1] != world:
         raise InputError(
-            f"{world} processes train, and the training batches are not divided among them; take the loaders of "
-            "build_loaders or get_dataset, made after mdistiller.engine.processes.distributed.start()"
+            f"{world} processes train, but the training batches are not divided among them; call "
+            "mdistiller.engine.processes.distributed.start() first, then build_loaders or get_dataset"
         )
     smallest = getattr(loader, "last_batch_size", None)
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in distiller.student.modules())
     if world > 1 and smallest < world * (2 if batch_norm and batch_norm_over == "local" else 1):
         raise InputError(
             f"the last batch of an epoch holds {smallest} images ({loader.num_data} training images, SOLVER.BATCH_SIZE "
-            f"{loader.batch_size}), too few for {world} processes, each of which needs one, and two where BatchNorm "
-            "takes its statistics from them; use another SOLVER.BATCH_SIZE, SOLVER.BATCH_NORM sync, or set "
+            f"{loader.batch_size}), too few for {world} processes: each process needs one image, or two for BatchNorm "
+            "with SOLVER.BATCH_NORM local; use another SOLVER.BATCH_SIZE, SOLVER.BATCH_NORM sync, or set "
             "SOLVER.DROP_LAST True"
         )
     if smallest == 1 and batch_norm:

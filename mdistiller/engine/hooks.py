@@ -68,7 +68,7 @@ class StopRequested(RuntimeError):
     """
 
     def __init__(self, number: int, saved_to: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; --resume goes on from {saved_to}")
+        super().__init__(f"stopped by {signal.Signals(number).name}; --resume continues from {saved_to}")
         self.number = number
 
 
@@ -144,8 +144,8 @@ class FoldAnew(Hook):
     def before_epoch(self) -> None:
         trainer = self.trainer
         for folding in trainer.foldings.values():
-            if trainer.step_in_epoch == 0:  # else the epoch goes on after a resume
-                # Before the first step only a stage before training has moved anything, and that has ended.
+            if trainer.step_in_epoch == 0:  # else a resumed run continues the epoch
+                # Before the first step only a stage before training may have changed the weights; the stage is over.
                 folding.rests, folding.moved = trainer.step == 0 or not folding.moved, False
             folding.begin()
 
@@ -172,12 +172,11 @@ class NonFiniteGuard(Hook):
     def before_train(self) -> None:
         self.interval = 50 if self.trainer.precision.device.type == "cuda" else 1
         self.unchecked: list[tuple[int, float, StepOutput]] = []
-        self.saved_at = self.trainer.step  # the steps behind the state in latest
+        self.saved_at = self.trainer.step  # number of steps of the state in latest
 
     def after_step(self, output: StepOutput) -> None:
-        index = {
-            key: value for key, value in output.batch.items() if key == "index"
-        }  # the images would fill the memory
+        # only the indices are kept, since the images of many steps would fill the memory
+        index = {key: value for key, value in output.batch.items() if key == "index"}
         output = dataclasses.replace(output, batch=index, logits=None)
         self.unchecked.append((self.trainer.step, self.trainer.row["lr"], output))
         if len(self.unchecked) >= self.interval:
@@ -242,11 +241,11 @@ class NonFiniteGuard(Hook):
         earlier = previous(latest)
         remedies, warm_up = self.trainer.remedies()
         if latest.is_file() and self.saved_at < bad:
-            left = f"{latest} holds the last good state; go on from it by --resume with {remedies}"
+            left = f"{latest} holds the last good state; continue from it by --resume with {remedies}"
         elif earlier.is_file():
             left = (
-                f"{latest} leads there again, and {earlier} holds the last good state; copy {earlier.name} over "
-                f"{latest.name} and go on by --resume with {remedies}"
+                f"{latest} leads to the same event, and {earlier} holds the last good state; copy {earlier.name} over "
+                f"{latest.name} and continue by --resume with {remedies}"
             )
         else:
             left = f"No good state is saved; start again with {remedies}, or with {warm_up}"
@@ -281,7 +280,7 @@ class Meters(Hook):
     def __init__(self, trainer: BaseTrainer) -> None:
         super().__init__(trainer)
         self.names: list[str] = []
-        self.sums: Tensor | None = None  # total, the task's meters, then those named, each times images
+        self.sums: Tensor | None = None  # of the total, the task's meters and the values in names, each times images
         self.count = self.images_seen = 0
 
     def before_epoch(self) -> None:
@@ -329,7 +328,7 @@ class Meters(Hook):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.state_kind.keys() & state.keys():
             setattr(self, name, state[name])
-        if not distributed.is_first_process():  # which carries on what all had seen
+        if not distributed.is_first_process():  # the first process continues the sums of all processes
             self.count = self.images_seen = 0
             self.sums = None if self.sums is None else torch.zeros_like(self.sums)
 
@@ -423,7 +422,7 @@ class Evaluate(Hook):
         self.weight_average = weight_average
         self.clock, self.guard = clock, guard
         self.on_batch: Callable[[], None] | None = None
-        self.scores: list[tuple[float, ...]] = []  # of each evaluation all values, the headline first
+        self.scores: list[tuple[float, ...]] = []  # all values of each evaluation, the headline first
         self.prefix = "val" if trainer.test_loader is not None else "test"
         self.is_best = False
         self.best_fingerprint = 0  # of the network in student_best
@@ -434,9 +433,9 @@ class Evaluate(Hook):
             warn(
                 f"{method} predicts by its own forward_test and does not say which network predicts: the whole method "
                 f"is scored, averaged and saved as the student. Define deployed(self) in {method}: it returns the "
-                "network that predicts, self.student where forward_test calls nothing else"
+                "network that predicts, self.student if forward_test calls only the student"
             )
-        # Copied before the first step, because a method may keep tensors of a step, and these cannot be copied.
+        # Copied before the first step, because a method may keep a step's tensors, and such tensors cannot be copied.
         self.best = copy.deepcopy(self.trainer.deployed) if self.trainer.test_loader is not None else None
 
     def after_epoch(self) -> None:
@@ -488,14 +487,14 @@ class Evaluate(Hook):
         except CheckpointError as error:
             warn(f"the best student is not scored on the test images: {error}", "EVAL")
             results["best"]["problem"] = str(error)
-        # Only now, since a signal during the scoring saves the results as they are.
+        # Changed after all scores, since a signal during the scoring saves the current results.
         results["validation"] = {key: dict(results[key]) for key in (*scored, "mean_of_last")}
         for key, score in scored.items():
             results[key] = _as_dict(score, results[key]["epoch"], "test")
         results["best"]["picked_on"] = "validation"
 
     def _best_network(self, epoch: int) -> torch.nn.Module:
-        """The deployed network of the best epoch. The trained network does not change and may be saved meanwhile."""
+        """The deployed network of the best epoch. The trained network does not change and may be saved at any time."""
         path, best = self.trainer.folder / "student_best", self.best
 
         def load() -> None:
@@ -526,8 +525,8 @@ class TrainedTeacher(Hook):
     def __init__(self, trainer: BaseTrainer, evaluation: Evaluate) -> None:
         super().__init__(trainer)
         self.evaluation = evaluation
-        self.before: float | None = None  # the headline before the first step, on the images the epochs are compared on
-        self.score: Score | None = None  # the latest
+        self.before: float | None = None  # the headline before the first step, on the images of the later scores
+        self.score: Score | None = None  # the last one
         self.warned = False
 
     @property
@@ -555,7 +554,7 @@ class TrainedTeacher(Hook):
         self.warned = True
         method = type(trainer.distiller).__name__
         warn(
-            f"the teacher, which {method} trains in part, has {headline.label} {headline.text(now)} after epoch "
+            f"{method} trains the teacher in part; the teacher has {headline.label} {headline.text(now)} after epoch "
             f"{trainer.epoch}, and had {headline.text(self.before)} before: it should learn more slowly "
             "(docs/readings.md)",
             "EVAL",
@@ -652,7 +651,7 @@ class Writers(Hook):
         write_atomically(self.trainer.folder / "results.json", text + "\n")
 
     def close(self) -> None:
-        with ExitStack() as stack:  # all are closed, whatever goes wrong
+        with ExitStack() as stack:  # closes every writer even if one fails
             for writer in self.writers:
                 stack.callback(writer.close)
             if self.writers and self.trainer.results.get("status") == "running":
@@ -702,7 +701,7 @@ class Checkpoints(Hook):
                 save_checkpoint(student, trainer.folder / "student_last")
 
         distributed.on_first_process(save)
-        self.save_latest()  # last: all that it says has happened is on the disk then
+        self.save_latest()  # last, so that the files of every epoch that latest counts are on the disk
 
 
 class StopSignals(Hook):
@@ -724,7 +723,7 @@ class StopSignals(Hook):
         self.before: dict[int, Any] = {}
 
     def before_train(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers in no other thread
             self.before = {number: signal.signal(number, self._receive) for number in self.NUMBERS}
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -734,7 +733,7 @@ class StopSignals(Hook):
                 return
             os._exit(128 + number)
         self.received, self.received_at = number, now
-        message = f"{signal.Signals(number).name}: finishing the step and saving; once more to leave at once\n"
+        message = f"{signal.Signals(number).name}: finishing the step and saving; a second signal ends at once\n"
         os.write(2, message.encode())  # standard error; print is not safe within a signal handler
 
     def check(self) -> None:
@@ -782,8 +781,8 @@ class Console(Hook):
     def before_epoch(self) -> None:
         self.began = self.began or time.perf_counter()
         self.images_before, self.seconds_before = self.meters.images_seen, self.clock.seconds["train"]
-        wanted = self.trainer.cfg.LOG.PROGRESS
-        if wanted == "on" or (wanted == "auto" and sys.stderr.isatty()):
+        progress = self.trainer.cfg.LOG.PROGRESS
+        if progress == "on" or (progress == "auto" and sys.stderr.isatty()):
             from tqdm import tqdm
 
             self.bar = tqdm(
@@ -829,8 +828,8 @@ class Console(Hook):
     def _part(self, split: str, *measures: Measure) -> str:
         """The measures in the epoch's line: ``"train loss 0.1234, top-1 71.20"``."""
         row = self.trainer.row
-        found = {m.name: row[f"{split}_{m.column}"] for m in measures if f"{split}_{m.column}" in row}
-        return f"{split} {self.trainer.task.line(found)}"
+        values = {m.name: row[f"{split}_{m.column}"] for m in measures if f"{split}_{m.column}" in row}
+        return f"{split} {self.trainer.task.line(values)}"
 
     def after_train(self) -> None:
         results, headline = self.trainer.results, self.trainer.task.headline
@@ -840,8 +839,8 @@ class Console(Hook):
         say(
             f"Last: {headline.label} {headline.text(last[headline.name])} on {last['images']} {last['split']} "
             f"images| best (epoch {best['epoch']}, picked on the {best.get('picked_on', best['split'])} split): "
-            f"{headline.text(best[headline.name])}| {duration(seconds['train'] + seconds['evaluation'])} in total| "
-            f"files in {self.trainer.folder}",
+            f"{headline.text(best[headline.name])}| {duration(seconds['train'] + seconds['evaluation'])} of training "
+            f"and evaluation| files in {self.trainer.folder}",
             "EVAL",
         )
 
@@ -877,12 +876,12 @@ def default_hooks(trainer: BaseTrainer) -> list[Hook]:
 def add_hooks(trainer: BaseTrainer, hooks: Iterable[Hook | type[Hook]]) -> None:
     """Add hooks of a script or of a method file.
 
-    At each moment they are called in the given order, after the hooks that measure and before :class:`Writers` and
-    :class:`Checkpoints`. So after an epoch they find its scores in ``trainer.row``, their additions to it are written,
-    and their state is saved and resumed. With several processes, each has the hook.
+    The trainer calls the added hooks in their order, after the hooks that measure and before :class:`Writers` and
+    :class:`Checkpoints`. So after an epoch the added hooks find the scores in ``trainer.row`` and may add values to the
+    row. Their state is saved and resumed. With several processes, each process has the hooks.
 
     Args:
-        trainer: before its training starts or is resumed.
+        trainer: a trainer that has not started or resumed its training.
         hooks: classes, which are called with the trainer, or instances.
 
     Raises:
@@ -890,16 +889,16 @@ def add_hooks(trainer: BaseTrainer, hooks: Iterable[Hook | type[Hook]]) -> None:
     """
     names = {type(hook).__name__ for hook in trainer.hooks}
     place = next(n for n, hook in enumerate(trainer.hooks) if isinstance(hook, (Writers, Checkpoints)))
-    for given in hooks:
-        cls = given if isinstance(given, type) else type(given)
+    for added in hooks:
+        cls = added if isinstance(added, type) else type(added)
         if not issubclass(cls, Hook):
-            raise InputError(f"{given!r} is no hook; derive its class from mdistiller.engine.hooks.Hook")
+            raise InputError(f"{added!r} is no hook; derive its class from mdistiller.engine.hooks.Hook")
         if cls.__name__ in names:
             raise InputError(
                 f"two hooks are called {cls.__name__}, and a hook's state is saved under its name; rename one class"
             )
         names.add(cls.__name__)
-        hook = given(trainer) if given is cls else given
+        hook = added(trainer) if added is cls else added
         hook.trainer = trainer
         trainer.hooks.insert(place, hook)
         place += 1

@@ -1,14 +1,14 @@
-"""A method's stage before training, computed once and kept in a file.
+"""A method's stage before training, computed once and saved in a file.
 
-A method takes part by ``Distiller.prepare``. With ``Distiller.preparation`` the result is kept: the settings that the
-method names, the options of the role ``data`` (the seed is one), the teacher's weights and the number format name the
-file, so that students of one teacher share it.
+A method with ``Distiller.prepare`` has such a stage. If it also defines ``Distiller.preparation``, the result is saved.
+The file's name holds a hash of the method's settings, the options of the role ``data`` (also the seed), the teacher's
+weights and the number format. So students of one teacher share the file.
 
-Several processes compute it all alike, each on whole batches, as one process would; what the first one has, computed or
-read, is taken by all.
+With several processes, each process computes the stage on whole batches, as a single process would. Then all processes
+take the result of the first process, computed or read.
 
-A file is used only if it reads without damage, was made with the same settings, and holds what it says. A kill during
-the stage leaves nothing behind; the run starts it again.
+A file is used only if it is undamaged and was made with the same settings. A run that is killed during the stage saves
+nothing of it; the next start begins the stage again.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ MESSAGE_EVERY = 30  # seconds
 
 
 class PreparationError(RunError):
-    """The stage before training left numbers that are not finite."""
+    """The result of the stage before training is not finite."""
 
 
 def prepare(trainer: BaseTrainer) -> None:
-    """Run the method's stage before training, if it has one, or take its result from the file.
+    """Run the method's stage before training, if there is one, or read its result from the file.
 
-    ``results["preparation"]`` then holds the seconds that the result took when it was computed, whether it came from a
-    file, and what the method reports.
+    ``results["preparation"]`` then holds the seconds of the computation, whether the result comes from a file, and the
+    facts that the method reports.
 
     Raises:
-        PreparationError: the result is not finite; it is not kept.
+        PreparationError: the result is not finite; it is not saved.
     """
     distiller = trainer.distiller
     if not contract_of(type(distiller)).prepares:
@@ -66,10 +66,10 @@ def prepare(trainer: BaseTrainer) -> None:
         distributed.broadcast_state(distiller)
         trainer.results["preparation"] = {"seconds": seconds, "from_file": False, **facts}
         return
-    module, own = kept
-    if not module.state_dict():  # these settings leave nothing to prepare
+    module, options = kept
+    if not module.state_dict():  # with these settings there is nothing to prepare
         return
-    settings = settings_of(trainer, own)
+    settings = settings_of(trainer, options)
     path = file_of(trainer.cfg, settings)
     content = distributed.on_first_process(lambda: _usable(path, settings, module))
     from_file = content is not None
@@ -84,7 +84,7 @@ def prepare(trainer: BaseTrainer) -> None:
         distributed.on_first_process(lambda: _save(content, path))
     else:
         module.load_state_dict(content["model"])
-        say(f"{name}'s stage before training: taken from {path}")
+        say(f"{name}'s stage before training: read from {path}")
     trainer.results["preparation"] = {
         "seconds": content["seconds"],
         "from_file": from_file,
@@ -98,17 +98,17 @@ def _save(content: dict[str, Any], path: Path) -> None:
     save_checkpoint(content, path)
 
 
-def settings_of(trainer: BaseTrainer, own: dict[str, Any]) -> dict[str, Any]:
-    """All that the result follows from, as plain values."""
+def settings_of(trainer: BaseTrainer, method_options: dict[str, Any]) -> dict[str, Any]:
+    """All settings that decide the result, as plain values; ``method_options`` are those of the method's section."""
     teacher = trainer.distiller.teacher
     options = options_of(trainer.cfg)
     settings = {key: v for key, v in flatten(trainer.cfg).items() if key in options and options[key].role == "data"}
-    settings |= {f"{trainer.distiller.section}.{key}": value for key, value in flatten(own).items()}
-    if isinstance(trainer.train_loader, Loader):  # a script may bring another
+    settings |= {f"{trainer.distiller.section}.{key}": value for key, value in flatten(method_options).items()}
+    if isinstance(trainer.train_loader, Loader):  # a script may use a loader of its own
         settings["training images"] = trainer.train_loader.dataset.split.images.fingerprint()
     settings["teacher's weights"] = None if teacher is None else fingerprint(teacher.state_dict())
     settings["autocast"] = str(trainer.precision.autocast_dtype)
-    settings["device"] = trainer.precision.device.type  # other devices round differently
+    settings["device"] = trainer.precision.device.type  # devices round differently
     settings["mdistiller"] = mdistiller.__version__
     return settings
 
@@ -120,7 +120,7 @@ def file_of(cfg: Any, settings: dict[str, Any]) -> Path:
 
 
 def _usable(path: Path, settings: dict[str, Any], module: nn.Module) -> dict[str, Any] | None:
-    """The file's content; ``None`` where there is no file or one that must not be used, which is said."""
+    """The file's content; ``None`` if there is no file, or after a warning if the file must not be used."""
     if not path.exists():
         return None
     try:
@@ -139,12 +139,12 @@ def _check_content(content: Any, path: Path, settings: dict[str, Any], module: n
     if content["settings"] != settings:
         raise CheckpointError(f"{path} was made with other settings")
     if fingerprint(content["model"]) != content["fingerprint"]:
-        raise CheckpointError(f"{path} is damaged: its weights are not those that were written")
+        raise CheckpointError(f"{path} is damaged: its weights do not match its checksum")
     check_weights(module.state_dict(), content["model"], f"the result in {path}")
 
 
 def _compute(trainer: BaseTrainer, name: str) -> tuple[float, dict[str, Any]]:
-    """Run the stage; its seconds and the method's facts."""
+    """Run the stage. Returns its seconds and the method's facts."""
     say(f"{name}'s stage before training: started")
     trainer.distiller.train()
     start = time.perf_counter()

@@ -83,14 +83,14 @@ def without_decay(distiller: nn.Module, rule: str) -> set[int]:
         rule: ``"norm_bias"``: parameters with the name ``bias``. ``"model"``: also the names that a network's method
             ``no_weight_decay()`` returns, relative to the network, as in timm.
     """
-    found = {id(p) for name, p in distiller.named_parameters() if name.split(".")[-1] == "bias"}
+    excluded = {id(p) for name, p in distiller.named_parameters() if name.split(".")[-1] == "bias"}
     if rule == "model":
         for module in distiller.modules():
             names = getattr(module, "no_weight_decay", tuple)()
             if names:
-                own = dict(module.named_parameters())
-                found |= {id(own[name]) for name in names if name in own}
-    return found
+                parameters = dict(module.named_parameters())
+                excluded |= {id(parameters[name]) for name in names if name in parameters}
+    return excluded
 
 
 def _check_nothing_frozen(distiller: nn.Module, groups: list[dict[str, Any]]) -> None:
@@ -99,7 +99,7 @@ def _check_nothing_frozen(distiller: nn.Module, groups: list[dict[str, Any]]) ->
     if any(id(p) in frozen for group in groups for p in group["params"]):
         raise InputError(
             f"{type(distiller).__name__} optimises parameters of the teacher, which is frozen; its constructor must "
-            "say requires_grad_(True) of them, and teacher_parameters() must return them, or they are not saved"
+            "call requires_grad_(True) on them, and teacher_parameters() must return them so that they are saved"
         )
 
 
@@ -108,8 +108,8 @@ def learning_rate(solver: Any, epoch: int, done: float = 0.0) -> float:
 
     Args:
         solver: the ``SOLVER`` section.
-        epoch: counts from 1.
-        done: share of the epoch's steps that are done, in [0, 1).
+        epoch: number of the epoch, from 1.
+        done: share of the epoch's finished steps, in [0, 1).
 
     Returns:
         ``step``: LR * LR_DECAY_RATE^s, s the number of stages below ``epoch`` (mdistiller's rule: the first decayed

@@ -1,4 +1,4 @@
-"""Unpacking of tars that are not trusted: nothing that they say can do harm."""
+"""Safe unpacking of untrusted tars."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from mdistiller.files import StrPath, file_sha256, lock, sha256, writing
 from mdistiller.registry import InputError
 
 Check = Callable[[Path, str], object]
-MAX_BYTES = 4 << 30  # of one member of a tar, and of all of them
+MAX_BYTES = 4 << 30  # of one member of a tar, and of all members together
 MAX_MEMBERS = 10_000
-BLOCK = 512  # a tar's unit, bytes
+BLOCK = 512  # bytes; a tar is a sequence of blocks
 
 
 class ArchiveError(InputError):
-    """A tar that cannot be unpacked, or not all of it."""
+    """A tar that cannot be unpacked completely."""
 
 
 class BadArchiveError(ArchiveError):
-    """A tar that is damaged, means harm or is another one than it should be: another copy is needed."""
+    """A tar that is damaged, unsafe, or not the expected tar. Another copy is needed."""
 
 
 def unpack(
@@ -34,22 +34,23 @@ def unpack(
     overwrite: bool = False,
     check: Check = lambda path, name: None,
 ) -> dict[str, str]:
-    """Unpack a plain (uncompressed) tar such that nothing it says can do harm.
+    """Unpack an untrusted plain (uncompressed) tar.
 
-    Before anything is written, all members are looked at: one with an absolute path or ``..``, a link, a device,
-    a size beyond the tar's own, and the whole tar is refused. Each file is written beside its place, checked,
-    and renamed.
+    All members are checked before a file is written. The whole tar is refused if one member has an absolute path,
+    ``..`` in its path or a size above the tar's, or is a link or a device. Each file is written under a temporary
+    name, checked and renamed.
 
     Args:
         tar: the archive.
-        folder: what the members' paths are relative to; created where it is missing.
-        wanted: the paths to unpack, as the tar names them; others are left in it. ``None``: all.
-        overwrite: replace files that are there and differ.
-        check: called with each file under its temporary name and its path in the tar; an ``InputError`` of it keeps
-            that file out. A file that is there and is not replaced is checked where it is.
+        folder: the members' paths are relative to this folder; it is created if it is missing.
+        wanted: the paths of the members to unpack; ``None``: all.
+        overwrite: replace existing files that differ.
+        check: called with the path of each file (its temporary name, or the existing file that is not replaced) and
+            its path in the tar; an ``InputError`` refuses the file.
 
     Returns:
-        By path: ``"new"``, ``"same"`` (was there), ``"replaced"`` or ``"kept"`` (was there, and differs).
+        For each path ``"new"``, ``"same"`` (the file exists and is equal), ``"replaced"`` or ``"kept"`` (the file
+        exists and differs).
 
     Raises:
         BadArchiveError: the tar is refused.
@@ -78,7 +79,7 @@ def _open_tar(tar: Path) -> Iterator[tarfile.TarFile]:
     try:
         with open(tar, "rb") as file:
             if not lock(file):
-                raise ArchiveError(f"{tar} is being unpacked already, by another process")
+                raise ArchiveError(f"another process is unpacking {tar} already")
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 yield archive
     except InputError:
@@ -90,10 +91,10 @@ def _open_tar(tar: Path) -> Iterator[tarfile.TarFile]:
 
 
 def _safe_members(archive: tarfile.TarFile, tar: Path) -> dict[str, tarfile.TarInfo]:
-    """The files of a tar by path, if all its members are harmless.
+    """The files of a tar by path.
 
     Raises:
-        BadArchiveError: names the first member that is not.
+        BadArchiveError: names the first unsafe member.
     """
     members: dict[str, tarfile.TarInfo] = {}
     total = end = 0
@@ -104,21 +105,21 @@ def _safe_members(archive: tarfile.TarFile, tar: Path) -> dict[str, tarfile.TarI
         if problem is None and (total > MAX_BYTES or count > MAX_MEMBERS):
             problem = f"more than {MAX_BYTES / 1e9:.0f} GB or {MAX_MEMBERS} members"
         if problem is None and str(path) in members:
-            problem = "it is there twice"
+            problem = "the tar holds this path twice"
         if problem is not None:
             raise BadArchiveError(f"{tar} is refused, nothing was unpacked: member {member.name[:200]!r}: {problem}")
         end = member.offset_data
         if member.isfile():
             members[str(path)] = member
             end += -(-member.size // BLOCK) * BLOCK
-    archive.fileobj.seek(end)  # tarfile takes a damaged header for the end
+    archive.fileobj.seek(end)  # tarfile treats a damaged header as the end of the tar
     if archive.fileobj.read(BLOCK) != bytes(BLOCK):
         raise BadArchiveError(f"{tar} is damaged or cut short at byte {end}; nothing was unpacked")
     return members
 
 
 def _problem(member: tarfile.TarInfo, path: PurePosixPath, size_of_tar: int) -> str | None:
-    """The fault of a member, judged by its header; ``None``: it is harmless."""
+    """The fault in a member's header; ``None``: the member is safe."""
     if path.is_absolute() or ".." in path.parts:
         return "its path leads out of the folder"
     if member.isfile() and not path.parts:
@@ -131,7 +132,7 @@ def _problem(member: tarfile.TarInfo, path: PurePosixPath, size_of_tar: int) -> 
         return "it is cut short"
     if hasattr(tarfile, "data_filter"):  # Python 3.12, 3.11.4, 3.10.12
         try:
-            # relative to a path that has nothing below it: links that the user set up are none of the tar's doing
+            # relative to a path without files, since links in the user's folder are not the tar's
             tarfile.data_filter(member, os.devnull)
         except tarfile.FilterError as error:
             return str(error)
@@ -139,23 +140,23 @@ def _problem(member: tarfile.TarInfo, path: PurePosixPath, size_of_tar: int) -> 
 
 
 def temporary_of(target: Path) -> Path:
-    """Where a file is unpacked to before it takes its place; a kill leaves it behind."""
+    """The temporary name of a file that is being unpacked. A killed process leaves this file."""
     return target.with_name(f".{target.name}.tmp")
 
 
 def _place(
     archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, name: str, overwrite: bool, check: Check
 ) -> str:
-    """Bring one file into its place; see :func:`unpack` for arguments and for what comes back."""
+    """Unpack one file; see :func:`unpack` for the arguments and the result."""
     target = folder / name
-    there = target.is_file()
-    if there:
+    exists = target.is_file()
+    if exists:
         with archive.extractfile(member) as source:
             same = target.stat().st_size == member.size and file_sha256(target) == sha256(source)
         if same or not overwrite:
             _approve(target, target, name, check)
             return "same" if same else "kept"
-    temporary = temporary_of(target)  # this process's, which has locked the tar
+    temporary = temporary_of(target)  # no other process writes it, since this process has locked the tar
     try:
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -169,14 +170,14 @@ def _place(
     finally:
         temporary.unlink(missing_ok=True)
         _prune(target.parent, folder)
-    return "replaced" if there else "new"
+    return "replaced" if exists else "new"
 
 
 def _approve(path: Path, target: Path, name: str, check: Check) -> None:
-    """Have a file checked that lies at ``path``, and call it ``target`` where it is refused.
+    """Check the file ``path``.
 
     Raises:
-        ArchiveError: ``check`` refuses it.
+        ArchiveError: ``check`` refuses the file; the message names ``target``.
     """
     try:
         check(path, name)
@@ -185,7 +186,7 @@ def _approve(path: Path, target: Path, name: str, check: Check) -> None:
 
 
 def _prune(path: Path, folder: Path) -> None:
-    """Remove ``path`` and its parents below ``folder``, as far as they are empty."""
+    """Remove ``path`` and its parents below ``folder`` while they are empty."""
     with suppress(OSError):
         while path != folder:
             path.rmdir()

@@ -1,7 +1,6 @@
 """Resumable downloads over http and https.
 
-A download goes on where it broke off, as long as the server still holds the same file. Nothing here knows what is
-downloaded.
+An interrupted download continues at its last byte if the server still holds the same file.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from mdistiller.files import StrPath, file_sha256, lock, no_space, writing
 from mdistiller.registry import InputError
 
 MAX_BYTES = 4 << 30  # of a download
-UNREACHABLE = (errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH)  # error numbers: nobody listens, no route
+UNREACHABLE = (errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH)  # error numbers: no server, no route
 
 
 class DownloadError(InputError):
-    """A file that cannot be had from where it should be."""
+    """A file that cannot be downloaded."""
 
 
 def download(
@@ -43,25 +42,25 @@ def download(
     pause: float = 2.0,
     max_bytes: int = MAX_BYTES,
 ) -> str:
-    """Download ``url`` to ``path``, going on where an earlier try, or an earlier call, broke off.
+    """Download ``url`` to ``path``. A download that an earlier attempt or call began is continued.
 
-    The bytes that have come so far lie in ``PATH.part``. They are continued only where the server confirms, by ETag or
-    date, that its file is still the same; else the file is fetched anew. ``path`` appears when everything is there.
+    ``PATH.part`` holds the received bytes. The download is continued only if the server confirms, by ETag or date,
+    that its file has not changed; else it starts again. ``path`` exists only after the download is complete.
 
     Args:
         url: http or https; redirects are followed, but not from https to http.
         path: replaced when the download is complete.
-        sha256: what the file's SHA-256 must be, in hexadecimal.
-        timeout: seconds without a byte after which a connection counts as stalled.
-        attempts: tries until giving up; what came so far is kept.
-        pause: seconds before the second try; doubles with each, up to 30.
+        sha256: the expected SHA-256 of the file, in hexadecimal.
+        timeout: seconds without a byte until a connection is given up.
+        attempts: number of attempts; the received bytes are kept after the last one.
+        pause: seconds before the second attempt; doubles with each attempt, up to 30.
         max_bytes: a larger file is refused.
 
     Returns:
         The SHA-256 of the file, in hexadecimal.
 
     Raises:
-        DownloadError: the server refused, or kept failing; the file is not the one expected.
+        DownloadError: the server refused or every attempt failed; or the file is not the expected file.
         InputError: the disk is full or not writable.
     """
     path = Path(path)
@@ -81,18 +80,18 @@ def download(
             delay = min(pause * 2 ** (attempt - 1), 30.0)
             print(f"{url}: {problem}; trying again in {delay:g} s", file=sys.stderr, flush=True)
             time.sleep(delay)
-        kept = f"; {part.size / 1e6:.1f} MB are kept, a new call goes on from there" if part.resumable else ""
+        kept = f"; {part.size / 1e6:.1f} MB are kept, and the next call continues from there" if part.resumable else ""
         raise DownloadError(f"cannot download {url}: {problem}, {attempts} times in a row{kept}")
 
 
 def begun(path: Path) -> tuple[Path, Path]:
-    """Where a download of ``path`` keeps the bytes that have come so far, and which file's they are."""
+    """The two files of an incomplete download of ``path``: the received bytes, and the version of the server's file."""
     return path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
 
 
 def _attempt(url: str, part: _Part, timeout: float, max_bytes: int) -> str | None:
-    """One request. ``None``: the file is complete; else why not, where trying again may help."""
-    if part.complete:  # stopped between the last byte and the renaming
+    """One request. ``None``: the file is complete; else the problem, if another attempt may help."""
+    if part.complete:  # an earlier call was stopped between the last byte and the renaming
         return None
     headers = {"User-Agent": "mdistiller", "Accept-Encoding": "identity"}
     if part.resumable:
@@ -106,7 +105,7 @@ def _attempt(url: str, part: _Part, timeout: float, max_bytes: int) -> str | Non
     except urllib.error.HTTPError as error:
         error.close()
         problem = f"HTTP status {error.code} {' '.join(str(error.msg).split())}"
-        if error.code == 416:  # what we have is not a beginning of what is there now
+        if error.code == 416:  # the received bytes are not the beginning of the server's file
             part.restart({})
         elif error.code < 500 and error.code not in (408, 425, 429):
             raise DownloadError(f"cannot download {url}: {problem}") from None
@@ -114,7 +113,7 @@ def _attempt(url: str, part: _Part, timeout: float, max_bytes: int) -> str | Non
     except http.client.InvalidURL as error:
         raise DownloadError(f"cannot download {url!r}: {error}") from None
     except (OSError, http.client.HTTPException) as error:
-        cause = getattr(error, "reason", error)  # urllib wraps errors of the connection
+        cause = getattr(error, "reason", error)  # urllib wraps the connection's errors
         reason = str(cause) or type(cause).__name__
         unreachable = isinstance(cause, socket.gaierror) or getattr(cause, "errno", None) in UNREACHABLE
         if unreachable and not part.received:
@@ -126,15 +125,17 @@ def _attempt(url: str, part: _Part, timeout: float, max_bytes: int) -> str | Non
 
 
 def _begin(url: str, response: Any, part: _Part, max_bytes: int) -> str | None:
-    """Compare the answer's header with the bytes that are there; empties ``part`` unless it is being continued."""
+    """Compare the answer's header with the received bytes; empty ``part`` unless the download is continued."""
     if response.headers.get_content_type() == "text/html":
         raise DownloadError(f"{url} answers with a web page instead of the file (a proxy or a login?)")
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise DownloadError(f"{url} comes compressed ({response.headers['Content-Encoding']}), which was not asked for")
+        raise DownloadError(
+            f"{url} is sent compressed ({response.headers['Content-Encoding']}), but the request excludes compression"
+        )
     version = _version_of(url, response)
     if response.status == 206:
         start = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-        # a mirror's machines need not agree on more than the name of the file
+        # the machines of one mirror may hold different files of the same name
         if start != str(part.size) or version != part.version:
             part.restart({})
             return "the file on the server has changed"
@@ -142,15 +143,15 @@ def _begin(url: str, response: Any, part: _Part, max_bytes: int) -> str | None:
         part.restart(version)
     length = version["length"]
     if length is not None and length > max_bytes:
-        raise DownloadError(f"{url} is {length / 1e6:.0f} MB; at most {max_bytes / 1e6:.0f} MB are accepted")
+        raise DownloadError(f"{url} has {length / 1e6:.0f} MB; at most {max_bytes / 1e6:.0f} MB are accepted")
     part.need(length)
     return None
 
 
 def _version_of(url: str, response: Any) -> dict[str, Any]:
-    """The facts that tell this version of the file from others: address, validator, length in bytes."""
+    """The version of the server's file: address, validator, length in bytes."""
     etag = response.headers.get("ETag")
-    if etag is None or etag.startswith("W/"):  # weak: the same meaning, not the same bytes
+    if etag is None or etag.startswith("W/"):  # a weak ETag does not promise equal bytes
         etag = response.headers.get("Last-Modified")
     length = response.headers.get("Content-Length")
     if response.status == 206:
@@ -159,11 +160,11 @@ def _version_of(url: str, response: Any) -> dict[str, Any]:
 
 
 def _receive(url: str, response: Any, part: _Part, max_bytes: int) -> None:
-    """Append the answer's bytes as they come, with a progress bar where somebody watches."""
+    """Append the answer's bytes to ``part``, with a progress bar on a terminal."""
     from tqdm import tqdm
 
     length = part.version["length"]
-    # disable=None: nothing is shown where standard error is a file
+    # disable=None: no bar if standard error is a file
     with tqdm(desc=part.path.name, total=length, initial=part.size, unit="B", unit_scale=True, disable=None) as bar:
         while part.size != length:
             chunk = response.read1(1 << 18)
@@ -176,7 +177,7 @@ def _receive(url: str, response: Any, part: _Part, max_bytes: int) -> None:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects (ten at most) to http and https, never from https to http."""
+    """Follows at most ten redirects to http and https, never from https to http."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         old, new = (urllib.parse.urlsplit(url).scheme for url in (req.full_url, newurl))
@@ -186,13 +187,13 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 class _Part:
-    """The bytes that have come so far, in ``PATH.part``, and in ``PATH.part.json`` which file's they are.
+    """An incomplete download: its bytes in ``PATH.part`` and the version of the server's file in ``PATH.part.json``.
 
     Attributes:
-        path: what the download is to become.
-        size: bytes.
-        received: bytes of them that came in this call.
-        version: see :func:`_version_of`; empty where nothing has come.
+        path: the file after the download.
+        size: number of bytes in ``PATH.part``.
+        received: number of bytes from this call.
+        version: see :func:`_version_of`; empty if there are no bytes.
     """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
@@ -208,14 +209,14 @@ class _Part:
     @classmethod
     @contextmanager
     def locked(cls, path: Path) -> Iterator[_Part]:
-        """Open what there is for ``path``; a second download of it at the same time is refused."""
+        """Open the incomplete download of ``path``; a second download at the same time is refused."""
         name = begun(path)[0]
         with writing(path):
-            # unbuffered: on a full disk, closing would try to write once more
+            # unbuffered, because closing a buffered file on a full disk would write again
             file = open(name, "a+b", buffering=0)  # noqa: SIM115  closed below
         with file:
             if not lock(file):
-                raise DownloadError(f"{path} is being downloaded already, by another process")
+                raise DownloadError(f"another process is downloading {path} already")
             part = cls(path, file)
             try:
                 yield part
@@ -232,16 +233,16 @@ class _Part:
         return self.resumable and self.size == self.version.get("length")
 
     def restart(self, version: dict[str, Any]) -> None:
-        """Throw away the bytes so far; the next ones belong to ``version``."""
+        """Delete the received bytes; the next bytes belong to ``version``."""
         self.version, self.size = version, 0
         with writing(self.path):
-            self._record.unlink(missing_ok=True)  # first, or a crash here would leave it with other bytes
+            self._record.unlink(missing_ok=True)  # first: after a crash here the record must not describe other bytes
             self._file.truncate(0)
             if version.get("validator"):
                 self._record.write_text(json.dumps(version))
 
     def need(self, length: int | None) -> None:
-        """Refuse at once a file that will not fit on the disk."""
+        """Refuse a file that does not fit on the disk."""
         missing = (length or 0) - self.size
         if missing > shutil.disk_usage(self.path.parent).free:
             raise InputError(f"{no_space(self.path, missing)}; make room and run the command again")
@@ -256,23 +257,23 @@ class _Part:
                 self.received += written
 
     def finish(self, url: str, expected: str | None) -> str:
-        """Move the complete file into its place. Returns its SHA-256."""
+        """Rename the complete file to ``path``. Returns its SHA-256."""
         with writing(self.path):
             os.fsync(self._file.fileno())
             digest = file_sha256(self._name)
             if expected is not None and digest != expected.lower():
                 self._remove()
-                raise DownloadError(f"{url} is not the file expected: its SHA-256 is {digest}, not {expected}")
-            self._let_go()
+                raise DownloadError(f"{url} is not the expected file: its SHA-256 is {digest}, not {expected}")
+            self._close_on_windows()
             os.replace(self._name, self.path)
             self._record.unlink(missing_ok=True)
         return digest
 
     def _remove(self) -> None:
-        self._let_go()
+        self._close_on_windows()
         self._name.unlink(missing_ok=True)
         self._record.unlink(missing_ok=True)
 
-    def _let_go(self) -> None:
-        if sys.platform == "win32":  # it neither renames nor removes a file that is open
+    def _close_on_windows(self) -> None:
+        if sys.platform == "win32":  # Windows neither renames nor removes an open file
             self._file.close()

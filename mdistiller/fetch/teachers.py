@@ -2,13 +2,13 @@
 
 python -m mdistiller.hub [cifar_teachers ...] [--root DIR] [--list] [--verify] [--overwrite]
 
-A download is resumed where it broke off, as long as the server still holds the same file. Nothing that it
-brought is trusted: a member of the tar is unpacked only if it is the file of a known teacher, and takes its
-place only once it has been read without executing anything and compared with its model. The teachers are
-files of the old torch format, which carry no checksum: where none is known from elsewhere either
-(:data:`KNOWN_SHA256`), damage that leaves names, shapes and finite values alone goes unnoticed.
+An interrupted download continues at its last byte if the server still holds the same file. The downloaded
+tar is not trusted: only files of known teachers are unpacked. Each file is read without executing code and
+compared with its model before it gets its name. The teachers are files of torch's old format, which has no
+checksum. Without a known checksum (KNOWN_SHA256 in mdistiller/fetch/teachers.py), damage that changes only
+values, and keeps them finite, is not detected.
 
-``MDISTILLER_CKPT_URL`` names a mirror: the address of a folder that holds the tars.
+``MDISTILLER_CKPT_URL`` is the address of a mirror: a folder that holds the tars.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ from .download import DownloadError, begun, download
 MIRROR_VARIABLE = "MDISTILLER_CKPT_URL"
 RELEASE_FILES = TEACHER_RELEASE.replace("/tag/", "/download/")
 
-# Of the tars and, by path under download_ckpts/, of the files in them. The release publishes none. This one was
-# published, independently, by a project that took the file from the release's tar and by one that took it from
-# RepDistiller's server.
+# By name of a tar or by path under download_ckpts/ of a file in a tar. The release publishes no checksums. Two projects
+# published this one independently: one took the file from the release's tar, the other from RepDistiller's server.
 KNOWN_SHA256 = {
     "cifar_teachers/resnet32x4_vanilla/ckpt_epoch_240.pth": (
         "22aa12e2b632b19ddde155ccf2388671842ddd304824b3095e0a7fff364beb4f"
@@ -47,37 +46,37 @@ KNOWN_SHA256 = {
 
 
 def teacher_files(collection: str) -> dict[str, str]:
-    """The model's name by the path of its file under ``download_ckpts/``."""
+    """The names of a collection's models, by the path of the model's file under ``download_ckpts/``."""
     table = MODEL_FAMILIES[COLLECTIONS[collection].family]
     files = {public_file(ModelEntry.of(entry).weights): name for name, entry in table.items()}
     return {file: name for file, name in files.items() if file.startswith(f"{collection}/")}
 
 
 def check_teacher(path: StrPath, collection: str, file: str) -> str:
-    """Read a teacher's file and compare it with its model and with its checksum, where one is known.
+    """Read a teacher's file and compare it with its model and, if there is one, with its known checksum.
 
     Args:
-        path: where it lies now.
+        path: of the file to read.
         collection: a key of ``COLLECTIONS``.
-        file: its path under ``download_ckpts/``.
+        file: the path of the public file under ``download_ckpts/``.
 
     Returns:
-        A line that says what it is.
+        A line that describes the file.
 
     Raises:
-        CheckpointError: it is damaged, of another model or other classes, or not the public file.
+        CheckpointError: the file is damaged, of another model or other classes, or not the public file.
     """
     path, teachers, name = Path(path), COLLECTIONS[collection], teacher_files(collection)[file]
     checksum = _checksum(path, file, f"checkpoint {path} is not the public teacher {name}", CheckpointError)
     state = load_weights(path)
     with torch.device("meta"):  # shapes without memory
-        own = build_model(MODEL_FAMILIES[teachers.family], name, teachers.num_classes).state_dict()
-    check_weights(own, state, f"checkpoint {path} for {name}", classes_of=f"{name} of {collection}")
+        expected = build_model(MODEL_FAMILIES[teachers.family], name, teachers.num_classes).state_dict()
+    check_weights(expected, state, f"checkpoint {path} for {name}", classes_of=f"{name} of {collection}")
     return f"{name}: {file}, {path.stat().st_size / 1e6:.1f} MB, {teachers.num_classes} classes, {checksum}"
 
 
 def _checksum(path: Path, name: str, problem: str, error: type[InputError]) -> str:
-    """The SHA-256 of a file in words; an error where ``KNOWN_SHA256`` has another one for ``name``."""
+    """The SHA-256 of a file in words; an error if ``KNOWN_SHA256`` has another one for ``name``."""
     digest, known = file_sha256(path), KNOWN_SHA256.get(name)
     if known not in (None, digest):
         raise error(f"{problem}: its SHA-256 is {digest}, the public file's {known}")
@@ -85,7 +84,7 @@ def _checksum(path: Path, name: str, problem: str, error: type[InputError]) -> s
 
 
 def default_root() -> Path:
-    """The folder that configurations look for public teachers in."""
+    """The folder in which configurations expect public teachers."""
     return checkpoint_root() / "download_ckpts"
 
 
@@ -97,27 +96,27 @@ def fetch_teachers(
     overwrite: bool = False,
     **how: Any,
 ) -> list[Path]:
-    """Bring a collection's files into ``root``, each of them checked; prints a line for each.
+    """Download, check and unpack a collection's files below ``root``; prints a line for each file.
 
-    Files that are there already are checked and kept; where all are, nothing is downloaded. A tar that was put into
-    ``root`` by hand, ``COLLECTION.tar``, is used and kept. A downloaded one, ``COLLECTION.downloaded.tar``, is deleted
-    once its files are in their places, or at once where it is damaged; where its files are refused, it is kept for the
-    next call. What a killed call left is deleted by the next one that succeeds.
+    Existing files are checked and kept; if all files exist, nothing is downloaded. A tar ``COLLECTION.tar`` that the
+    user has put into ``root`` is used and kept. A downloaded tar, ``COLLECTION.downloaded.tar``, is deleted after its
+    files are unpacked, or if it is damaged; if its files are refused, it is kept for the next call. The next successful
+    call deletes the files that a killed call left.
 
     Args:
         collection: a key of ``COLLECTIONS``.
         root: gets the collection as a folder; default: :func:`default_root`.
         mirror: address of a folder that holds the tar; default: ``MDISTILLER_CKPT_URL``, else mdistiller's release.
-        overwrite: fetch all files anew and replace those that are there.
-        how: see :func:`download`.
+        overwrite: download all files again and replace existing ones.
+        how: further arguments of :func:`~mdistiller.fetch.download.download`.
 
     Returns:
         The teachers' files.
 
     Raises:
-        DownloadError: with how to get the tar by hand.
-        ArchiveError: the tar is refused, or something in it is no teacher; says where the tar is.
-        CheckpointError: a file that was there before is not right, and ``overwrite`` is off.
+        DownloadError: the tar cannot be downloaded; says how to get it by hand.
+        ArchiveError: the tar is refused, or one of its files is no teacher; says where the tar is.
+        CheckpointError: an existing file is not the teacher's, and ``overwrite`` is off.
     """
     root = Path(root) if root is not None else default_root()
     files = teacher_files(collection)
@@ -140,18 +139,19 @@ def fetch_teachers(
                 tar.unlink(missing_ok=True)
                 again = "the tar is deleted; run the command again"
             raise ArchiveError(f"{error}\n{again}") from None
-        except ArchiveError as error:  # the reason may lie in this machine, and another download would not help
+        except ArchiveError as error:  # the cause may be this machine; then another download does not help
             raise ArchiveError(
-                f"{error}\n{tar} is kept: mend that and run the command again, or, for another copy of the tar, {again}"
+                f"{error}\n{tar} is kept: remove the cause and run the command again, or, for another copy of the tar, "
+                f"{again}"
             ) from None
     _tidy(root, collection, files)
     return [root / file for file in files if (root / file).is_file()]
 
 
 def _tidy(root: Path, collection: str, files: Iterable[str]) -> None:
-    """Remove what this call or a killed one left: the downloaded tar, the beginning of one, files half unpacked.
+    """Remove files that this call or a killed call left: the downloaded tar, partial downloads, partly unpacked files.
 
-    Nothing is removed while another process downloads or unpacks, or where the folder may not be written.
+    Nothing is removed while another process downloads or unpacks, or if the folder is not writable.
     """
     downloaded = root / f"{collection}.downloaded.tar"
     leftovers = [downloaded, *begun(downloaded), *(temporary_of(root / file) for file in files)]
@@ -165,7 +165,7 @@ def _tidy(root: Path, collection: str, files: Iterable[str]) -> None:
 
 
 def _unpack_teachers(collection: str, tar: Path, root: Path, wanted: dict[str, str]) -> None:
-    """Unpack the files of ``wanted``, overwriting them, each only if it is the teacher it should be."""
+    """Unpack the files of ``wanted`` and replace existing ones, each only if it is the expected teacher."""
 
     def check(path: Path, file: str) -> None:
         print(f"good     {check_teacher(path, collection, file)}", flush=True)
@@ -199,17 +199,17 @@ def _download_tar(collection: str, tar: Path, mirror: str | None, how: dict[str,
 
 
 def verify_teachers(collection: str, root: StrPath | None = None) -> int:
-    """Check the files that are there; prints a line for each.
+    """Check a collection's existing files; prints a line for each file.
 
     Args:
         collection: a key of ``COLLECTIONS``.
         root: see :func:`fetch_teachers`.
 
     Returns:
-        How many are there.
+        The number of existing files.
 
     Raises:
-        CheckpointError: names every file that is not right.
+        CheckpointError: names every file that fails.
     """
     root = Path(root) if root is not None else default_root()
     wrong, count = [], 0
@@ -223,7 +223,7 @@ def verify_teachers(collection: str, root: StrPath | None = None) -> int:
         except InputError as error:
             wrong.append(str(error))
     if wrong:
-        raise CheckpointError("\n".join([*wrong, "fetch again with --overwrite to replace it"]))
+        raise CheckpointError("\n".join([*wrong, "to replace it, run the command again with --overwrite"]))
     return count
 
 
@@ -236,7 +236,7 @@ def _list(root: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns the exit code: 0; 130 where it was stopped from the keyboard."""
+    """The command. Returns the exit code: 0; 130 after a stop from the keyboard."""
     parser = argparse.ArgumentParser(
         prog="python -m mdistiller.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     collections = args.collections or ["cifar_teachers"]
     for collection in collections:
-        teacher_files(collection)  # a name that is not there is said before anything is downloaded
+        teacher_files(collection)  # raises for an unknown name, before anything is downloaded
     if args.list:
         _list(args.root)
         return 0
@@ -267,6 +267,6 @@ def main(arguments: list[str] | None = None) -> int:
         for collection in collections:
             fetch_teachers(collection, args.root, overwrite=args.overwrite)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command continues from here", file=sys.stderr)
         return 130
     return 0

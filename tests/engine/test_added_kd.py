@@ -189,7 +189,7 @@ def test_a_call_with_a_gradient_comes_first():
 def test_a_student_that_never_sees_the_images_as_they_are_is_refused():
     distiller = Toy(("student", "turned"), ("teacher", "turned")).train()
     add_kd(distiller, 1.0, 4.0)
-    with pytest.raises(InputError, match=r"DISTILLER\.ADD_KD: Toy never shows its student"):
+    with pytest.raises(InputError, match=r"DISTILLER\.ADD_KD: Toy never calls its student"):
         distiller(**toy_batch())
     distiller.script = (("student", "weak"),)  # and the failed step leaves nothing behind
     _, losses = distiller(**toy_batch())

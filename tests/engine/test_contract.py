@@ -184,8 +184,8 @@ class TrainsNothing(Returns):
             KeepsNothing,
             r"the constructor does not store the student; it must call super\(\).__init__\(student, teacher\)",
         ),
-        (TakesNothing, "the constructor takes no student; it can have student, teacher, cfg, num_data"),
-        (HasNoStep, "it defines no forward_train"),
+        (TakesNothing, "the constructor takes no student; it can take student, teacher, cfg, num_data"),
+        (HasNoStep, "the class defines no forward_train"),
         (
             TrainsNothing,
             r"there is nothing to train; get_learnable_parameters\(\) and parameter_groups\(\) must",

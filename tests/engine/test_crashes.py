@@ -338,7 +338,7 @@ def test_a_disk_that_is_full_when_logs_are_written_costs_nothing(tmp_path, monke
         else:
             opened = Path.open
             patch.setattr(Path, "open", lambda path, *a, **k: (path.name == name and refuse()) or opened(path, *a, **k))
-        with pytest.raises(DiskFullError, match=r"no space left to write .* Free space and go on with --resume"):
+        with pytest.raises(DiskFullError, match=r"no space left to write .* Free space and continue with --resume"):
             trainer.train()
     assert closed and "WARNING" not in capsys.readouterr().out
     again = make_trainer(tmp_path / "struck")

@@ -163,7 +163,7 @@ def test_terms_may_come_and_go(found):
 
 def test_what_a_method_keeps_differently_is_named(found):
     first, second = (result["fickle"]["warned"] for result in of_task(found, "training"))
-    assert "do not agree on seen" in first and not second
+    assert "have different values of seen" in first and not second
 
 
 def test_dot_with_its_two_backward_passes(place, found):
@@ -381,7 +381,7 @@ def test_sigterm_saves_once_and_the_run_can_go_on(tmp_path, to):
         os.kill(process.pid if to == "torchrun" else by_rank[1], signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert err.count("--resume goes on from") == 1
+    assert err.count("--resume continues from") == 1
     if to == "a process":  # else torchrun reports the signal
         assert "exitcode: 143" in err
     state = load_checkpoint(folder / "latest")

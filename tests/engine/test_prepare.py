@@ -146,7 +146,7 @@ def drop_facts(path):
         (lambda path: path.write_bytes(b""), "damaged"),
         (change(settings={}), "made with other settings"),
         (change(model={"w": 1}), "w of model of"),
-        (change_a_weight, "not those that were written"),
+        (change_a_weight, "do not match its checksum"),
         (write_what_is_not_finite, "has values that are not finite"),
         (drop_facts, "does not hold"),
     ],

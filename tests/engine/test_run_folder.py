@@ -91,7 +91,7 @@ def test_an_environment_that_says_something_else_is_written_anew(folder, capsys,
     path.write_text(content)
     write_environment(path, {"host": "here"}, resumed=True)
     assert json.loads(path.read_text()) == {"host": "here", "earlier": []}
-    assert "no longer says where the run was before" in capsys.readouterr().out
+    assert "earlier environments are lost" in capsys.readouterr().out
 
 
 class Renaming(Hook):
@@ -103,7 +103,7 @@ class Renaming(Hook):
 
 
 def test_a_folder_that_is_renamed_meanwhile_gives_one_message(tmp_path, folder, capsys):
-    with pytest.raises(SaveError, match=r"metrics\.csv: its folder was deleted or renamed meanwhile"):
+    with pytest.raises(SaveError, match=r"metrics\.csv: its folder was deleted or renamed during the run"):
         run(tiny_config(tmp_path, **ONE), hooks=[Renaming])
     assert "WARNING" not in capsys.readouterr().out
 

@@ -245,7 +245,7 @@ def non_finite_at(trainer, step):
     [(0, r"latest holds the last good state; go on", 4), (1, r"latest_previous holds the last good state; copy", 5)],
 )
 def test_the_message_names_the_last_good_state_after_what_happened(tmp_path, every, left, good):
-    """A state that was saved right before the bad step leads there again."""
+    """A state that was saved right before the bad step leads to it again."""
     trainer = make_trainer(tmp_path, LOG__SAVE_EVERY_STEPS=every)
     non_finite_at(trainer, 7)
     with pytest.raises(NonFiniteLossError, match=rf"(?s)^the loss is not finite at step 7 .*\. /.*{left}.*SOLVER\.LR"):

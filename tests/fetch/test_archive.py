@@ -159,7 +159,7 @@ def test_one_process_unpacks_a_tar_at_a_time(tmp_path: Path) -> None:
     tar = make_tar(tmp_path / "a.tar", {"a": b"a"})
     with tar.open("rb") as other:
         assert lock(other)
-        with pytest.raises(ArchiveError, match=r"a\.tar is being unpacked already, by another process"):
+        with pytest.raises(ArchiveError, match=r"another process is unpacking .*a\.tar already"):
             unpack(tar, tmp_path / "folder")
     assert unpack(tar, tmp_path / "folder") == {"a": "new"}
 

@@ -240,7 +240,7 @@ def test_known_checksums(mirror: Server, tmp_path: Path, resnet56: bytes, monkey
         fetch_teachers(root=tmp_path)
     monkeypatch.setitem(KNOWN_SHA256, RESNET56, hashlib.sha256(resnet56).hexdigest())
     monkeypatch.setitem(KNOWN_SHA256, "cifar_teachers.tar", "1" * 64)
-    with pytest.raises(DownloadError, match="not the file expected"):
+    with pytest.raises(DownloadError, match="not the expected file"):
         fetch_teachers(root=tmp_path, overwrite=True)
     (tmp_path / "cifar_teachers.tar").write_bytes(mirror.files["/mirror/cifar_teachers.tar"])
     with pytest.raises(ArchiveError, match="not the public file"):

@@ -226,10 +226,10 @@ def test_sigterm_stops_the_runs_which_save_their_state(tmp_path):
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    noted = 2 * "SIGTERM: finishing the step and saving; once more to leave at once\n"
+    noted = 2 * "SIGTERM: finishing the step and saving; a second signal ends at once\n"
     assert err == noted + "stopped; call again to go on\n"
     for folder, log in zip(folders, logs, strict=True):
-        assert "stopped by SIGTERM; --resume goes on from" in log.read_text()
+        assert "stopped by SIGTERM; --resume continues from" in log.read_text()
         assert (folder / "latest").is_file()
 
 

@@ -1,1 +1,1 @@
-"""The configuration: the node type, options by role, what makes two runs one experiment."""
+"""The configuration: the node type, options by role, and the comparison of two runs' settings."""

@@ -1,4 +1,4 @@
-"""Compares configurations: whether two are one experiment, and which changes a resumed run may have."""
+"""Compares configurations: whether two of them are the same experiment, and which changes a resumed run may have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNDECLARED = Option(None)  # a key that a method file of another project reads
 
 
 class Change(NamedTuple):
-    """A setting that differs between a run and what it is to go on with."""
+    """A setting that differs between a run and its continuation."""
 
     key: str
     old: Any
@@ -26,8 +26,10 @@ class Change(NamedTuple):
 
 
 def keys_of_fork(cfg: Any) -> list[str]:
-    """Keys of ours that mean something else in the fork which the method's file comes from: the file reads them, the
-    fork has them, and mdistiller has not (``SOLVER.ALPHA``)."""
+    """Keys of the library with another meaning in the fork of the method's file, ``SOLVER.ALPHA`` for example.
+
+    These are keys that the file reads and the fork defines, but not mdistiller.
+    """
     file = method_file(distiller_dict.get(cfg.DISTILLER.TYPE))
     if file is None:
         return []
@@ -41,7 +43,7 @@ def options_of_run(cfg: Any) -> dict[str, Option]:
 
 
 def without_keys_of_fork(cfg: Any) -> Any:
-    """The configuration as the library reads it: with our default for each key of :func:`keys_of_fork`."""
+    """The configuration for the library: with the library's default for each key of :func:`keys_of_fork`."""
     keys = keys_of_fork(cfg)
     if keys:
         cfg = cfg.clone()
@@ -63,7 +65,7 @@ def relevant_part(cfg: Any) -> ConfigNode:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"A": {"B": 1}}`` as ``{"A.B": 1}``; tuples become lists, as YAML keeps them."""
+    """``{"A": {"B": 1}}`` as ``{"A.B": 1}``; tuples become lists, as in YAML files."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -74,14 +76,14 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changed_keys(before: dict[str, Any], cfg: Any) -> tuple[list[Change], list[Change]]:
-    """Compare the settings of a run with those that it is to go on with; keys that only one has do not count.
+    """Compare the settings of a run with the settings of its continuation. Keys that only one of them has are ignored.
 
     Args:
-        before: the settings that the run was started with.
-        cfg: those that it is to go on with.
+        before: the settings of the run's start.
+        cfg: the settings of the continuation.
 
     Returns:
-        The changes that make it another experiment, and the others.
+        The changes that make the continuation another experiment, and the other changes.
     """
     before, options = flatten(before), options_of_run(cfg)
     fatal, harmless = [], []
@@ -95,13 +97,13 @@ def changed_keys(before: dict[str, Any], cfg: Any) -> tuple[list[Change], list[C
 
 
 def same_result(before: dict[str, Any], cfg: Any) -> bool:
-    """Whether a run with the settings ``before`` gives what one of ``cfg`` would, as far as the settings tell.
+    """Whether the settings ``before`` and ``cfg`` give runs with the same result.
 
-    Of the teacher, its file counts rather than the path to it. A key that is newer than the run counts as its default.
+    The path of the teacher's file is not compared. A key that is newer than the run has its default.
     """
     options, method, now = options_of_run(cfg), distiller_dict[cfg.DISTILLER.TYPE], flatten(relevant_part(cfg))
     before = {**flatten({key: option.default for key, option in options.items()}), **flatten(before)}
     keys = [key for key in now if options.get(key, UNDECLARED).decides_result]
-    if method.defaults is None:  # whose settings have no defaults, so that one that is gone counts
+    if method.defaults is None:  # its settings have no defaults, so a removed key counts as a change
         keys += [key for key in before if key.startswith(f"{method.section}.")]
     return all(key in before and key in now and before[key] == now[key] for key in keys)

@@ -1,8 +1,8 @@
-"""A yacs node that forgives number types and explains what it refuses.
+"""A yacs node that converts number types and explains its errors.
 
-yacs itself refuses ``DKD.BETA 8`` where the default is 8.0, and answers an unknown key with a ``KeyError``.
-Here numbers convert where nothing is lost, an unknown key is refused with the closest known ones, a YAML
-file may build on others by ``_BASE_``, and ``AMP: off`` in it is the word that it looks like.
+yacs refuses ``DKD.BETA 8`` if the default is 8.0, and raises a ``KeyError`` for an unknown key. This node converts
+numbers without loss and names the closest known keys in its errors. A YAML file may have bases (``_BASE_``), and
+``AMP: off`` is the text ``"off"``, not a boolean.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ ROOT = Path(__file__).resolve().parents[2]  # the package
 CONFIGS = next((place for place in (ROOT / "configs", ROOT.parent / "configs") if place.is_dir()), ROOT / "configs")
 BASE_KEY, METHOD_FILES = "_BASE_", "DISTILLER.PLUGINS"
 ALLOWED, TYPED = "__allowed_keys__", "__typed_keys__"  # attributes of a node
-DEEPEST = 50  # files that build on each other
+DEEPEST = 50  # levels of bases
 WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-SWITCH = ("auto", "on", "off")  # the values of a key that decides for itself unless it is told; booleans tell it too
+SWITCH = ("auto", "on", "off")  # the values of a switch; booleans are accepted as on and off
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which only ``true`` and ``false`` are booleans, and in which no key may stand twice."""
+    """YAML in which only ``true`` and ``false`` are booleans, and in which no key may occur twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -67,10 +67,10 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        InputError: it cannot be read; the message has the place of the fault.
+        InputError: the file cannot be read; names the line of the fault.
     """
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe may wait for ever
+        if path.exists() and not (path.is_file() or path.is_dir()):  # reading from a pipe may wait for ever
             raise InputError(f"cannot read {path}: it is no regular file; copy its content into a regular file")
         with path.open(encoding="utf-8") as file:
             return yaml.load(file, _Loader)
@@ -87,14 +87,14 @@ def read_yaml(path: Path) -> Any:
 
 
 class ConfigNode(CfgNode):
-    """``yacs.config.CfgNode`` with loose numbers, helpful errors and inheritance between files.
+    """``yacs.config.CfgNode`` with number conversion, helpful errors and inheritance between files.
 
-    A key without a default has no type either: it takes any value. Such keys are those of a node with
-    ``new_allowed``, and those named by :meth:`allow_key`; but not those of :meth:`enter_default`.
+    A key without a default has no type and takes any value. These are the keys of :meth:`allow_key` and the keys of a
+    node with ``new_allowed``, except those of :meth:`enter_default`.
     """
 
     def allow_key(self, key: str) -> None:
-        """Take a value for the dotted ``key``, which has no default."""
+        """Accept any value for the dotted ``key``, which has no default."""
         first, _, rest = key.partition(".")
         if rest and isinstance(self.get(first), ConfigNode):
             self[first].allow_key(rest)
@@ -102,7 +102,7 @@ class ConfigNode(CfgNode):
             self.__dict__.setdefault(ALLOWED, set()).add(first)
 
     def enter_default(self, key: str, default: Any) -> None:
-        """Make a value the default of the dotted ``key``, and its type the key's; a number of ours keeps its type."""
+        """Set the default of the dotted ``key``. Its type becomes the key's; an existing key keeps its number type."""
         first, _, rest = key.partition(".")
         if not rest and not isinstance(self.get(first), CfgNode):
             with suppress(InputError):
@@ -113,18 +113,18 @@ class ConfigNode(CfgNode):
             self[first].enter_default(rest, default)
 
     def before_merge(self, trees: Sequence[tuple[str, Any]], **how: Any) -> None:
-        """Called with what is about to be merged, each with its source; may add what it needs."""
+        """Called before a merge with the trees and their sources; may add keys."""
 
     def drops(self, key: str, value: Any) -> bool:
-        """Whether an unknown key is left out instead of refused; for keys that files of earlier versions hold."""
+        """Whether an unknown key is ignored instead of refused, for keys in files of earlier versions."""
         return False
 
     def merge_from_file(self, cfg_filename: str | os.PathLike[str], but: Sequence[str] = (), **how: Any) -> None:
         """Merge a YAML file.
 
-        The files that its ``_BASE_`` names are merged first, in their order, each behind its own bases. A file that
-        several of them build on is merged once, before all of these. In a text, ``{KEY}`` stands for the value so far:
-        ``TAG: "{TAG},lt"`` adds a word to the tag of the bases.
+        The bases in ``_BASE_`` are merged first, in their order, and each base after its own bases. A common base of
+        several files is merged once, before these files. In a text, ``{KEY}`` is the value of the bases:
+        ``TAG: "{TAG},lt"`` adds a word to the tag.
 
         Args:
             cfg_filename: the file.
@@ -132,8 +132,8 @@ class ConfigNode(CfgNode):
             how: for :meth:`before_merge`.
 
         Raises:
-            InputError: a file that is missing, is no YAML mapping, or inherits from itself; an unknown key;
-                a value of the wrong type.
+            InputError: a file is missing, is no YAML mapping or inherits from itself; a key is unknown; a value has
+                the wrong type.
         """
         trees = [(str(path), tree) for path, tree in _read_with_bases(Path(cfg_filename)).values()]
         for key in but:
@@ -144,11 +144,11 @@ class ConfigNode(CfgNode):
             self._merge(tree, source)
 
     def merge_from_list(self, cfg_list: Sequence[Any], source: str = COMMAND_LINE, **how: Any) -> None:
-        """Merge ``[KEY, VALUE, KEY, VALUE, ...]`` as given on a command line; strings are read as literals.
+        """Merge ``[KEY, VALUE, KEY, VALUE, ...]`` of a command line; strings are read as literals.
 
         Args:
             cfg_list: the keys and values.
-            source: where they come from, for messages.
+            source: their source, for messages.
             how: for :meth:`before_merge`.
         """
         files = [str(word) for word in cfg_list[::2] if str(word).endswith((".yaml", ".yml"))]
@@ -166,9 +166,9 @@ class ConfigNode(CfgNode):
             self._merge(tree, source)
 
     def _option(self, key: str, word: Any) -> Any:
-        """``KEY VALUE`` as the tree that a file would hold."""
+        """``KEY VALUE`` as the tree of a file with this key."""
         default = value_at(self, key)
-        tree = word if default is None else _literal(word)  # without a default, it is read when it is merged
+        tree = word if default is None else _literal(word)  # without a default, the merge reads the literal
         if isinstance(word, str) and not isinstance(tree, str) and isinstance(default, str):
             tree = word  # a text that looks like a number or a list: NAME 1e3
         if isinstance(tree, str) and isinstance(default, (list, tuple)):
@@ -184,8 +184,8 @@ class ConfigNode(CfgNode):
 
     def _merge(self, tree: Any, source: str, prefix: str = "", root: ConfigNode | None = None) -> None:
         if not isinstance(tree, dict):
-            found = "and is empty" if tree is None else f"not {brief(tree)}"
-            raise InputError(f"{source}: {prefix.rstrip('.') or 'the file'} must hold keys, {found}")
+            content = "and is empty" if tree is None else f"not {brief(tree)}"
+            raise InputError(f"{source}: {prefix.rstrip('.') or 'the file'} must hold keys, {content}")
         root = self if root is None else root
         for key, value in tree.items():
             full_key = f"{prefix}{key}"
@@ -201,7 +201,7 @@ class ConfigNode(CfgNode):
             if isinstance(value, str) and isinstance(self.get(key), str):
                 value = value.replace(f"{{{key}}}", self[key])
             if isinstance(self.get(key), CfgNode):
-                if not isinstance(self[key], ConfigNode):  # a script put a plain yacs node here
+                if not isinstance(self[key], ConfigNode):  # a script has set a plain yacs node
                     self[key] = ConfigNode(self[key])
                 self[key]._merge(value, source, f"{full_key}.", root)
             elif untyped and isinstance(value, dict):
@@ -221,7 +221,7 @@ def value_at(tree: Any, key: str) -> Any:
 
 
 def _leave_out(tree: dict[str, Any], key: str) -> None:
-    """Take the dotted ``key`` out of a tree, if it is there."""
+    """Remove the dotted ``key`` from a tree, if the tree has it."""
     first, _, rest = key.partition(".")
     if not rest:
         tree.pop(first, None)
@@ -230,11 +230,15 @@ def _leave_out(tree: dict[str, Any], key: str) -> None:
 
 
 def convert(value: Any, default: Any, key: str, source: str) -> Any:
-    """``value`` in the type of ``default``, or an ``InputError`` that names key, type and value."""
+    """``value`` in the type of ``default``.
+
+    Raises:
+        InputError: the value cannot be converted; names key, type and value.
+    """
     if default is None:
         return value
     kind = type(default)
-    if value is None and kind is str:  # "NAME:" with nothing behind it
+    if value is None and kind is str:  # "NAME:" without a value
         return ""
     if kind is bool:
         if isinstance(value, bool):
@@ -243,7 +247,7 @@ def convert(value: Any, default: Any, key: str, source: str) -> Any:
             return WORDS_FOR_BOOL[str(value).lower()]
     elif kind in (int, float) and not isinstance(value, bool):
         if kind is int and isinstance(value, int) and value.bit_length() < 1000:
-            return value  # exact; a longer one Python would not even print
+            return value  # exact; Python does not print much longer numbers
         try:
             number = float(value)  # YAML reads 1e-3 as a string
             if kind is float and math.isfinite(number):
@@ -271,7 +275,7 @@ def convert(value: Any, default: Any, key: str, source: str) -> Any:
 
 
 def _entry(value: Any, default: Sequence[Any], key: str, source: str) -> Any:
-    """An entry of a list; that of a list with an empty default may be of any type."""
+    """An entry of a list, converted to the type of the default's first entry; any type if the default is empty."""
     if default:
         return convert(value, default[0], key, source)
     return _text(value, key, source) if isinstance(value, str) else value
@@ -281,7 +285,7 @@ def _text(value: str, key: str, source: str) -> str:
     """``value`` with ``~`` as the user's folder; most texts are names and paths.
 
     Raises:
-        InputError: it holds what no name can hold, or names a user that is not there.
+        InputError: the text holds a control character, or names an unknown user.
     """
     if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
         raise InputError(f"{source}: {key} {brief(value)} must not hold line breaks or control characters")
@@ -299,7 +303,7 @@ _brief.maxlist = _brief.maxtuple = _brief.maxdict = 20
 
 
 def brief(value: Any) -> str:
-    """``repr`` of what a user gave, cut where it is long."""
+    """``repr`` of a user's value; long values are cut."""
     try:
         return _brief.repr(value)
     except ValueError:  # a number of thousands of digits
@@ -322,7 +326,7 @@ def _literal(value: Any) -> Any:
 
 
 def _bare_list(word: str) -> Any:
-    """``[a, b]``, a list of texts without quotes as YAML has it; any other word as it is."""
+    """The list in ``[a, b]``, a YAML list of texts without quotes; any other word is returned unchanged."""
     if not (word.startswith("[") and word.endswith("]")):
         return word
     try:
@@ -332,8 +336,12 @@ def _bare_list(word: str) -> Any:
 
 
 def _keys_nearby(key: str, root: ConfigNode) -> str:
-    """The keys that end in it (``SOLVER.LR`` for ``LR``) or in its last word, else the similar ones of its section, all
-    of them where none is; without such a section the most similar ones, or the sections."""
+    """Advice for an unknown key, the first that applies:
+
+    - keys that end in ``key`` (``SOLVER.LR`` for ``LR``), or similar keys with the same last word;
+    - similar keys of its section, or all keys of its section;
+    - similar keys of all sections, or all sections.
+    """
     keys = _keys(root)
     section, _, word = key.rpartition(".")
     same_word = [known for known in keys if known.lower().rpartition(".")[2] == word.lower()]
@@ -348,7 +356,7 @@ def _keys_nearby(key: str, root: ConfigNode) -> str:
 
 
 def _only_path(tree: Any) -> list[str]:
-    """The keys down a tree as long as there is just one on each level, as on a command line."""
+    """The keys from the root of a tree down to the first level with several keys or a value."""
     if not isinstance(tree, dict) or len(tree) != 1:
         return []
     ((key, below),) = tree.items()
@@ -365,7 +373,7 @@ def _keys(node: CfgNode, prefix: str = "") -> list[str]:
 
 
 def _read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> dict[Path, tuple[Path, dict[str, Any]]]:
-    """The file's path and tree behind those of its bases, by resolved path, in the order in which they are merged."""
+    """Path and tree of the file's bases and then of the file, by resolved path, in the order of the merge."""
     path, where = config_path(path), f" (the {BASE_KEY} of {below[-1]})" if below else ""
     if len(below) > DEEPEST:
         raise InputError(f"{below[0]} is more than {DEEPEST} files deep in {BASE_KEY}")
@@ -386,21 +394,21 @@ def _read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> dict[Path, tup
         raise InputError(f"config file {path}{where}: {BASE_KEY} takes a file or a list of files, got {brief(bases)}")
     files: dict[Path, tuple[Path, dict[str, Any]]] = {}
     for base in bases:
-        files |= _read_with_bases(path.parent / base, (*below, path))  # one that is there already keeps its place
+        files |= _read_with_bases(path.parent / base, (*below, path))  # a repeated base keeps its first position
     return files | {resolved: (path, tree)}
 
 
 def sections_of(path: str | os.PathLike[str]) -> set[str]:
-    """The sections in which a configuration file, or one that it builds on, gives something."""
+    """The sections with a key in a configuration file or in one of its bases."""
     return {section for _, tree in _read_with_bases(Path(path)).values() for section, keys in tree.items() if keys}
 
 
 def files_nearby(path: Path) -> str:
-    """What lies where the file was looked for."""
+    """The YAML files in the folder of ``path``, for messages."""
     if not path.parent.is_dir():
-        return f"there is no folder {path.parent} (seen from {Path.cwd()})"
+        return f"there is no folder {path.parent} (current folder: {Path.cwd()})"
     names = [p.name for p in path.parent.glob("*.yaml")]
     where = "the current folder" if path.parent == Path() else path.parent
     if not names:
-        return f"{where} holds no .yaml file (seen from {Path.cwd()})"
+        return f"{where} holds no .yaml file (current folder: {Path.cwd()})"
     return f"in {where}, {suggestion(path.name, names)}"

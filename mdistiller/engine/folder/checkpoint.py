@@ -1,12 +1,12 @@
-"""Reading and writing checkpoints so that neither a crash nor a stranger's file does harm.
+"""Reading and writing of checkpoints, safe against crashes and untrusted files.
 
-A file is written beside its final place, flushed to the disk and renamed, so that a name always holds a whole
-checkpoint. It ends with a checksum of all its bytes. Reading checks that first (``torch.load`` checks none, see
-:mod:`.seal`), then loads with ``weights_only=True``, which executes nothing. Weights are compared with the model, names
-and shapes, before anything of the model is changed.
+A checkpoint is written to a temporary file in the same folder, flushed to the disk and renamed. So a checkpoint's name
+always holds a whole checkpoint. The file ends with a checksum of all its bytes. Reading compares the checksum first
+(``torch.load`` compares none, see :mod:`.seal`), then loads with ``weights_only=True``, which executes no code. Names
+and shapes of the weights are compared with the model before the model changes.
 
-Besides tensors and plain values, files may hold numpy numbers and ``argparse.Namespace``, as those of
-mdistiller and RepDistiller do.
+Besides tensors and plain values, files may hold numpy numbers and ``argparse.Namespace``, as the files of mdistiller
+and RepDistiller do.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ from mdistiller.registry import InputError, RunError
 
 from .seal import fault, seal
 
-State = Mapping[str, Tensor]  # of a module, by name
+State = Mapping[str, Tensor]  # a module's state dict
 
 
 class CheckpointError(InputError):
-    """A checkpoint that is missing, damaged, not to be trusted or not of this model."""
+    """A checkpoint that is missing, damaged, unsafe or not of this model."""
 
 
 class SaveError(RunError):
-    """A run's file cannot be written; what stood in its place before still does."""
+    """A run's file cannot be written; an earlier file of this name is unchanged."""
 
 
 class DiskFullError(SaveError):
-    """No space is left for it."""
+    """A run's file cannot be written, since the disk is full."""
 
 
 def save_checkpoint(obj: Any, path: StrPath, *, keep_previous: bool = False) -> None:
     """Write ``obj`` with ``torch.save`` such that ``path`` holds either the old file or the whole new one.
 
-    The file ends with a checksum, which :func:`load_checkpoint` compares. Its tensors lie on the CPU, so that a plain
-    ``torch.load`` reads it on a machine without a GPU.
+    The file ends with a checksum, which :func:`load_checkpoint` compares. Its tensors are on the CPU, so that a plain
+    ``torch.load`` reads them on a machine without a GPU.
 
     Args:
         obj: tensors and plain values, nested.
         path: the file.
-        keep_previous: keep what ``path`` held before as :func:`previous` of it, to fall back on.
+        keep_previous: keep the old file as :func:`previous` of ``path``.
 
     Raises:
         SaveError: see :func:`saving`.
@@ -75,7 +75,7 @@ def save_checkpoint(obj: Any, path: StrPath, *, keep_previous: bool = False) -> 
 
 
 def _on_cpu(value: Any) -> Any:
-    """``value`` with its tensors on the CPU; dictionaries keep their kind and attributes, as state dicts have them."""
+    """``value`` with its tensors on the CPU; dictionaries keep their type and attributes, which state dicts have."""
     if isinstance(value, Tensor):
         return value.cpu()
     if isinstance(value, dict):
@@ -86,32 +86,32 @@ def _on_cpu(value: Any) -> Any:
 
 
 def previous(path: StrPath) -> Path:
-    """Where ``save_checkpoint(..., keep_previous=True)`` keeps the file before the last one."""
+    """The path at which ``save_checkpoint(..., keep_previous=True)`` keeps the old file."""
     return Path(f"{path}_previous")
 
 
 @contextmanager
-def saving(path: Path, needed: int = 0, kept: str = "what was saved before is intact") -> Iterator[None]:
-    """Around the writing of a run's file: an error of the file system becomes one that says what to do.
+def saving(path: Path, needed: int = 0, kept: str = "earlier files are intact") -> Iterator[None]:
+    """Context of writing a run's file: an error of the file system becomes an error that says what to do.
 
     Args:
         path: the file.
-        needed: bytes that are to be written; 0: not known.
-        kept: what is left if that fails.
+        needed: number of bytes to write; 0: not known.
+        kept: for the message: the state of the files after a failure.
 
     Raises:
         DiskFullError: says how much space is missing.
-        SaveError: the folder is gone, or refuses the file.
+        SaveError: the folder does not exist any more, or the file cannot be written.
     """
     try:
         yield
     except OSError as error:
         if error.errno in DISK_FULL:
-            raise DiskFullError(f"{no_space(path, needed)}; {kept}. Free space and go on with --resume") from None
+            raise DiskFullError(f"{no_space(path, needed)}; {kept}. Free space and continue with --resume") from None
         if not path.parent.is_dir():
             raise SaveError(
-                f"cannot write {path}: its folder was deleted or renamed meanwhile; put the folder back and go on "
-                "with --resume, or start again"
+                f"cannot write {path}: its folder was deleted or renamed during the run; restore the folder and "
+                "continue with --resume, or start again"
             ) from None
         raise SaveError(f"cannot write {path}: {error.strerror or error}; {kept}") from None
 
@@ -120,25 +120,25 @@ def write_atomically(path: StrPath, content: bytes | str, *, keep_previous: bool
     """Replace the content of ``path``: temporary file in the same folder, fsync, read back, rename.
 
     Raises:
-        SaveError: see :func:`saving`; ``path`` is as it was.
+        SaveError: see :func:`saving`; ``path`` does not change.
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    kept = f"the {path.name} that was there is intact" if path.exists() else "nothing was there before"
+    kept = f"the earlier {path.name} is intact" if path.exists() else "there was no earlier file"
     with saving(path, len(data), kept), _temporary_beside(path) as (handle, temporary):
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         if Path(temporary).read_bytes() != data:
-            raise OSError(errno.EIO, "what was written reads back differently", str(path))
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it readable by the owner alone
+            raise OSError(errno.EIO, "the file's content differs from the written bytes", str(path))
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets only the owner read the file
         if keep_previous and path.exists():
             _link_over(path, previous(path))
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # or a power cut may undo the rename
+            os.fsync(folder)  # else a power failure may undo the rename
         finally:
             os.close(folder)
 
@@ -156,7 +156,7 @@ def _temporary_beside(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def append(path: Path, text: str) -> None:
-    """Write ``text`` behind what the file holds.
+    """Append ``text`` to the file.
 
     Raises:
         SaveError: see :func:`saving`.
@@ -190,7 +190,7 @@ def _umask() -> int:
 
 
 class _Dtype:
-    """Stands in for ``numpy.dtype``, which believes a file that gives numbers out as pointers: numbers only."""
+    """Replaces ``numpy.dtype``, and allows number types only: a file could make numpy read numbers as pointers."""
 
     def __init__(self, code: str, *_: object) -> None:
         if re.fullmatch(r"[biufc]\d{1,2}", code) is None:
@@ -198,37 +198,37 @@ class _Dtype:
         self.value = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
-        self.value = self.value.newbyteorder(state[1])  # what else the state holds concerns records, not numbers
+        self.value = self.value.newbyteorder(state[1])  # the rest of the state is for records only
 
 
 class _Scalar:
-    """Stands in for ``numpy.core.multiarray.scalar``: one number from its bytes."""
+    """Replaces ``numpy.core.multiarray.scalar``: one number from its bytes."""
 
     def __new__(cls, dtype: _Dtype, data: bytes) -> Any:
         return np.frombuffer(data, dtype.value, count=1)[0]
 
 
 class _Array(np.ndarray):
-    """Stands in for ``numpy.ndarray``: empty, whatever is asked for, until its state brings shape and bytes."""
+    """Replaces ``numpy.ndarray``: empty for any arguments, until ``__setstate__`` sets shape and bytes."""
 
     def __new__(cls, *_: object) -> _Array:
         return super().__new__(cls, (0,))
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran_order, data = state
-        array = np.frombuffer(data, dtype.value).reshape(shape)  # refuses a shape that is not that of the bytes
+        array = np.frombuffer(data, dtype.value).reshape(shape)  # raises if the shape does not fit the bytes
         super().__setstate__((1, array.shape, array.dtype, bool(fortran_order), bytes(data)))
 
 
 class _Reconstruct:
-    """Stands in for ``numpy.core.multiarray._reconstruct``: an empty array."""
+    """Replaces ``numpy.core.multiarray._reconstruct``: an empty array."""
 
     def __new__(cls, kind: type[_Array], *_: object) -> _Array:
         return kind.__new__(kind)
 
 
 class _NoBytes:
-    """Stands in for ``bytes``, by calling which pickle writes the empty ones."""
+    """Replaces ``bytes``: pickle writes empty bytes as a call of ``bytes()``."""
 
     def __new__(cls) -> Any:
         return b""
@@ -245,15 +245,15 @@ _HARMLESS_GLOBALS = {
         for name, stand_in in (("scalar", _Scalar), ("_reconstruct", _Reconstruct))
     },
 }
-_GLOBALS_LOCK = threading.Lock()  # the list of allowed names is the process's
+_GLOBALS_LOCK = threading.Lock()  # all threads of a process share the list of allowed names
 
 
 @contextmanager
 def _harmless_globals() -> Iterator[None]:
-    """Let ``weights_only`` loading build what RepDistiller's and mdistiller's files hold besides tensors.
+    """Allow ``weights_only`` loading of the other objects in RepDistiller's and mdistiller's files.
 
-    ``torch.serialization.safe_globals`` forgets at its end what somebody had allowed before, and leaves to chance which
-    of two under one name counts.
+    ``torch.serialization.safe_globals`` is not used: at its end it drops names that were allowed before, and with two
+    objects of one name it is undefined which one counts.
     """
     with _GLOBALS_LOCK:
         before = torch.serialization.get_safe_globals()
@@ -273,12 +273,11 @@ def _harmless_globals() -> Iterator[None]:
 def load_checkpoint(path: StrPath) -> Any:
     """The object that ``torch.save`` wrote to ``path``, on the CPU.
 
-    Files of the archive format (torch 1.6 and later) are checked for damage, byte by byte; older files, such as
-    RepDistiller's, carry no checksum, and only their structure can be checked.
+    All bytes of a file of the archive format (torch 1.6 and later) are checked. Older files, such as RepDistiller's,
+    have no checksum, so only their structure is checked.
 
     Raises:
-        CheckpointError: no such file, one that may not be read, a damaged one, or one that would execute code when
-            loaded.
+        CheckpointError: the file does not exist, is not readable, is damaged, or would execute code when it is loaded.
     """
     path = Path(path)
     with _opened(path) as file:
@@ -288,7 +287,7 @@ def load_checkpoint(path: StrPath) -> Any:
             raise
         except pickle.UnpicklingError as error:
             raise CheckpointError(_explain_unpickling(path, error)) from None
-        except Exception:  # damaged bytes end in anything: an end too early, a huge allocation
+        except Exception:  # damaged bytes may cause any error: an early end, a huge allocation
             raise CheckpointError(_damaged(path)) from None
 
 
@@ -307,27 +306,27 @@ def _opened(path: Path) -> BinaryIO:
             return path.open("rb")
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror or error}") from None
-    raise CheckpointError(f"no checkpoint {path} (seen from {Path.cwd()})")
+    raise CheckpointError(f"no checkpoint {path} (current folder: {Path.cwd()})")
 
 
 def _read(file: BinaryIO, path: Path) -> Any:
     if not file.read(1):
-        raise CheckpointError(f"checkpoint {path} is damaged: it is empty; copy or download it again")
+        raise CheckpointError(f"checkpoint {path} is damaged: the file is empty; copy or download it again")
     if problem := fault(file):
         raise CheckpointError(_damaged(path, problem))
     if tarfile.is_tarfile(path):
         raise CheckpointError(f"checkpoint {path} is damaged or a tar archive, which must be unpacked first")
     file.seek(0)
     with _harmless_globals(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about old formats
+        warnings.simplefilter("ignore")  # torch warns of old formats
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def not_a_folder(path: Path) -> None:
-    """Refuse a folder where a checkpoint is asked for.
+    """Refuse a folder in place of a checkpoint.
 
     Raises:
-        CheckpointError: names the final student in it, if it is a run's folder.
+        CheckpointError: names the final student in the folder, if it is a run's folder.
     """
     if path.is_dir():
         student = path / "student_last"
@@ -336,12 +335,12 @@ def not_a_folder(path: Path) -> None:
 
 
 def _explain_unpickling(path: Path, error: Exception) -> str:
-    # torch wraps the reason in advice to load without the check
+    # torch surrounds the reason with advice to load without the check
     reason = str(error.__context__ or error).split("\n")[0][:300]
     if "Unsupported global" in reason or "GLOBAL" in reason:
         return (
-            f"checkpoint {path} holds more than tensors, numbers and plain values, and loading such a file may "
-            f"execute code, so it is not loaded ({reason.split('. ')[0]})"
+            f"checkpoint {path} holds other objects than tensors, numbers and plain values; loading them may "
+            f"execute code, so the file is not loaded ({reason.split('. ')[0]})"
         )
     return _damaged(path)
 
@@ -354,15 +353,15 @@ def _damaged(path: Path, problem: str = "") -> str:
 def load_weights(path: StrPath, whole: bool = False) -> dict[str, Tensor]:
     """A model's state dict from a file: ``{"model": state_dict}``, ``{"state_dict": ...}`` or the dict itself.
 
-    ``module.`` in front of every key, as DataParallel writes it, is dropped. Of a distiller (``latest``, ``best``) it
-    is the student.
+    The prefix ``module.`` of all keys, which DataParallel writes, is removed. From the file of a distiller (``latest``,
+    ``best``) only the student is returned.
 
     Args:
         path: the file.
-        whole: keep all of a distiller.
+        whole: return all of a distiller.
 
     Raises:
-        CheckpointError: see :func:`load_checkpoint`; or a file that holds no state dict.
+        CheckpointError: see :func:`load_checkpoint`; or the file holds no state dict.
     """
     content = load_checkpoint(path)
     for key in ("model", "state_dict"):
@@ -370,8 +369,8 @@ def load_weights(path: StrPath, whole: bool = False) -> dict[str, Tensor]:
             content = content[key]
             break
     if not (isinstance(content, Mapping) and content and all(map(_is_entry, content, content.values()))):
-        found = list(content)[:8] if isinstance(content, Mapping) else type(content).__name__
-        raise CheckpointError(f"checkpoint {path} holds no state dict under 'model'; found: {found}")
+        content = list(content)[:8] if isinstance(content, Mapping) else type(content).__name__
+        raise CheckpointError(f"checkpoint {path} holds no state dict under 'model'; found: {content}")
     if all(key.startswith("module.") for key in content):
         content = {key.removeprefix("module."): value for key, value in content.items()}
     if _has_student(content) and not whole:  # latest, best: a whole distiller
@@ -383,7 +382,7 @@ def load_weights(path: StrPath, whole: bool = False) -> dict[str, Tensor]:
 
 
 def _is_entry(key: Any, value: Any) -> bool:
-    """Whether both belong into a state dict: a name, and a tensor that has its values in memory, one beside another."""
+    """Whether a key and a value are an entry of a state dict: a text and a dense tensor on the CPU."""
     return isinstance(key, str) and isinstance(value, Tensor) and value.is_cpu and value.layout == torch.strided
 
 
@@ -391,28 +390,29 @@ def _has_student(state: State) -> bool:
     return any(key.startswith("student.") for key in state)
 
 
-def check_weights(own: State, state: State, what: str, advice: Callable[[], str] = str, classes_of: str = "") -> None:
-    """Refuse a state that a network cannot take, or should not have; changes nothing.
+def check_weights(
+    expected: State, state: State, what: str, advice: Callable[[], str] = str, classes_of: str = ""
+) -> None:
+    """Refuse a state that does not fit a network or is not finite; changes nothing.
 
     Args:
-        own: the state dict of the network, for names and shapes.
-        state: the state dict that was read.
+        expected: the state dict of the network, for names and shapes.
+        state: the state dict from the file.
         what: names the file and the network in the message.
-        advice: called where names or shapes differ; says what to do about it. Default: nothing.
-        classes_of: what the network's classes are those of, and what to do about another number of them:
-            ``"data set digits; take another teacher"``. A state that differs in its number of classes alone is refused
-            in these words. Empty: the number of classes is a shape as any other.
+        advice: called if names or shapes differ; returns the message's advice. Default: none.
+        classes_of: the end of the message for a state that differs in its number of classes only: the source of the
+            network's classes, and advice (``"data set digits; take another teacher"``). Empty: no such message.
 
     Raises:
         CheckpointError: another number of classes, other names or shapes, or values that are not finite.
     """
-    resized = [key for key in own if key in state and own[key].shape != state[key].shape]
-    # A checkpoint of another data set differs in the classifier alone; say that instead of listing shapes.
-    same_inputs = all(own[key].shape[1:] == state[key].shape[1:] for key in resized)
-    if classes_of and resized and same_inputs and own.keys() == state.keys():
-        found, expected = len(state[resized[0]]), len(own[resized[0]])
-        raise CheckpointError(f"{what} has {found} classes, not the {expected} of {classes_of}")
-    check_fit(own, state, what, advice)
+    resized = [key for key in expected if key in state and expected[key].shape != state[key].shape]
+    # A checkpoint of another data set differs in the classifier only; the message says so instead of listing shapes.
+    same_inputs = all(expected[key].shape[1:] == state[key].shape[1:] for key in resized)
+    if classes_of and resized and same_inputs and expected.keys() == state.keys():
+        classes, expected_classes = len(state[resized[0]]), len(expected[resized[0]])
+        raise CheckpointError(f"{what} has {classes} classes, not the {expected_classes} of {classes_of}")
+    check_fit(expected, state, what, advice)
     if broken := not_finite(state):
         raise CheckpointError(
             f"{what} has values that are not finite, in {_listed(broken)}: its training failed, or the file is "
@@ -421,33 +421,33 @@ def check_weights(own: State, state: State, what: str, advice: Callable[[], str]
 
 
 def not_finite(state: State) -> list[str]:
-    """The names of the tensors that hold a value that is infinite or no number."""
+    """The names of the tensors with an infinite value or NaN."""
     return [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
 
 
-def check_fit(own: State, state: State, what: str, advice: Callable[[], str] = str) -> None:
-    """Compare names, shapes and kinds of numbers of ``state`` with those of the model's ``own``; changes nothing.
+def check_fit(expected: State, state: State, what: str, advice: Callable[[], str] = str) -> None:
+    """Compare names, shapes and number types of ``state`` with those of ``expected``; changes nothing.
 
     Args:
-        own: the state dict of the model that is to take the state.
-        state: the state dict that was read.
+        expected: the state dict of the model that is to load the state.
+        state: the state dict from the file.
         what: names the file and the model in the message.
-        advice: called where they differ; says what to do about it. Default: nothing.
+        advice: called if the states differ; returns the message's advice. Default: none.
 
     Raises:
-        CheckpointError: lists what is missing, what is too much, and which shapes and kinds of numbers differ.
+        CheckpointError: lists missing names, surplus names, and shapes and number types that differ.
     """
-    missing = [key for key in own if key not in state]
-    surplus = [key for key in state if key not in own]
+    missing = [key for key in expected if key not in state]
+    surplus = [key for key in state if key not in expected]
     reshaped = [
-        f"{key} is {tuple(state[key].shape)}, the model's {tuple(own[key].shape)}"
-        for key in own
-        if key in state and own[key].shape != state[key].shape
+        f"{key} is {tuple(state[key].shape)}, the model's {tuple(expected[key].shape)}"
+        for key in expected
+        if key in state and expected[key].shape != state[key].shape
     ]
     retyped = [
-        f"{key} is {state[key].dtype}, the model's {own[key].dtype}"
-        for key in own
-        if key in state and own[key].is_floating_point() and not state[key].is_floating_point()
+        f"{key} is {state[key].dtype}, the model's {expected[key].dtype}"
+        for key in expected
+        if key in state and expected[key].is_floating_point() and not state[key].is_floating_point()
     ]
     groups = {"missing": missing, "not in the model": surplus, "other shape": reshaped, "other type": retyped}
     problems = [f"{title}: {_listed(keys)}" for title, keys in groups.items() if keys]
@@ -460,7 +460,7 @@ def _listed(names: list[str]) -> str:
 
 
 def fingerprint(state: State) -> int:
-    """A checksum of a state dict's names and values, to tell whether a file is the one that was written."""
+    """A checksum of a state dict's names and values."""
     checksum = 0
     for key, value in state.items():
         checksum = zlib.crc32(key.encode(), checksum)
@@ -469,12 +469,12 @@ def fingerprint(state: State) -> int:
 
 
 def load_into(model: nn.Module, path: StrPath, what: str) -> None:
-    """Load a file's weights into ``model``, all or nothing.
+    """Load a file's weights into ``model``. After an error the model is unchanged.
 
     Args:
-        model: takes the weights.
+        model: loads the weights.
         path: see :func:`load_weights`.
-        what: what the model is, for messages: ``"teacher resnet20"``.
+        what: the model's name in messages: ``"teacher resnet20"``.
 
     Raises:
         CheckpointError: the file cannot be read or does not fit.

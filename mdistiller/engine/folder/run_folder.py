@@ -1,4 +1,4 @@
-"""A run's folder: what may be started in it, who may write to it, what stands in it before the first step."""
+"""A run's folder: checks before a start, the lock, and the files that are written before the first step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .writers import csv_text
 
 LOCK, PROBE, EVENTS, CHANGES = ".lock", ".writable", "train.events", "changes.csv"
 CHECKPOINTS = ("latest", "latest_previous", "best", "epoch_*", "student_*")
-RUN_FILES = (  # config.yaml last: as long as anything is left of a run, the folder is a run's
+RUN_FILES = (  # config.yaml is deleted last, since a folder without it is not recognised as a run's
     *CHECKPOINTS, "metrics.csv", "worklog.txt", "results.json", "environment.json", CHANGES, "config.yaml",
 )  # fmt: skip
 
@@ -47,10 +47,10 @@ def run_folder(cfg: Any) -> Path:
 
 
 def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool, quiet: bool = False) -> bool:
-    """Refuse to mix two runs; returns whether there is something to resume. Notices are printed unless ``quiet``.
+    """Refuse to mix two runs. Returns whether there is a run to resume. Prints notices unless ``quiet``.
 
     Raises:
-        InputError: the folder holds another run, or something that is no run.
+        InputError: the folder holds another run or other files.
     """
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
@@ -65,7 +65,8 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool, quiet: b
         return False
     if not (folder / "config.yaml").is_file():
         raise InputError(
-            f"{folder} exists and is no run's folder (it holds no config.yaml); name another with EXPERIMENT.NAME"
+            f"{folder} exists and is no run's folder (it holds no config.yaml); name another folder with "
+            "EXPERIMENT.NAME"
         )
     _check_kinds(folder)
     if not holds_run(folder):
@@ -94,22 +95,22 @@ def check_folder(folder: Path, cfg: Any, resume: bool, overwrite: bool, quiet: b
 
 
 def _is_trace(path: Path) -> bool:
-    """Whether a process that was killed may have left this file beside those of a run."""
+    """Whether a killed process may have left this file in a run's folder."""
     return path.name in (LOCK, PROBE) or fnmatch(path.name, ".*.tmp")
 
 
 def _check_kinds(folder: Path) -> None:
-    """Refuse a folder where a run writes a file, and a file where it makes a folder."""
+    """Refuse a folder with the name of a run's file, and a file with the name of a run's folder."""
     for path in (path for pattern in RUN_FILES for path in folder.glob(pattern)):
         if path.exists() and not path.is_file():
-            raise InputError(f"{path} is in the way: a run writes a file of that name; move it elsewhere")
+            raise InputError(f"{path} is in the way: a run writes a file of this name; move it elsewhere")
     for path in (folder / EVENTS, folder / EVENTS / "steps"):
         if path.exists() and not path.is_dir():
-            raise InputError(f"{path} is in the way: a run makes a folder of that name; move it elsewhere")
+            raise InputError(f"{path} is in the way: a run makes a folder of this name; move it elsewhere")
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a new start in the folder would lose anything: a checkpoint, an epoch's numbers, results."""
+    """Whether the folder holds a checkpoint, an epoch's numbers or results, which a new start would delete."""
     metrics = folder / "metrics.csv"
     lines = metrics.is_file() and metrics.stat().st_size > 0
     return lines or _is_finished(folder) or any(path for name in CHECKPOINTS for path in folder.glob(name))
@@ -122,8 +123,8 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _check_place(folder: Path) -> None:
-    """Refuse a folder that could not be made, before the teacher is scored and the data are fetched."""
-    above = next(place for place in [folder, *folder.absolute().parents] if place.exists())
+    """Refuse a folder that cannot be made, before the data are downloaded and the teacher is scored."""
+    above = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     if not above.is_dir():
         raise _unusable(folder, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(above, os.W_OK):
@@ -131,7 +132,7 @@ def _check_place(folder: Path) -> None:
 
 
 def _check_same_experiment(folder: Path, cfg: Any) -> None:
-    """Refuse to resume another experiment. The changes that are allowed are said by ``latest``'s reader."""
+    """Refuse to resume another experiment. The reader of ``latest`` prints the allowed changes."""
     content = read_yaml(folder / "config.yaml")
     if not isinstance(content, dict):
         raise InputError(f"{folder / 'config.yaml'} holds no configuration; replace the run by --overwrite")
@@ -139,16 +140,16 @@ def _check_same_experiment(folder: Path, cfg: Any) -> None:
     if fatal:
         raise InputError(
             f"{folder} holds another experiment and cannot be resumed as this one: {', '.join(map(str, fatal))}; "
-            "give the settings of its first start, or name another folder with EXPERIMENT.NAME"
+            "use the settings of its first start, or name another folder with EXPERIMENT.NAME"
         )
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder; the system gives the lock back when this one dies.
+    """Lock a run's folder against other processes; the system removes the lock if this process dies.
 
     Raises:
-        InputError: another process trains there.
+        InputError: another process trains in the folder.
     """
     try:
         file = (folder / LOCK).open("w")
@@ -160,12 +161,12 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):  # Windows removes no file that is open; the folder may be gone
+            with suppress(OSError):  # Windows does not remove an open file; the folder may be deleted
                 (folder / LOCK).unlink()
 
 
 def clear_folder(folder: Path) -> None:
-    """Delete what a run writes; notes of others and folders below it stay."""
+    """Delete the files of a run; other files and subfolders stay."""
     shutil.rmtree(folder / EVENTS, ignore_errors=True)
     for pattern in RUN_FILES:
         for path in folder.glob(pattern):
@@ -173,24 +174,24 @@ def clear_folder(folder: Path) -> None:
 
 
 def keep_changes(folder: Path, cfg: Any, epoch: int) -> None:
-    """Before ``config.yaml`` is written anew for a run that goes on: what changes goes to ``changes.csv``.
+    """Add the changed settings of a resumed run to ``changes.csv``, before ``config.yaml`` is written again.
 
     Args:
         folder: the run's.
-        cfg: the settings from now on.
-        epoch: the one from which on they count.
+        cfg: the new settings.
+        epoch: the first epoch with the new settings.
     """
     _, changes = changed_keys(read_yaml(folder / "config.yaml"), cfg)
     rows = _changes(folder)
     latest = {row["key"]: row for row in rows}
     new = [{"epoch": str(epoch), **{name: str(value) for name, value in c._asdict().items()}} for c in changes]
-    new = [row for row in new if latest.get(row["key"]) != row]  # a kill may have come before config.yaml was written
+    new = [row for row in new if latest.get(row["key"]) != row]  # a process killed before config.yaml left this row
     if new:
         write_atomically(folder / CHANGES, csv_text(("epoch", *Change._fields), [*rows, *new]))
 
 
 def changed_settings(folder: Path, cfg: Any) -> list[str]:
-    """The keys that changed on a resume and decide a run's result, as ``changes.csv`` has them."""
+    """The keys in ``changes.csv`` that decide a run's result."""
     options = options_of(cfg)
     keys = dict.fromkeys(row["key"] for row in _changes(folder))
     return [key for key in keys if options.get(key, UNDECLARED).decides_result]
@@ -222,14 +223,14 @@ def _unusable(folder: Path, error: OSError) -> InputError:
 
 
 def write_environment(path: Path, environment: dict[str, Any], resumed: bool) -> None:
-    """Where the run is going on; where it ran before a resume is kept under ``"earlier"``."""
+    """Write the run's environment. The environments before a resume are kept under ``"earlier"``."""
     earlier: list[Any] = []
     if resumed:
         try:
             before = json.loads(path.read_text())
             earlier = [*before.pop("earlier", []), before]
         except (OSError, ValueError, TypeError, AttributeError):
-            warn(f"{path} no longer says where the run was before")
+            warn(f"{path} cannot be read; the run's earlier environments are lost")
     write_atomically(path, json.dumps({**environment, "earlier": earlier}, indent=1) + "\n")
 
 
@@ -256,7 +257,7 @@ def environment(cfg: Any, device: torch.device) -> dict[str, Any]:
 
 
 def _git_hash() -> str | None:
-    """The commit of the code, with ``+`` where files were changed; ``None`` outside a checkout."""
+    """The commit of the code, with ``+`` if files have changed; ``None`` outside a checkout."""
     root = Path(mdistiller.__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
@@ -266,7 +267,7 @@ def _git_hash() -> str | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None  # installed somewhere below a checkout of something else
+            return None  # installed below a checkout of another project
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

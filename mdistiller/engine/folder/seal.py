@@ -1,8 +1,8 @@
-"""The bytes of a checkpoint: a checksum at the end of the file, and what a file must be before torch reads it.
+"""The bytes of a checkpoint: a checksum at the end of the file, and checks of a file before torch reads it.
 
-``torch.load`` checks no checksum. It also takes an entry that the zip directory calls a folder, copies nothing for
-that entry and returns what lay in the memory. So the directory is compared with what ``torch.save`` writes: whole
-files, stored as they are, each name once. Nothing is unpacked, and a file takes no more memory than it has bytes.
+``torch.load`` compares no checksum. For an entry that the zip directory marks as a folder, ``torch.load`` copies
+nothing and returns uninitialised memory. So only directories as ``torch.save`` writes them are accepted: whole files,
+not compressed, each name once. Nothing is unpacked, and the checks need no more memory than the file's size.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import BinaryIO
 
 from mdistiller.files import sha256
 
-MARK = b"mdistiller sha256 "  # begins the zip's comment
+MARK = b"mdistiller sha256 "  # start of the zip's comment
 DIGEST = 2 * hashlib.sha256().digest_size  # characters
-END = b"PK\5\6"  # begins the record that ends a zip, 22 bytes and the comment; the last 2 hold the comment's length
-ZIP = b"PK\3\4"  # begins a file of torch.save; any other is of the format before torch 1.6 to torch
-ALLOCATES = b"\nbytearray\n"  # in a pickle: memory of any size, for one number; torch allows it
-FLAGS = 0x0808  # of an entry: UTF-8 names, sizes behind the data
-FOLDER = 0x10  # the attribute
-TOO_MUCH = "it asks for memory that it does not fill"
+END = b"PK\5\6"  # start of a zip's last record: 22 bytes, whose last 2 hold the comment's length, and the comment
+ZIP = b"PK\3\4"  # start of a file of torch.save; torch reads other files by the format before torch 1.6
+ALLOCATES = b"\nbytearray\n"  # in a pickle: one number allocates memory of any size; torch allows it
+FLAGS = 0x0808  # allowed flags of an entry: UTF-8 names, sizes after the data
+FOLDER = 0x10  # an entry's attribute
+TOO_MUCH = "it allocates memory that it does not fill"
 
 
 def seal(archive: io.BytesIO) -> None:
-    """Append the SHA-256 of what ``torch.save`` wrote. It is the zip's comment, which other readers skip."""
+    """Append the SHA-256 of a file of ``torch.save`` as the zip's comment, which other readers skip."""
     archive.seek(-2, os.SEEK_END)
     archive.write(struct.pack("<H", len(MARK) + DIGEST) + MARK)
     archive.write(hashlib.sha256(archive.getbuffer()).hexdigest().encode())
@@ -37,8 +37,8 @@ def seal(archive: io.BytesIO) -> None:
 def fault(file: BinaryIO) -> str | None:
     """The fault in the bytes of a file of ``torch.save``; ``None`` for a good file.
 
-    A file that :func:`seal` has closed is compared with its checksum. Another one, of an earlier version or of another
-    program, is compared with the CRCs of its entries. Files of the old format hold neither.
+    A file with the checksum of :func:`seal` is compared with it. A file of an earlier version or of another program is
+    compared with the CRCs of its entries. Files of the old format have neither.
 
     Raises:
         Exception: any that ``zipfile`` raises for damaged bytes.
@@ -52,7 +52,7 @@ def fault(file: BinaryIO) -> str | None:
         file.seek(max(0, size - 22 - len(archive.comment)))
         end = file.read(22)
         if end[:4] != END or end[20:] != struct.pack("<H", len(archive.comment)):
-            return "it goes on behind its end, or is cut short"
+            return "there are bytes after its end, or it is cut short"
         if problem := _strange_entry(archive.infolist(), size):
             return problem
         if not archive.comment:
@@ -69,7 +69,7 @@ def fault(file: BinaryIO) -> str | None:
 
 
 def _strange_entry(entries: list[zipfile.ZipInfo], size: int) -> str | None:
-    """Names an entry that ``torch.save`` does not write; ``size``: of the file, bytes."""
+    """The fault of the first entry that ``torch.save`` does not write; ``size`` is the file's, in bytes."""
     names: set[str] = set()
     for entry in entries:
         name = entry.orig_filename
@@ -78,10 +78,10 @@ def _strange_entry(entries: list[zipfile.ZipInfo], size: int) -> str | None:
             "compressed": entry.compress_type or entry.compress_size != entry.file_size,
             "no plain file": not plain or name != entry.filename,
             "larger than the file": entry.file_size > size,
-            "there twice": name.lower() in names,  # torch ignores the case
+            "there twice": name.lower() in names,  # torch ignores the letter case
         }
-        for problem, found in problems.items():
-            if found:
+        for problem, applies in problems.items():
+            if applies:
                 return f"its entry {name[:100]!r} is {problem}"
         names.add(name.lower())
         size -= entry.file_size

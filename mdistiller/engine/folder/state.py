@@ -1,8 +1,11 @@
-"""The parts of a run's state: what of a distiller is saved, and whether a saved part fits this run.
+"""The parts of a run's state: which tensors of a distiller are saved, and whether a saved part fits this run.
 
-A *kind* says what a part of a state may be: a type, or a tuple of types; ``[kind]`` a list or tuple of such parts; a
-dictionary the kinds of its entries, by name (an entry may be missing) or, where the key is a type, those of all other
-entries, whose keys are of that type. Entries that a dictionary does not mention are left alone.
+A *kind* describes a part of a state:
+
+- a type or a tuple of types: the part is an instance;
+- ``[kind]``: a list or a tuple whose entries are of the kind;
+- a dictionary: the kinds of the entries by name; an entry may be missing. If a key of the dictionary is a type, then
+  all other entries have keys of this type and values of this kind. Otherwise other entries are not checked.
 """
 
 from __future__ import annotations
@@ -50,17 +53,17 @@ def check_kind(value: Any, kind: Kind, name: str) -> None:
 
     Args:
         value: the part.
-        kind: see above.
-        name: the part's, for the message: ``"row of FILE"``.
+        kind: see the top of the file.
+        name: the part's name in the message: ``"row of FILE"``.
 
     Raises:
-        CheckpointError: names the part, what it should be and what it is.
+        CheckpointError: names the part, its expected type and its type.
     """
     expected = {list: (list, tuple), dict: dict}.get(type(kind), kind)
     if not isinstance(value, expected):
         types = expected if isinstance(expected, tuple) else (expected,)
-        wanted = " or ".join(cls.__name__ for cls in types)
-        raise CheckpointError(f"{name} should be of type {wanted}, and is of type {type(value).__name__}")
+        names = " or ".join(cls.__name__ for cls in types)
+        raise CheckpointError(f"{name} should be of type {names}, and is of type {type(value).__name__}")
     if isinstance(kind, list):
         for place, part in enumerate(value):
             check_kind(part, kind[0], f"entry {place} of {name}")
@@ -73,7 +76,7 @@ def check_kind(value: Any, kind: Kind, name: str) -> None:
 
 
 def trained_state(distiller: nn.Module) -> dict[str, Tensor]:
-    """The distiller's state dict without what is frozen of the teacher."""
+    """The distiller's state dict without the frozen parts of the teacher."""
     moving, frozen = {id(p) for p in distiller.teacher_parameters()}, distiller.frozen_networks()
     trained = {f"{role}.{n}" for role, net in frozen.items() for n, p in net.named_parameters() if id(p) in moving}
     state = distiller.state_dict()
@@ -81,17 +84,17 @@ def trained_state(distiller: nn.Module) -> dict[str, Tensor]:
 
 
 def fitting_state(distiller: nn.Module, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Of a saved model what the distiller takes: mdistiller's ``module.`` prefix and saved teacher are dropped.
+    """A saved model's state for the distiller: without mdistiller's prefix ``module.`` and without a saved teacher.
 
     Raises:
         CheckpointError: names or shapes differ from :func:`trained_state`.
     """
-    own = trained_state(distiller)
-    given = {key.removeprefix("module."): value for key, value in state.items()}
+    expected = trained_state(distiller)
+    saved = {key.removeprefix("module."): value for key, value in state.items()}
     frozen = distiller.frozen_networks()
-    given = {key: value for key, value in given.items() if key in own or key.split(".")[0] not in frozen}
-    check_fit(own, given, f"the model in {source}")
-    return given
+    fitting = {key: value for key, value in saved.items() if key in expected or key.split(".")[0] not in frozen}
+    check_fit(expected, fitting, f"the model in {source}")
+    return fitting
 
 
 def check_optimizer_fit(optimizer: torch.optim.Optimizer, state: dict[str, Any], source: str) -> None:

@@ -1,7 +1,7 @@
-"""Where the numbers of a run go: CSV, mdistiller's worklog, TensorBoard, Weights & Biases.
+"""Log writers: CSV, mdistiller's worklog, TensorBoard, Weights & Biases.
 
-A writer gets each epoch's line as a flat dictionary. After a resume it is started with the lines up to the
-checkpoint, and whatever the file held beyond them is dropped: no line twice, none missing.
+A writer gets each epoch's line as a flat dictionary. After a resume it starts with the lines up to the checkpoint and
+drops later lines of its file. So no line is missing or written twice.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Row = dict[str, float]
 
 
 class Writer:
-    """Base: takes everything and writes nothing."""
+    """Base: writes nothing."""
 
     def start(self, rows: list[Row], step: int) -> None: ...
     def write_step(self, step: int, loss: Tensor, rate: float) -> None: ...
@@ -37,7 +37,7 @@ class Writer:
 
 
 class CsvWriter(Writer):
-    """``metrics.csv``: a line for each epoch; a cell is empty where an epoch has no such value."""
+    """``metrics.csv``: a line for each epoch; a cell is empty if the epoch has no such value."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,7 +51,7 @@ class CsvWriter(Writer):
     def write_epoch(self, row: Row) -> None:
         self.rows.append(row)
         if set(row) - set(self.columns):
-            self._rewrite()  # a column more, at the first evaluation
+            self._rewrite()  # the first evaluation adds columns
         else:
             append(self.path, csv_text(self.columns, [row], header=False))
 
@@ -61,7 +61,7 @@ class CsvWriter(Writer):
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], header: bool = True) -> str:
-    """Lines of a CSV file; a cell is empty where a row has no such value."""
+    """Lines of a CSV file; a cell is empty if the row has no such value."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="")
     if header:
@@ -75,7 +75,7 @@ class WorklogWriter(Writer):
 
     Args:
         path: the file.
-        measures: of the task, the headline first; all values have as many digits as the headline.
+        measures: of the task, the headline first; all values are written with the headline's number of digits.
     """
 
     def __init__(self, path: Path, measures: Sequence[Measure]) -> None:
@@ -101,21 +101,20 @@ class WorklogWriter(Writer):
 
 
 class Events:
-    """One file of TensorBoard's, written at once.
+    """A TensorBoard file, written without a thread.
 
-    tensorboardX's own writer leaves that to a thread, and once the thread has met an error, whoever writes waits for
-    ever.
+    tensorboardX's own writer writes in a thread. After an error in the thread, each further call waits for ever.
 
     Args:
-        folder: made where it is missing.
-        purge_step: whatever earlier files of the folder hold from this step on does not count.
+        folder: of the file; created if it is missing.
+        purge_step: TensorBoard ignores values of the folder's earlier files from this step on.
 
     Raises:
         ImportError: tensorboardX is not installed.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        import tensorboardX  # noqa: F401  before its parts, which may be there still when it is gone
+        import tensorboardX  # noqa: F401  before its parts, which may remain after an uninstallation
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import RecordWriter
         from tensorboardX.summary import scalar
@@ -142,10 +141,10 @@ class Events:
 
 
 class TensorboardWriter(Writer):
-    """``train.events``: each epoch's values by epoch; in ``steps`` below it loss and rate every ``frequency`` steps.
+    """``train.events``: each epoch's values. Its subfolder ``steps``: loss and learning rate every ``frequency`` steps.
 
-    Two folders, since a resume discards what lies behind its point, and that is counted in epochs for the one and in
-    steps for the other. On a full disk, the run stops; after any other failure it goes on without these files.
+    There are two folders, since a resume cuts the one by epoch and the other by step. A full disk stops the run; after
+    any other failure the run continues without these files.
     """
 
     def __init__(self, folder: Path, frequency: int) -> None:
@@ -195,7 +194,7 @@ class TensorboardWriter(Writer):
 
 
 class WandbWriter(Writer):
-    """Weights & Biases, imported only when asked for; a run goes on without it where it fails."""
+    """Weights & Biases, imported only if ``LOG.WANDB`` is on. After a failure the run continues without it."""
 
     def __init__(self, cfg: Any, folder: Path, headline: Measure) -> None:
         self.cfg, self.folder, self.headline = cfg, folder, headline
@@ -234,7 +233,7 @@ class WandbWriter(Writer):
     def _dispensable(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # any of its failures: no network, no account, no package
+        except Exception as error:  # any failure: no network, no account, no package
             say(f"LOG.WANDB is on, but wandb failed; the run continues without it: {error}")
             self.run = None
 

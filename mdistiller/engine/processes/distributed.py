@@ -1,12 +1,13 @@
-"""Several processes that train as one: what the engine needs of ``torch.distributed``, trivial in one process.
+"""Several processes that train as one: the engine's functions on ``torch.distributed``. All work in one process too.
 
-``torchrun`` starts the processes and tells each, in its environment, its rank and where the others are. Each holds all
-of the networks and, at every step, a share of the batch. The process of rank 0, the *first*, alone writes files and
-talks. Tensors on GPUs travel by NCCL; everything else, such as decisions, by gloo, so that no decision waits for a GPU.
+``torchrun`` starts the processes and gives each process, in its environment, its rank and the address of the first
+process. Each process holds all networks and, at every step, a share of the batch. Only the process of rank 0, the
+*first*, writes files and prints. NCCL sends tensors on GPUs; gloo sends everything else, such as decisions, so no
+decision waits for a GPU.
 
-All functions that talk to other processes are collective: every process must call them, in one order. What may fail in
-one process alone stands within :func:`same_error`, so that the others learn of it instead of waiting for a message that
-never comes. A process that dies ends the job: the others see the connection break, or torchrun stops them.
+All functions that communicate are collective: every process must call them in the same order. Code that may fail in a
+single process is run within :func:`same_error`, so that the other processes raise the error too instead of waiting for
+ever. If a process dies, the job ends: the other processes lose the connection, or torchrun stops them.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from mdistiller.registry import InputError
 
 T = TypeVar("T")
 
-# After which a process that waits for one that lives, but does not answer, gives up. Reading and downloading data,
-# writing checkpoints on a slow disk and compiling kernels must fit in.
+# The longest wait for a process that does not answer. Other processes wait while one process downloads data, writes a
+# checkpoint to a slow disk or compiles kernels.
 TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -56,14 +57,14 @@ def start() -> None:
 def stop() -> None:
     """Leave the other processes at the end of a run. All processes must call this."""
     if dist.is_available() and dist.is_initialized():
-        gc.collect()  # a trainer that is left over keeps gloo's threads, which may crash the interpreter as it ends
+        gc.collect()  # a remaining trainer holds gloo's threads, which may crash the interpreter at its end
         dist.destroy_process_group()
 
 
 def exit_now(code: int) -> None:
-    """End this process at once if there are others, without a wait for them.
+    """With several processes, end this process at once, without a wait for the others.
 
-    gloo's remaining threads may abort the interpreter at its end; the exit code would be lost.
+    gloo's remaining threads may abort the interpreter at its end, which would lose the exit code.
     """
     if dist.is_available() and dist.is_initialized():
         sys.stdout.flush()
@@ -102,11 +103,11 @@ def check_device(device: torch.device) -> None:
     if device.index is not None:
         raise InputError(
             f"SOLVER.DEVICE {device} would put all {world_size()} processes on one GPU; set cuda or auto, and each "
-            "takes its own"
+            "process uses its own GPU"
         )
     if local_rank() >= torch.cuda.device_count():
         raise InputError(
-            f"process {rank()} finds no GPU of its own: there are {torch.cuda.device_count()} on this machine; start "
+            f"process {rank()} has no GPU of its own: this machine has {torch.cuda.device_count()} GPUs; start "
             "as many processes with torchrun --nproc_per_node, or choose GPUs by CUDA_VISIBLE_DEVICES"
         )
 
@@ -121,9 +122,9 @@ def highest(value: int) -> int:
 
 
 class DelayedMax:
-    """The highest of all processes' values, one call late, so that no process waits. It is called once a step.
+    """Called once a step, returns the highest value that all processes gave at the previous call. So no process waits.
 
-    With one process the value itself, at once.
+    With one process, returns the value itself.
     """
 
     def __init__(self) -> None:
@@ -138,7 +139,7 @@ class DelayedMax:
         return before
 
     def answer(self) -> int:
-        """The last request, 0 at the beginning; waits for it."""
+        """The highest value of the previous call, 0 before the first; waits for it."""
         if self._asked is None:
             return 0
         (work, tensor), self._asked = self._asked, None
@@ -146,7 +147,7 @@ class DelayedMax:
         return int(tensor)
 
     def close(self) -> None:
-        """Send no more requests; other processes may be dead."""
+        """Finish the last request; other processes may be dead."""
         with suppress(RuntimeError):
             self.answer()
 
@@ -206,16 +207,16 @@ def same_error() -> Iterator[None]:
     if not highest(error is not None):
         return
     errors = gather_objects(None if error is None else _portable(error))
-    teller = next(number for number, found in enumerate(errors) if found is not None)
-    if teller == rank():
+    lowest = next(number for number, of_process in enumerate(errors) if of_process is not None)
+    if lowest == rank():
         raise error
-    foreign = errors[teller]
+    foreign = errors[lowest]
     foreign.told_elsewhere = True
     raise foreign
 
 
 def on_first_process(function: Callable[[], T]) -> T:
-    """Run ``function`` in the first process; all get its result, or its error."""
+    """Run ``function`` in the first process; all processes get its result or its error."""
     result: Any = None
     with same_error():
         if is_first_process():
@@ -242,6 +243,6 @@ def _portable(error: Exception) -> Exception:
         copy = pickle.loads(pickle.dumps(error))
         if str(copy) == str(error):
             return error
-    except Exception:  # constructors of exceptions may ask for anything
+    except Exception:  # an exception's constructor may have any arguments
         pass
     return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,7 +1,7 @@
-"""The distiller as several processes train it together.
+"""Training of one distiller in several processes.
 
-Each process computes the losses of its share of the batch, and DistributedDataParallel averages the gradients. Losses
-that are means over images then have the gradient of the global batch; where the last batch of an epoch does not divide
+Each process computes the losses of its share of the batch, and DistributedDataParallel averages the gradients. So
+losses that are means over images have the gradient of the global batch. If the last batch of an epoch does not divide
 evenly, each process's losses are weighted by its share.
 
 Losses that relate images to each other see the process's own images only, unless ``SOLVER.GATHER`` is on. Then the
@@ -36,7 +36,7 @@ from ..forwards.chain import linked, networks_of
 from ..forwards.share import Share, has_rows
 from . import distributed
 
-# What DistributedDataParallel's option of that meaning is called; newer versions of torch have renamed it.
+# DistributedDataParallel's option that synchronises buffers; newer versions of torch have renamed it.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 KEEP_BUFFERS = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
@@ -50,10 +50,10 @@ class Parallel:
     """Runs a distiller's training steps and averages their gradients. With one process it does nothing more.
 
     Args:
-        distiller: on its device. All processes get the first one's weights.
+        distiller: on its device. All processes get the first process's weights.
         gather: ``SOLVER.GATHER``.
         batch_norm: ``SOLVER.BATCH_NORM``.
-        overlap: gradients are averaged during a step's only backward pass; otherwise after each backward pass.
+        overlap: average gradients during the backward pass, for steps with one backward pass; else after each pass.
     """
 
     def __init__(self, distiller: nn.Module, gather: bool, batch_norm: str, overlap: bool = True) -> None:
@@ -66,18 +66,17 @@ class Parallel:
         if self.world == 1:
             return
         if batch_norm == "sync":
-            # With SOLVER.GATHER, what stands behind the networks sees the global batch in every process.
+            # With SOLVER.GATHER, modules outside the networks get the global batch in every process.
             for part in networks_of(distiller) if gather else [distiller]:
                 synchronize_batch_norm(part)
         self.local_batch_norm = batch_norm == "local"
         self.replica = Replica(distiller, gather)
         self.leaves_unused = self.first_step = False
-        self.in_backward = self.averaged = False  # gradients of the step under way
+        self.in_backward = self.averaged = False  # gradients of the current step
         self._wrap()
 
     def _wrap(self) -> None:
-        # One that searches for parameters without gradient walks through the graph of every step, and says so if it
-        # finds none.
+        # The search for unused parameters costs a pass over the graph at each step, and warns if there are none.
         self.wrapper = DistributedDataParallel(self.replica, find_unused_parameters=self.leaves_unused, **KEEP_BUFFERS)
 
     def begin_epoch(self) -> None:
@@ -109,16 +108,16 @@ class Parallel:
             lacking = average_gradients(self.distiller)
             if self.overlap and lacking and not self.leaves_unused:
                 self.leaves_unused = True
-                self.wrapper = None  # takes its hooks off the parameters, before the next one puts its own on
+                self.wrapper = None  # removes its hooks from the parameters before the next wrapper adds its own
                 self._wrap()
             self.first_step = False
         self.averaged = True
 
     def end_step(self) -> None:
-        """Check that the step's gradients were averaged; a trainer may have its own ``update``.
+        """Check that the step's gradients were averaged, since a trainer may have its own ``update``.
 
         Raises:
-            RuntimeError: they were not.
+            RuntimeError: the gradients were not averaged.
         """
         if self.world > 1 and not self.averaged:
             raise RuntimeError("a trainer's update() must call self.parallel.after_backward() after each backward()")
@@ -152,9 +151,9 @@ class Parallel:
         differing = [name for name, same in zip(buffers, (low == high).tolist(), strict=True) if not same]
         if differing:
             warn(
-                f"processes do not agree on {', '.join(differing[:4])}, which the method fills from the "
-                "images that it sees; the first process's values are saved. With SOLVER.GATHER True every "
-                "process sees all images of the batch"
+                f"processes have different values of {', '.join(differing[:4])}, which the method computes from the "
+                "process's images; the first process's values are saved. With SOLVER.GATHER True every process gets "
+                "all images of the batch"
             )
 
 
@@ -172,9 +171,9 @@ def average_gradients(module: nn.Module) -> bool:
         Whether a process lacked a gradient.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    found = distributed.total(torch.tensor([p.grad is not None for p in parameters]).long())
+    counts = distributed.total(torch.tensor([p.grad is not None for p in parameters]).long())
     groups: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
-    for parameter, processes in zip(parameters, found.tolist(), strict=True):
+    for parameter, processes in zip(parameters, counts.tolist(), strict=True):
         if processes:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -185,7 +184,7 @@ def average_gradients(module: nn.Module) -> bool:
         flat /= distributed.world_size()
         for parameter, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
             parameter.grad.copy_(part.view_as(parameter))
-    return bool((found < distributed.world_size()).any())
+    return bool((counts < distributed.world_size()).any())
 
 
 class Replica(nn.Module):
@@ -193,7 +192,7 @@ class Replica(nn.Module):
 
     Args:
         distiller: the method.
-        gather: let it see the batch of all processes.
+        gather: give the method the batch of all processes.
     """
 
     def __init__(self, distiller: nn.Module, gather: bool) -> None:
@@ -208,10 +207,7 @@ class Replica(nn.Module):
                 if self.gather
                 else read_output(self.distiller, self.distiller(**given))
             )
-        return logits.detach(), losses  # or the search for unused parameters would count what only logits use
-
-    def _own_share(self, counts: list[int], given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        return read_output(self.distiller, self.distiller(**given))
+        return logits.detach(), losses  # else the search for unused parameters would count those of the logits alone
 
     def _whole_batch(self, counts: list[int], given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         rank, share = distributed.rank(), Share(counts)
@@ -230,7 +226,7 @@ def synchronize_batch_norm(part: nn.Module) -> None:
     on_gpu = next(part.parameters()).is_cuda
     for module in part.modules():
         if isinstance(module, _BatchNorm):
-            module.__class__ = nn.SyncBatchNorm if on_gpu else SyncBatchNorm  # in place: a method may hold it
+            module.__class__ = nn.SyncBatchNorm if on_gpu else SyncBatchNorm  # in place: a method may hold the module
             module.process_group = None
 
 
@@ -243,7 +239,7 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or distributed.world_size() == 1:
             return super().forward(input)
-        given, input = input, at_least_float32(input)
+        dtype, input = input.dtype, at_least_float32(input)
         dims = [0, *range(2, input.ndim)]
         count = torch.tensor([float(input.numel() // input.shape[1])], dtype=input.dtype)
         sums = _sum_over_processes(torch.cat([input.sum(dims), count]))
@@ -260,7 +256,7 @@ class SyncBatchNorm(_BatchNorm):
         output = centred * _as_channels((variance + self.eps).rsqrt(), input)
         if self.affine:
             output = output * _as_channels(self.weight, input) + _as_channels(self.bias, input)
-        return output.to(given.dtype)
+        return output.to(dtype)
 
 
 def _as_channels(values: Tensor, like: Tensor) -> Tensor:

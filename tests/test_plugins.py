@@ -320,7 +320,7 @@ def test_unknown_keys_elsewhere_are_refused_as_ever(tmp_path):
 
 def test_a_method_that_is_not_there_is_named_rather_than_its_section(tmp_path):
     config = config_file(tmp_path, {"DISTILLER": {"TYPE": "QKD"}, "QKD": {"BETA": 8.0}})
-    with pytest.raises(InputError, match=r"no distiller named 'QKD'; closest: .*KD.*; .* named by DISTILLER\.PLUGINS"):
+    with pytest.raises(InputError, match=r"no distiller named 'QKD'; closest: .*KD.*; name .* in DISTILLER\.PLUGINS"):
         load_config(str(config))
 
 

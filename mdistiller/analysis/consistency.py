@@ -1,10 +1,11 @@
-"""How alike two networks' predictions are, beyond accuracy: DIST+'s consistencies and correlations.
+"""Similarity of two networks' predictions: DIST+'s consistencies and correlations.
 
-Huang et al., DIST+ (Sec. 5.1; Fig. 4 and 7, Tab. 1). All take the logits ``(N, C)`` of the same N images; predictions
-are their softmax at temperature 1, in float64. Work is done in slices: beside the logits it needs some 100 MB.
+Huang et al., DIST+ (Sec. 5.1; Fig. 4 and 7, Tab. 1). All functions take the logits ``(N, C)`` of the same N images.
+Predictions are their softmax at temperature 1, in float64. The computation is done in slices, which need some 100 MB
+besides the logits.
 
-A row or column that is constant in one of the networks has no correlation: it is left out of the mean, which is NaN
-where none is left.
+A row or column that is constant in one of the networks has no correlation and is left out of the mean. The mean is NaN
+if no row or column is left.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from torch import Tensor
 
 from mdistiller.registry import InputError, check_choice
 
-SLICE = 2**18  # entries that are worked on at a time
+SLICE = 2**18  # number of entries in a slice
 
 
 @torch.no_grad()
 def target_class_consistency(logits_a: Tensor, logits_b: Tensor, target: Tensor) -> float:
-    """Share of images whose own class has the same rank in both networks (Sec. 5.1), from 0 to 1.
+    """Share of images whose target class has the same rank in both networks (Sec. 5.1), from 0 to 1.
 
-    A class's rank is the number of classes that are likelier; equals are not.
+    The rank of a class is the number of classes with a higher logit.
 
     Args:
         logits_a: ``(N, C)``.
@@ -31,7 +32,7 @@ def target_class_consistency(logits_a: Tensor, logits_b: Tensor, target: Tensor)
         target: class numbers ``(N,)``.
 
     Raises:
-        InputError: shapes that do not belong together, or no images.
+        InputError: shapes do not match, or there are no images.
     """
     _check(logits_a, logits_b, target)
     ranks = [(logits > logits.gather(1, target[:, None])).sum(1) for logits in (logits_a, logits_b)]
@@ -40,7 +41,7 @@ def target_class_consistency(logits_a: Tensor, logits_b: Tensor, target: Tensor)
 
 @torch.no_grad()
 def nontarget_class_consistency(logits_a: Tensor, logits_b: Tensor, target: Tensor) -> float:
-    """Spearman's correlation over the classes other than the image's own, mean over images (Sec. 5.1), in [-1, 1].
+    """Spearman's correlation over the classes besides the target, mean over images (Sec. 5.1), in [-1, 1].
 
     Args:
         logits_a: ``(N, C)``, C at least 3.
@@ -48,18 +49,18 @@ def nontarget_class_consistency(logits_a: Tensor, logits_b: Tensor, target: Tens
         target: class numbers ``(N,)``.
 
     Raises:
-        InputError: as above, or fewer than three classes.
+        InputError: see :func:`target_class_consistency`; or there are fewer than three classes.
     """
     _check(logits_a, logits_b, target)
     classes = logits_a.shape[1]
     if classes < 3:
         raise InputError(f"non-target consistency needs at least 3 classes, got {classes}")
     columns = torch.arange(classes - 1, device=target.device)
-    found = []
+    correlations = []
     for rows in _slices(len(target), classes):
         others = columns + (columns >= target[rows, None]).long()
-        found.append(_spearman(*(logits[rows].gather(1, others) for logits in (logits_a, logits_b))))
-    return torch.cat(found).nanmean().item()
+        correlations.append(_spearman(*(logits[rows].gather(1, others) for logits in (logits_a, logits_b))))
+    return torch.cat(correlations).nanmean().item()
 
 
 @torch.no_grad()
@@ -69,12 +70,12 @@ def prediction_correlation(logits_a: Tensor, logits_b: Tensor, kind: str = "pear
     Args:
         logits_a: ``(N, C)``.
         logits_b: ``(N, C)``.
-        kind: ``"pearson"``; ``"spearman"``: of ranks, equals sharing their mean; ``"kendall"``: tau-b.
+        kind: ``"pearson"``; ``"spearman"``: of ranks, with the mean rank for equal entries; ``"kendall"``: tau-b.
         axis: ``"inter"``: over the classes of an image, mean over images; ``"intra"``: over the images for a class,
             mean over classes.
 
     Raises:
-        InputError: unknown kind or axis, shapes that differ, or fewer than two entries to correlate.
+        InputError: the kind or the axis is unknown, shapes differ, or there are fewer than two entries to correlate.
     """
     _check(logits_a, logits_b)
     correlate = KINDS[check_choice("kind", kind, tuple(KINDS))]
@@ -84,12 +85,12 @@ def prediction_correlation(logits_a: Tensor, logits_b: Tensor, kind: str = "pear
     if length < 2:
         raise InputError(f"axis {axis} correlates over {'images' if intra else 'classes'}, and there is only one")
     norms = [_log_sums(logits) for logits in (logits_a, logits_b)]
-    found = []
+    correlations = []
     for part in _slices(count, length):
         where = (slice(None), part) if intra else (part, slice(None))
         logs = [z[where].double() - norm[where[0]] for z, norm in zip((logits_a, logits_b), norms, strict=True)]
-        found.append(correlate(*(z.T.contiguous() if intra else z for z in logs)))
-    return torch.cat(found).nanmean().item()
+        correlations.append(correlate(*(z.T.contiguous() if intra else z for z in logs)))
+    return torch.cat(correlations).nanmean().item()
 
 
 def _pearson_of_probabilities(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -97,11 +98,11 @@ def _pearson_of_probabilities(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
-    """``(R,)`` of the rows ``(R, L)``; NaN where one is constant."""
+    """Correlations ``(R,)`` of the rows of two tensors ``(R, L)``; NaN if one of the rows is constant."""
     constant = (a == a[:, :1]).all(1) | (b == b[:, :1]).all(1)
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
-    found = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
-    return found.clamp(-1, 1).masked_fill(constant, torch.nan)
+    correlations = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    return correlations.clamp(-1, 1).masked_fill(constant, torch.nan)
 
 
 def _spearman(a: Tensor, b: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ def _spearman(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _kendall(a: Tensor, b: Tensor) -> Tensor:
-    """Tau-b ``(R,)`` of the rows ``(R, L)`` by counting inversions; NaN where one is constant."""
+    """Tau-b ``(R,)`` of the rows of two tensors ``(R, L)`` by counting inversions; NaN if a row is constant."""
     length = a.shape[1]
     (rank_a, end_a), (rank_b, end_b) = _positions(a), _positions(b)
     both, order = (rank_a * length + rank_b).sort(dim=1)
@@ -121,40 +122,40 @@ def _kendall(a: Tensor, b: Tensor) -> Tensor:
     )
     discordant = _inversions(rank_b.gather(1, order))
     surplus = pairs - tied_a - tied_b + tied_both - 2 * discordant  # of concordant pairs
-    return surplus / ((pairs - tied_a) * (pairs - tied_b)).sqrt()  # 0 / 0 where all are tied
+    return surplus / ((pairs - tied_a) * (pairs - tied_b)).sqrt()  # 0 / 0 if all pairs are tied
 
 
 def _positions(x: Tensor) -> tuple[Tensor, Tensor]:
-    """For each entry of ``(R, L)`` how many of its row are smaller, and how many are not larger."""
+    """For each entry of ``(R, L)`` the number of smaller entries in its row, and of entries that are not larger."""
     in_order = x.sort(dim=1).values
     return torch.searchsorted(in_order, x), torch.searchsorted(in_order, x, right=True)
 
 
 def _inversions(ranks: Tensor) -> Tensor:
-    """``(R,)``: how many pairs of a row ``(R, L)`` stand in falling order; entries are int64, 0 to L - 1.
+    """``(R,)``: the number of pairs of a row ``(R, L)`` in falling order; entries are int64, 0 to L - 1.
 
-    Bit by bit from the highest: of two entries that agree in all higher bits, the larger has the 1. Rows are kept in
-    order of the higher bits, so that such entries stand together: a pair is inverted if the 1 comes first.
+    The bits are processed from the highest. If two entries agree in all higher bits, the larger entry has a 1 in this
+    bit. Rows are sorted by the higher bits, so such entries are adjacent. A pair is inverted if the 1 comes first.
     """
     total = torch.zeros(len(ranks), dtype=torch.float64, device=ranks.device)
     for bit in reversed(range((ranks.shape[1] - 1).bit_length())):
         ones = ranks >> bit & 1
         before = ones.cumsum(1) - ones
         group = ranks >> (bit + 1)
-        start = torch.searchsorted(group, group)  # rows stand in order of their groups
+        start = torch.searchsorted(group, group)  # each row is sorted by its groups
         total += ((before - before.gather(1, start)) * (1 - ones)).sum(1)
         ranks = ranks.gather(1, (ranks >> bit).argsort(dim=1, stable=True))
     return total
 
 
 def _log_sums(logits: Tensor) -> Tensor:
-    """The softmax's logarithmic denominators ``(N, 1)`` in float64."""
+    """The logarithms of the softmax's denominators, ``(N, 1)`` in float64."""
     parts = [logits[rows].double().logsumexp(1, keepdim=True) for rows in _slices(*logits.shape)]
     return torch.cat(parts)
 
 
 def _slices(count: int, length: int) -> Iterator[slice]:
-    """``0 .. count`` in parts of about ``SLICE`` entries, each having ``length``."""
+    """Slices of ``0 .. count`` rows of ``length`` entries, with about ``SLICE`` entries in each slice."""
     step = max(SLICE // length, 1)
     return (slice(start, start + step) for start in range(0, count, step))
 

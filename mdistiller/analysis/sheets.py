@@ -1,4 +1,4 @@
-"""Contact sheets: many small images with their names on one picture, to look at data and augmentation."""
+"""Contact sheets: many small images with their names in one picture, to check data and augmentation."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from mdistiller.dataset import DataSet, Split
 from mdistiller.dataset.randaugment import TRANSFORMS, transform_images
 from mdistiller.dataset.views import Draws, apply_view
 
-CELL, LARGEST = 64, 96  # pixels a side on the sheet: small images by whole multiples, large ones made smaller
+CELL, LARGEST = 64, 96  # pixels of an image's side: small images are enlarged by whole factors, large ones reduced
 GAP, MARGIN = 3, 12
-TITLE, LABEL, CAPTION = 20, 15, 12  # sizes of letters
+TITLE, LABEL, CAPTION = 20, 15, 12  # font sizes
 HEAD = TITLE + 2 * MARGIN
-PAGE = math.sqrt(2)  # sides of a sheet of paper
-CLASSES = 100  # at most so many are shown
-LEVELS = (0.0, 0.25, 0.5, 0.75, 1 - 2**-24)  # of the ranges of magnitudes; draws stay below 1
+PAGE = math.sqrt(2)  # ratio of the sides of a sheet of paper
+CLASSES = 100  # largest number of classes on a sheet
+LEVELS = (0.0, 0.25, 0.5, 0.75, 1 - 2**-24)  # shares of the ranges of magnitudes; random numbers are below 1
 
-Cell = tuple[Tensor | None, str]  # an image (3, H, W) uint8, and what stands below it
+Cell = tuple[Tensor | None, str]  # an image (3, H, W) uint8, and the text below it
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Cell]]], title: str, group: int = 0) -> Image.Image:
-    """One line of images for each row, behind its name.
+    """Draw a line with name and images for each row.
 
     Args:
-        rows: names and cells; all images are of one size, the numbers may differ.
-        title: written above.
-        group: so many cells belong together; a wider gap follows.
+        rows: names and cells; all images have one size; the numbers of cells may differ.
+        title: written above the images.
+        group: number of cells after which a wider gap follows; 0: no wider gaps.
     """
     side = cell_side(rows)
     tops = [HEAD]
@@ -55,7 +55,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Cell]]], title: str, group:
 
 
 def cell_side(rows: Sequence[tuple[str, Sequence[Cell]]]) -> int:
-    """Pixels that an image takes on the sheet."""
+    """Pixels of an image's side on the sheet."""
     size = next(image.shape[-1] for _, cells in rows for image, _ in cells if image is not None)
     return min(size * max(1, CELL // size), LARGEST)
 
@@ -65,7 +65,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _fitting(caption: str, room: int) -> str:
-    """As much of a caption as the room holds."""
+    """A caption, cut to ``room`` pixels."""
     whole = caption
     while _font(CAPTION).getlength(caption) > room:
         whole = whole[:-1]
@@ -74,20 +74,20 @@ def _fitting(caption: str, room: int) -> str:
 
 
 def view_sheet(dataset: DataSet, split: Split, count: int = 8, epochs: int = 2, seed: int = 0) -> Image.Image:
-    """``count`` images spread over the split as they are, and each view of them in the first epochs.
+    """``count`` images of the whole split without augmentation, and each of their views in the first epochs.
 
-    A view that shows what stands there already is named there.
+    Views with equal images share a row.
     """
     index = _spread(split, count)
     images = split.images.take(index)
     names, pictures = [["as it is"]], [images.pixels()]
-    for name in sorted(dataset.views, key=lambda name: name == "strong"):  # the strongest last
+    for name in sorted(dataset.views, key=lambda name: name == "strong"):  # the strongest view last
         for epoch in range(1, epochs + 1):
-            found = apply_view(dataset.views[name], images, Draws.of_view(name, seed, epoch, index))
-            same = next((row for row, shown in enumerate(pictures) if torch.equal(shown, found)), None)
+            views = apply_view(dataset.views[name], images, Draws.of_view(name, seed, epoch, index))
+            same = next((row for row, shown in enumerate(pictures) if torch.equal(shown, views)), None)
             if same is None:
                 names.append([name if epoch == 1 else f"{name}, epoch {epoch}"])
-                pictures.append(found)
+                pictures.append(views)
             elif name not in names[same]:
                 names[same].append(name)
     labels = split.targets[index].tolist()
@@ -97,40 +97,40 @@ def view_sheet(dataset: DataSet, split: Split, count: int = 8, epochs: int = 2, 
 
 
 def operation_sheet(dataset: DataSet, split: Split, count: int = 2) -> Image.Image:
-    """RandAugment's operations on ``count`` images at five strengths, which stand below; once where all look alike."""
+    """RandAugment's operations on ``count`` images at five strengths; one image if all strengths are equal."""
     images = split.images.take(_spread(split, count)).pixels()
     rows = []
     for position, transform in enumerate(TRANSFORMS):
         cells: list[Cell] = []
         for image in images:
-            found = transform_images(
+            results = transform_images(
                 image.expand(len(LEVELS), -1, -1, -1), torch.full((len(LEVELS),), position), torch.tensor(LEVELS)
             )
-            if all(torch.equal(found[0], other) for other in found[1:]):
-                cells += [(found[0], "all the same"), *[(None, "")] * (len(LEVELS) - 1)]
+            if all(torch.equal(results[0], other) for other in results[1:]):
+                cells += [(results[0], "all the same"), *[(None, "")] * (len(LEVELS) - 1)]
             else:
                 span = transform.high - transform.low
-                cells += [(f, f"{transform.low + level * span:.3g}") for f, level in zip(found, LEVELS, strict=True)]
+                cells += [(r, f"{transform.low + level * span:.3g}") for r, level in zip(results, LEVELS, strict=True)]
         rows.append((transform.name, cells))
     return contact_sheet(rows, f"{dataset.name}: RandAugment's operations by strength", group=len(LEVELS))
 
 
 def class_sheet(dataset: DataSet, split: Split, count: int = 2, classes_in_row: int = 10) -> Image.Image:
-    """The first ``count`` images of each class with its name; a row holds ``classes_in_row`` classes."""
+    """The first ``count`` images of each class with the class's name; a row holds ``classes_in_row`` classes."""
     shown, rows = min(dataset.num_classes, CLASSES), []
     for first in range(0, shown, classes_in_row):
         numbers, cells = range(first, min(first + classes_in_row, shown)), []
         for label in numbers:
-            found = split.images.take((split.targets == label).nonzero()[:count, 0]).pixels()
-            cells += [(image, "" if place else dataset.classes[label]) for place, image in enumerate(found)]
-            cells += [(None, "")] * (count - len(found))
+            images = split.images.take((split.targets == label).nonzero()[:count, 0]).pixels()
+            cells += [(image, "" if place else dataset.classes[label]) for place, image in enumerate(images)]
+            cells += [(None, "")] * (count - len(images))
         rows.append((f"{numbers[0]} to {numbers[-1]}", cells))
     of_all = f" of the first {shown}" if shown < dataset.num_classes else f", {shown}"
     return contact_sheet(rows, f"{dataset.name}: classes{of_all}", group=count)
 
 
 def page(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Sheets on one picture, line by line, as wide as brings its sides nearest to those of a sheet of paper."""
+    """Sheets in one picture, line by line. The width is chosen for a ratio of sides near that of a sheet of paper."""
     widths = {
         sum(sheet.width for sheet in sheets[a:b]) for a in range(len(sheets)) for b in range(a + 1, len(sheets) + 1)
     }
@@ -159,5 +159,5 @@ def _in_lines(sheets: Sequence[Image.Image], width: int) -> Image.Image:
 
 
 def _spread(split: Split, count: int) -> Tensor:
-    """Positions over the whole split; the odd step avoids meeting the same class again and again."""
+    """Positions in the whole split. The step is odd, so that periodic labels do not give the same class each time."""
     return (torch.arange(count) * (len(split) // count | 1)) % len(split)

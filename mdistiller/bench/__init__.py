@@ -1,1 +1,1 @@
-"""How long things take: paired timings of losses, steps, data, teachers and whole epochs, for ``tools/bench.py``."""
+"""Paired timings of losses, steps, data, teachers and whole epochs, for ``tools/bench.py``."""

@@ -28,21 +28,29 @@ from . import old_loop
 from .epochs import OLD, PLAIN, OldRun, OwnRun, with_epochs
 from .measure import Sample, Spread, interleaved, machine, ratios
 from .profile import parts_of_steps, table_of_parts
-from .subjects import baseline_of, build_networks, build_subject, loss_alone, settle, teacher_variants, with_options
+from .subjects import (
+    baseline_of,
+    build_networks,
+    build_subject,
+    calibrate_batch_norms,
+    loss_alone,
+    teacher_variants,
+    with_options,
+)
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """Settings of a measurement.
 
     Args:
-        cfg: the configuration that all cases share.
-        methods: names of methods; empty: what the command takes for all.
-        rounds: samples of each case.
-        steps: steps (passes, batches) in a sample.
-        variants: of ``train``: which of :data:`TRAIN_VARIANTS`.
+        cfg: the configuration of all cases.
+        methods: names of methods; empty: the command's default.
+        rounds: number of samples of each case.
+        steps: number of steps (passes, batches) in a sample.
+        variants: for ``train``: names in :data:`TRAIN_VARIANTS`.
         compiled: also measure with torch.compile.
     """
 
@@ -59,12 +67,12 @@ class Settings:
 
     @property
     def clock(self) -> str:
-        """The time in the headline ratio: CPU seconds on a CPU, which other processes may use, else wall seconds."""
+        """The clock of the ratio: CPU seconds on a CPU, since other processes may use it too; else wall seconds."""
         return "cpu" if self.precision.device.type == "cpu" else "wall"
 
 
 def step(settings: Settings, folder: Path) -> list[Row]:
-    """A whole training step of each method, against plain KD with as many views."""
+    """A whole training step of each method, compared with plain KD with as many views."""
     rows = []
     for baseline in ("KD", "KD_TWO_VIEWS"):
         methods = [name for name in _methods(settings) if baseline_of(name) == baseline and name != baseline]
@@ -80,7 +88,7 @@ def step(settings: Settings, folder: Path) -> list[Row]:
 
 
 def loss(settings: Settings, folder: Path) -> list[Row]:
-    """Each method without its networks: losses, own modules and their backward pass; against plain KD's."""
+    """Each method without its networks: losses, own modules and their backward pass; compared with plain KD's."""
     cases = {}
     for name in dict.fromkeys(["KD", *_methods(settings)]):
         subject = build_subject(with_options(settings.cfg, DISTILLER__TYPE=name), folder, num_batches=1)
@@ -89,14 +97,14 @@ def loss(settings: Settings, folder: Path) -> list[Row]:
 
 
 def teacher(settings: Settings, folder: Path) -> list[Row]:
-    """The teacher's forward pass, with one speed-up more in each row."""
+    """The teacher's forward pass, with one more speed-up in each row."""
     cfg = with_options(settings.cfg, DISTILLER__TYPE="KD", SOLVER__AMP="off")
     subject = build_subject(cfg, folder, num_batches=1)
     cases = {}
     for name, (network, precision, folded) in teacher_variants(cfg, settings.precision.device).items():
         batch = {key: precision.place_tensor(value) for key, value in subject.batches[0].items()}
         if not cfg.DISTILLER.TEACHER_CKPT:
-            settle(network, [batch])
+            calibrate_batch_norms(network, [batch])
         twin = (Folding(network, batch["image"].shape[2:]).twin if folded else None) or network
         cases[name] = _forward(network, precision, batch["image"], settings)
         if folded and settings.compiled and precision.autocast_dtype is not None:
@@ -114,7 +122,7 @@ def _forward(network: Callable, precision: Precision, image: torch.Tensor, setti
 
 
 def data(settings: Settings, folder: Path) -> list[Row]:
-    """Making an epoch's batches with each method's views in one process: image by image with Pillow, and our way."""
+    """An epoch's batches with each method's views in one process: image by image with Pillow, and by our loader."""
     rows = []
     for name in settings.methods or ("KD", "KD_TWO_VIEWS"):
         cfg = with_options(settings.cfg, DISTILLER__TYPE=name, DATASET__LOADER="device")
@@ -162,7 +170,7 @@ def layout(settings: Settings, folder: Path) -> list[Row]:
 TRAIN_VARIANTS: dict[str, dict[str, Any]] = {
     "float32": PLAIN,
     "bf16": {"SOLVER__AMP": "bf16", "SOLVER__CHANNELS_LAST": True},
-    # Of methods with one view, with DATASET.VIEW_WEAK plain; the pass that fills the memory is not counted.
+    # For methods with one view and DATASET.VIEW_WEAK plain; the pass that fills the cache is not timed.
     "bf16, cached teacher": {"SOLVER__AMP": "bf16", "SOLVER__CHANNELS_LAST": True, "SOLVER__CACHE_TEACHER": True},
     "bf16, compiled teacher": {"SOLVER__AMP": "bf16", "SOLVER__CHANNELS_LAST": True, "SOLVER__COMPILE": "teacher"},
     "bf16, compiled": {"SOLVER__AMP": "bf16", "SOLVER__CHANNELS_LAST": True, "SOLVER__COMPILE": "all"},
@@ -170,7 +178,7 @@ TRAIN_VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def train(settings: Settings, folder: Path) -> list[Row]:
-    """Whole epochs, evaluation and checkpoint included, against a loop as they are usually written."""
+    """Whole epochs with evaluation and checkpoint, compared with a common training loop."""
     rows = []
     variants = settings.variants or ("float32", "bf16")
     for number, name in enumerate(settings.methods or (settings.cfg.DISTILLER.TYPE,)):
@@ -184,16 +192,16 @@ def train(settings: Settings, folder: Path) -> list[Row]:
             for run in runs.values():
                 run.close()
         images = old.images_per_epoch
-        found = _rows(samples, f"{name}: {OLD}", settings, images=images)
-        for row, run in zip(found[1:], runs.values(), strict=True):
+        of_method = _rows(samples, f"{name}: {OLD}", settings, images=images)
+        for row, run in zip(of_method[1:], runs.values(), strict=True):
             row["outside_steps"] = round(run.outside_steps, 4)
             row["waiting_for_data"] = round(run.waiting_for_data, 4)
-        rows += found
+        rows += of_method
     return rows
 
 
 def profile(settings: Settings, folder: Path) -> list[Row]:
-    """Where a step's time goes: its parts in a loop as they are usually written, and in ours."""
+    """The time of each part of a step, in a common training loop and in ours."""
     rows = []
     for number, name in enumerate(settings.methods or (settings.cfg.DISTILLER.TYPE,)):
         cfg = with_epochs(settings.cfg, name, settings.rounds + 2)
@@ -202,7 +210,7 @@ def profile(settings: Settings, folder: Path) -> list[Row]:
 
 
 def memory(settings: Settings, folder: Path) -> list[Row]:
-    """How much a method's steps add to the memory of a process (CPU) or take at most of the device's (GPU), in MB."""
+    """Memory in MB that a method's steps add to a process (CPU), or the peak of the device's memory (GPU)."""
     rows = []
     context = multiprocessing.get_context("spawn")
     for name in dict.fromkeys(["KD", *_methods(settings)]):
@@ -216,7 +224,7 @@ def memory(settings: Settings, folder: Path) -> list[Row]:
 
 
 def _peak_megabytes(config: str, folder: str, steps: int, threads: int) -> float:
-    """In a process of its own, whose peak is nobody else's."""
+    """Called in a new process, since a process has one peak for its whole life."""
     torch.set_num_threads(threads)
     path = Path(folder) / "memory.yaml"
     path.write_text(config)
@@ -239,7 +247,9 @@ def _resident_megabytes(device: torch.device) -> float:
     try:
         import resource
     except ImportError:
-        raise InputError("memory on a CPU is read from the system by a module that Windows lacks") from None
+        raise InputError(
+            "memory on a CPU cannot be measured on Windows: Python has no module resource there"
+        ) from None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -256,7 +266,7 @@ COMMANDS = {
 
 
 def run_command(what: str, settings: Settings) -> dict[str, Any]:
-    """Measure, and say on what, when and how."""
+    """Run a measurement. Returns its rows with the settings, the machine and the date."""
     with tempfile.TemporaryDirectory() as folder:
         rows = COMMANDS[what](settings, Path(folder))
     cfg = settings.cfg
@@ -318,13 +328,13 @@ def render(report: dict[str, Any]) -> str:
 
 def _text_of(row: Row) -> tuple[str, ...]:
     ratio = row["ratio"]
-    own = row["name"] == row["baseline"]
+    is_baseline = row["name"] == row["baseline"]
     return (
         row["name"],
         f"{row['wall_ms']['median']:.2f}",
         f"{row['cpu_ms']['median']:.2f}",
-        "1" if own else f"{ratio['median']:.3f}",
-        "" if own else f"{ratio['low']:.3f} to {ratio['high']:.3f}",
+        "1" if is_baseline else f"{ratio['median']:.3f}",
+        "" if is_baseline else f"{ratio['low']:.3f} to {ratio['high']:.3f}",
         f"{row['images_per_second']:.0f}" if "images_per_second" in row else "",
         f"{100 * row['outside_steps']:.1f} %" if "outside_steps" in row else "",
     )
@@ -334,15 +344,15 @@ def _rows(
     samples: dict[str, list[Sample]], baseline: str, settings: Settings, per: int = 1, images: float = 0
 ) -> list[Row]:
     rows = []
-    for name, own in samples.items():
-        wall = Spread.of([1000 * sample.wall / per for sample in own])
+    for name, of_case in samples.items():
+        wall = Spread.of([1000 * sample.wall / per for sample in of_case])
         row = {
             "name": name,
             "baseline": baseline,
             "wall_ms": asdict(wall),
-            "cpu_ms": asdict(Spread.of([1000 * sample.cpu / per for sample in own])),
-            "ratio": asdict(ratios(own, samples[baseline], settings.clock)),
-            "ratio_wall": asdict(ratios(own, samples[baseline], "wall")),
+            "cpu_ms": asdict(Spread.of([1000 * sample.cpu / per for sample in of_case])),
+            "ratio": asdict(ratios(of_case, samples[baseline], settings.clock)),
+            "ratio_wall": asdict(ratios(of_case, samples[baseline], "wall")),
         }
         if images:
             row["images_per_second"] = 1000 * images / wall.median
@@ -351,7 +361,7 @@ def _rows(
 
 
 def _methods(settings: Settings) -> list[str]:
-    """Those that were named, else all that have a teacher."""
+    """The methods of the settings, else all methods with a teacher."""
     if settings.methods:
         return list(settings.methods)
     return [name for name in sorted(distiller_dict) if contract_of(distiller_dict[name]).teacher]
@@ -370,10 +380,10 @@ def _timed(cases: dict[str, Callable[[], Any]], settings: Settings) -> dict[str,
 
 
 def check(settings: Settings) -> None:
-    """Refuse what cannot be measured.
+    """Refuse settings that cannot be measured.
 
     Raises:
-        InputError: names the argument, what was found and what is allowed.
+        InputError: names the argument, its value and the allowed values.
     """
     for name, value in (("--rounds", settings.rounds), ("--steps", settings.steps)):
         if value < 1:

@@ -1,4 +1,4 @@
-"""Whole epochs: of a loop as they are usually written, and of a run of ours."""
+"""Whole epochs of a common training loop and of a run of the library."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLAIN = {"SOLVER__AMP": "off", "SOLVER__CHANNELS_LAST": False}
 
 
 def with_epochs(cfg: Any, method: str, epochs: int) -> Any:
-    """The configuration of a run that lasts as long and says nothing."""
+    """The configuration of a run of so many epochs without progress bar and TensorBoard steps."""
     return with_options(
         cfg,
         DISTILLER__TYPE=method,
@@ -33,12 +33,12 @@ def with_epochs(cfg: Any, method: str, epochs: int) -> Any:
 
 
 class OldRun:
-    """Epochs of the old loop, with ``DATASET.NUM_WORKERS`` worker processes that each epoch starts anew.
+    """Epochs of the old loop. Each epoch starts ``DATASET.NUM_WORKERS`` worker processes.
 
-    It shares the process with our own runs, hence the memory that they keep, which flatters it.
+    The old loop runs in the process of our runs and uses the memory that they keep. This makes the old loop faster.
 
     Args:
-        cfg: networks, data and optimiser; float32 and no speed-up, whatever it says of these.
+        cfg: networks, data and optimiser; number format and speed-ups are ignored, the loop uses float32.
         folder: for its checkpoint.
     """
 
@@ -70,7 +70,7 @@ class OldRun:
 
 
 class OwnRun:
-    """Epochs of a run, with all its hooks; knows which share of them was spent outside the steps."""
+    """Epochs of a run with all its hooks; measures the share of the time outside the steps."""
 
     def __init__(self, cfg: Any, folder: Path) -> None:
         self.trainer = build_subject(cfg, folder, num_batches=1).trainer
@@ -94,7 +94,7 @@ class OwnRun:
 
     @property
     def outside_steps(self) -> float:
-        """Share of the epochs' time that was spent on anything but steps and evaluation: data, meters, files."""
+        """Share of the epochs' time besides steps and evaluation: data, meters, files."""
         return 1 - (self.in_steps + self.evaluation.clock.seconds["evaluation"]) / self.total
 
     @property

@@ -1,4 +1,4 @@
-"""Timing of alternatives side by side, so that a machine that others use too slows all of them alike."""
+"""Timing of alternatives in turns, so that other processes of the machine slow all alternatives alike."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mdistiller.engine.utils import processor_name
+from mdistiller.engine.utils import cores, processor_name
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Sample:
 
     Args:
         wall: seconds on the clock.
-        cpu: seconds that all threads of the process computed, child processes that have ended included.
+        cpu: CPU seconds of all threads of the process and of its finished child processes.
     """
 
     wall: float
@@ -38,7 +38,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
-        """At least one value; of one or two, the quartiles are the smallest and the largest."""
+        """Of at least one value; with one or two values, the quartiles are the smallest and the largest value."""
         if len(values) < 3:
             return cls(statistics.median(values), min(values), max(values))
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -51,13 +51,13 @@ def interleaved(
     warmup: int = 1,
     synchronize: Callable[[], None] = lambda: None,
 ) -> dict[str, list[Sample]]:
-    """Run the cases in turns, A B C, C B A, A B C, ...; each round gives one sample of each.
+    """Run the cases in turns, A B C, C B A, A B C, ...; each round gives one sample of each case.
 
     Args:
-        cases: what to run, by name.
-        rounds: how often, 1 or more.
-        warmup: rounds before that which are not counted.
-        synchronize: waits until the device has done what it was told.
+        cases: functions by name.
+        rounds: number of timed rounds, 1 or more.
+        warmup: number of rounds before them without timing.
+        synchronize: waits for the device.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in cases}
     for number in range(warmup + rounds):
@@ -66,14 +66,14 @@ def interleaved(
             cpu, wall = cpu_seconds(), time.perf_counter()
             cases[name]()
             synchronize()
-            taken = Sample(time.perf_counter() - wall, cpu_seconds() - cpu)
+            sample = Sample(time.perf_counter() - wall, cpu_seconds() - cpu)
             if number >= warmup:
-                samples[name].append(taken)
+                samples[name].append(sample)
     return samples
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those of its children that have ended."""
+    """CPU seconds of this process and of its finished child processes."""
     try:
         import resource
     except ImportError:  # Windows
@@ -83,18 +83,18 @@ def cpu_seconds() -> float:
 
 
 def ratios(samples: list[Sample], baseline: list[Sample], clock: str) -> Spread:
-    """How many times as long as the baseline, round by round. ``clock``: ``"wall"`` or ``"cpu"``."""
+    """The time divided by the baseline's, round by round. ``clock``: ``"wall"`` or ``"cpu"``."""
     pairs = zip(samples, baseline, strict=True)
-    return Spread.of([getattr(own, clock) / max(getattr(other, clock), 1e-9) for own, other in pairs])
+    return Spread.of([getattr(sample, clock) / max(getattr(other, clock), 1e-9) for sample, other in pairs])
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine and software of a measurement."""
     return {
         "processor": processor_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # others at work: above threads
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # above threads: other processes
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

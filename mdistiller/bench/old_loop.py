@@ -1,5 +1,8 @@
-"""A training loop as they are usually written, as the baseline: Pillow in worker processes, one image at a time;
-float32 in the default layout; meters that are read after each step. The losses are those of our own loop."""
+"""A common training loop, as the baseline.
+
+Pillow in worker processes, one image at a time; float32 in the default layout; meters that are read after each step.
+The losses are those of our loop.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ Picture = Image.Image
 
 
 class Numbers:
-    """Random numbers in the way of :class:`mdistiller.dataset.views.Draws`, from Python's generator."""
+    """Random numbers with the interface of :class:`mdistiller.dataset.views.Draws`, from Python's generator."""
 
     def uniform(self, slot: int) -> float:
         return random.random()
@@ -97,7 +100,7 @@ def view_of(picture: Picture, view: View, numbers: Any) -> Picture:
     """A picture after all operations of a view.
 
     Raises:
-        InputError: an operation that is not written for Pillow here.
+        InputError: the view has an operation that this file does not implement with Pillow.
     """
     for operation in view:
         if type(operation) not in BY_TYPE:
@@ -117,7 +120,7 @@ class Pictures(Dataset):
         split: the images.
         views: for each image field the name and the recipe of its view.
         mean, std: of the channels.
-        numbers: gives for a view's name and an index the random numbers.
+        numbers: returns the random numbers for a view's name and an index.
     """
 
     def __init__(
@@ -139,8 +142,8 @@ class Pictures(Dataset):
         picture = Image.fromarray(self.arrays[index])
         images = {}
         for field, (name, view) in self.views.items():
-            seen = view_of(picture, view, self.numbers(name, index))
-            images[field] = transforms.normalize(transforms.to_tensor(seen), self.mean, self.std)
+            augmented = view_of(picture, view, self.numbers(name, index))
+            images[field] = transforms.normalize(transforms.to_tensor(augmented), self.mean, self.std)
         return images, self.targets[index], index
 
 
@@ -160,15 +163,15 @@ class Meter:
 
 
 def accuracy(output: Tensor, target: Tensor) -> list[float]:
-    """Top-1 and top-5 in percent, read at once."""
-    found = output.topk(min(5, output.shape[1]), 1)[1].t().eq(target[None])
-    return [100 * found[:k].any(0).float().mean().item() for k in (1, 5)]
+    """Top-1 and top-5 in percent, as Python numbers: waits for the device."""
+    hits = output.topk(min(5, output.shape[1]), 1)[1].t().eq(target[None])
+    return [100 * hits[:k].any(0).float().mean().item() for k in (1, 5)]
 
 
 def to_device(
     images: dict[str, Tensor], target: Tensor, index: Tensor, device: torch.device | str
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """A batch, where the networks are."""
+    """A batch on the networks' device."""
     images = {field: image.float().to(device) for field, image in images.items()}
     return images, target.to(device), index.to(device)
 
@@ -180,7 +183,7 @@ def train_epoch(
     epoch: int,
     device: torch.device | str = "cpu",
 ) -> list[float]:
-    """An epoch; the loss of each step."""
+    """Train an epoch. Returns the loss of each step."""
     meters = {name: Meter() for name in ("loss", "top1", "top5")}
     history = []
     distiller.train()

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: its parts in a loop as they are usually written and in ours, and a picture.
+"""The time of each part of a training step, in a common training loop and in ours, and a picture of the times.
 
 The loops are unchanged. While they run, the functions of each part are wrapped with a clock.
 """
@@ -33,18 +33,18 @@ PARTS = {
     "update": "optimiser's update",
     "meters": "meters and all else",
 }
-REST, OUTSIDE = "meters", "outside"  # what no other part claims; what is no part of a step: evaluation, checkpoints
+REST, OUTSIDE = "meters", "outside"  # the rest of a step; work outside of steps: evaluation, checkpoints
 STEP = "whole step"
 OURS = "ours"
 
-Place = tuple[Any, str, str]  # an object, the name of its attribute that is called, the part that it belongs to
+Place = tuple[Any, str, str]  # an object, the name of its function, the part of the function's time
 
 
 class Parts:
-    """Seconds of each part. A part within another part counts for itself only, so the parts sum to the whole.
+    """Seconds of each part. The time of a part within another part counts once, so the parts sum to the whole.
 
     Args:
-        clock: seconds since whenever.
+        clock: returns seconds; its zero does not matter.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -53,7 +53,7 @@ class Parts:
         self.begin()
 
     def begin(self) -> None:
-        """From zero."""
+        """Set all seconds to zero."""
         self.seconds = dict.fromkeys([*PARTS, OUTSIDE], 0.0)
         self.since = self.clock()
 
@@ -70,7 +70,7 @@ class Parts:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         self._count()
-        self.running.append(OUTSIDE if self.running[-1] == OUTSIDE else name)  # an evaluation runs the student, too
+        self.running.append(OUTSIDE if self.running[-1] == OUTSIDE else name)  # an evaluation runs the student too
         try:
             yield
         finally:
@@ -86,7 +86,7 @@ class Parts:
 
 
 class TimedLoader:
-    """A loader whose batches, while they are waited for, count as a part."""
+    """A loader. The wait for its batches counts as the part ``batch``."""
 
     def __init__(self, loader: Any, parts: Parts) -> None:
         self.loader, self.parts = loader, parts
@@ -105,12 +105,12 @@ class TimedLoader:
 
 
 class Profiled:
-    """Epochs of a run whose parts are counted, the first one, which warms up, included.
+    """Epochs of a run with the time of each part. The first epoch is a warm-up, and is in the list too.
 
     Args:
-        run: whose ``epoch`` is called.
-        distiller: whose networks are parts.
-        places: what else of it belongs to which part.
+        run: the run.
+        distiller: the run's method; its networks' passes are parts.
+        places: the functions of the other parts.
         parts: the clock.
     """
 
@@ -133,13 +133,13 @@ class Profiled:
 
 @contextmanager
 def _replaced(owner: Any, attribute: str, value: Any) -> Iterator[None]:
-    own = attribute in vars(owner)  # else it is the class's
+    on_instance = attribute in vars(owner)  # else it is the class's
     before = getattr(owner, attribute)
     setattr(owner, attribute, value)
     try:
         yield
     finally:
-        if own:
+        if on_instance:
             setattr(owner, attribute, before)
         else:
             delattr(owner, attribute)
@@ -172,14 +172,14 @@ def _profile_own(run: OwnRun, parts: Parts) -> Profiled:
 
 
 def parts_of_steps(cfg: Any, folder: Path, rounds: int, clock: str) -> list[dict[str, Any]]:
-    """Milliseconds a step of each part, and of the whole, in turns over whole epochs.
+    """Milliseconds of each part of a step and of the whole step. The two loops run whole epochs in turns.
 
     Args:
-        cfg: of our run; the old loop takes networks, data and optimiser from it.
+        cfg: of our run; the old loop uses its networks, data and optimiser.
         folder: for checkpoints.
-        rounds: how many epochs of each count, after one that does not.
-        clock: ``"cpu"``: the process's CPU seconds; ``"wall"``: each part waits until the device has done it, so that
-            nothing overlaps.
+        rounds: number of timed epochs of each loop, after one epoch of warm-up.
+        clock: ``"cpu"``: the process's CPU seconds; ``"wall"``: seconds, with a wait for the device after each part, so
+            that parts do not overlap.
     """
     old, own = OldRun(cfg, folder / "old"), OwnRun(cfg, folder / "own")
     synchronize = own.trainer.precision.synchronize
@@ -220,7 +220,7 @@ def table_of_parts(rows: list[dict[str, Any]], clock: str) -> list[tuple[str, ..
     lines = [("", f"{OLD}, {unit}", f"{OURS}, {unit}", "times as long", "quartiles")]
     for row in rows:
         old, own, ratio = row["old_ms"]["median"], row["own_ms"]["median"], row["ratio"]
-        known = old >= 0.005  # as the teacher's pass of a method without teacher is not
+        known = old >= 0.005  # smaller for the teacher's pass of a method without teacher
         quartiles = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
         spread = (f"{ratio['median']:.3f}", quartiles) if known else ("", "")
         lines.append((row["name"], f"{old:.2f}", f"{own:.2f}", *spread))
@@ -228,7 +228,7 @@ def table_of_parts(rows: list[dict[str, Any]], clock: str) -> list[tuple[str, ..
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """The steps of ``profile`` as bars to scale, one panel a method. Written to ``path`` as PNG.
+    """Draw the steps of ``profile`` as bars to scale, one panel for each method, into the PNG file ``path``.
 
     Raises:
         InputError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Timed subjects: a method with its networks and batches, built from a configuration as in a run."""
+"""The subjects of timings: a method with its networks and batches, built from a configuration as in a run."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ from mdistiller.engine.forwards.precision import Precision
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.registry import distiller_dict, open_dataset
 
-SETTLING_STEPS = 3  # batches from which a teacher without weights gets its BatchNorm statistics
+CALIBRATION_STEPS = 3  # forward passes that set the BatchNorm statistics of a teacher without a checkpoint
 
 
 @dataclass
 class Subject:
-    """A method ready for steps: its trainer, its loaders, and batches that lie on the device."""
+    """A method ready for steps: its trainer, its loaders, and batches on the device."""
 
     trainer: BaseTrainer
     loaders: Loaders
     batches: list[dict[str, Tensor]]
 
     def stepper(self) -> Callable[[], None]:
-        """One training step a call, over the batches in turn."""
+        """A function that does one training step, on the batches in turn."""
         self.trainer.distiller.train()
         turns = itertools.cycle(self.batches)
         return lambda: self.trainer.run_step(next(turns)) and None
 
 
 def baseline_of(method: str) -> str:
-    """The plain KD that sees as many views as the method."""
+    """The name of plain KD with as many views as the method."""
     return "KD_TWO_VIEWS" if "image_strong" in contract_of(distiller_dict[method]).views else "KD"
 
 
 def with_options(cfg: Any, **values: Any) -> Any:
-    """A changed copy; ``DISTILLER__TYPE="KD"`` stands for ``DISTILLER.TYPE``."""
+    """A changed copy of a configuration; ``DISTILLER__TYPE="KD"`` sets ``DISTILLER.TYPE``."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.merge_from_list([part for key, value in values.items() for part in (key.replace("__", "."), value)])
@@ -74,12 +74,12 @@ def build_networks(cfg: Any) -> tuple[nn.Module, nn.Module | None]:
 
 
 def build_subject(cfg: Any, folder: Path, num_batches: int = 4) -> Subject:
-    """The method that ``DISTILLER.TYPE`` names, as a run would build it.
+    """Build the method of ``DISTILLER.TYPE`` as a run does.
 
     Args:
         cfg: a checked configuration.
-        folder: where its trainer may write.
-        num_batches: how many batches of the first epoch are kept; fewer if an epoch has fewer.
+        folder: for the trainer's files.
+        num_batches: number of the first epoch's batches to keep; fewer if an epoch has fewer.
     """
     cfg = with_options(cfg, LOG__PREFIX=str(folder))
     precision = Precision.from_cfg(cfg)
@@ -87,7 +87,7 @@ def build_subject(cfg: Any, folder: Path, num_batches: int = 4) -> Subject:
     loaders = build_loaders(cfg, precision.device)
     batches = [to_batch(item, precision) for item in itertools.islice(loaders.train, num_batches)]
     if teacher is not None and not cfg.DISTILLER.TEACHER_CKPT:
-        settle(precision.place(teacher), batches)
+        calibrate_batch_norms(precision.place(teacher), batches)
     torch.manual_seed(cfg.EXPERIMENT.SEED)
     distiller = build_distiller(cfg, student, teacher, loaders.num_data)
     loaders.train.set_epoch(1)
@@ -96,19 +96,19 @@ def build_subject(cfg: Any, folder: Path, num_batches: int = 4) -> Subject:
 
 
 @torch.no_grad()
-def settle(network: nn.Module, batches: list[dict[str, Tensor]]) -> None:
-    """Give BatchNorms the statistics of real images."""
+def calibrate_batch_norms(network: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+    """Set the statistics of a network's BatchNorms from real images."""
     network.train()
     image = next(value for name, value in batches[0].items() if name.startswith("image"))
-    for _ in range(SETTLING_STEPS):
+    for _ in range(CALIBRATION_STEPS):
         network(image)
     network.eval()
 
 
 def loss_alone(subject: Subject) -> Callable[[], None]:
-    """The method's own part of a step: everything but its networks' passes, forward and backward.
+    """A function that does a step without the networks' forward and backward passes.
 
-    The networks' outputs on one batch are recorded, and given again each time.
+    The networks' outputs on one batch are recorded once and reused in each call.
     """
     trainer, batch = subject.trainer, subject.batches[0]
     distiller = trainer.distiller.train()
@@ -122,17 +122,17 @@ def loss_alone(subject: Subject) -> Callable[[], None]:
         sum(loss.mean() for loss in losses.values()).backward()
 
     with ExitStack() as stack:
-        for network, found in outputs.items():
-            link = listen(lambda args, kwargs, output, found=found: found.append(output))
+        for network, recorded in outputs.items():
+            link = listen(lambda args, kwargs, output, recorded=recorded: recorded.append(output))
             stack.enter_context(linked(network, "listen", link))
         step()
-    for network, found in outputs.items():
-        put(network, "listen", partial(_recorded, itertools.cycle(found), network not in frozen))
+    for network, recorded in outputs.items():
+        put(network, "listen", partial(_replay, itertools.cycle(recorded), network not in frozen))
     return step
 
 
-def _recorded(outputs: Iterator[Any], with_gradient: bool, *args: Any, **kwargs: Any) -> Any:
-    """A link that gives the next recorded output and computes nothing."""
+def _replay(outputs: Iterator[Any], with_gradient: bool, *args: Any, **kwargs: Any) -> Any:
+    """A link that returns the next recorded output and computes nothing."""
 
     def leaf(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -143,7 +143,7 @@ def _recorded(outputs: Iterator[Any], with_gradient: bool, *args: Any, **kwargs:
 
 
 def teacher_variants(cfg: Any, device: torch.device) -> dict[str, tuple[nn.Module, Precision, bool]]:
-    """The teacher as it comes and with one speed-up more each time: network, precision, whether it is folded."""
+    """The plain teacher and its variants with speed-ups: network, precision, and whether the network is folded."""
     _, teacher = build_networks(cfg)
     plain = Precision(device)
     last, half = Precision(device, None, True), Precision(device, torch.bfloat16, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = [
     "AverageMeter",
     "accuracy",
     "adjust_learning_rate",
+    "cores",
     "load_checkpoint",
     "log_msg",
     "processor_name",
@@ -62,7 +64,7 @@ def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> li
 
 
 def validate(val_loader, distiller) -> tuple[float, float, float]:
-    """Top-1 and top-5 accuracy in percent and mean cross-entropy of the student, as mdistiller gives them."""
+    """Top-1 and top-5 accuracy in percent and mean cross-entropy of the student, in mdistiller's order."""
     return tuple(Classification().evaluate(distiller, val_loader).values.values())
 
 
@@ -72,6 +74,11 @@ def adjust_learning_rate(epoch: int, cfg: Any, optimizer: torch.optim.Optimizer)
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     return rate
+
+
+def cores() -> int:
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor_name() -> str:
@@ -90,7 +97,7 @@ def pyplot(what: str) -> Any:
     """``matplotlib.pyplot`` for files, without windows.
 
     Args:
-        what: what needs matplotlib, for the message: ``"the learning curves"``.
+        what: the picture, for the message: ``"the learning curves"``.
 
     Raises:
         InputError: matplotlib is not installed.

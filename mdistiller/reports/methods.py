@@ -1,7 +1,7 @@
-"""The page of all methods: what each needs of batch and teacher, what it adds, what it costs.
+"""The page of all methods: their batch, the teacher's outputs that they use, their parameters and their costs.
 
-Everything is read off the code or measured: which of the teacher's outputs a method depends on is found by disturbing
-one after the other, costs come from the reports of ``tools/bench.py step`` and ``memory``.
+All columns are read from the code or measured. A method uses an output of the teacher if noise on this output changes
+the losses. The costs come from the reports of ``tools/bench.py step`` and ``memory``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mdistiller.models import cifar_model_dict
 from mdistiller.registry import InputError, distiller_dict
 
 OUTPUTS = {"logits": "logits", "feats": "maps", "preact_feats": "maps before ReLU", "pooled_feat": "pooled features"}
-GOLDEN_NAMES = {"MLKD": "mlld"}  # where the reference values have another name than the method
+GOLDEN_NAMES = {"MLKD": "mlld"}  # methods with another name in the reference values
 COLUMNS = (
     "method",
     "paper and venue",
@@ -54,10 +54,10 @@ def write_methods_page(path: Path, step: Path, memory: Path, golden: Path, comma
         step: report of ``tools/bench.py step --json``.
         memory: report of ``tools/bench.py memory --json``.
         golden: folder of the reference values.
-        command: as which the page was asked for.
+        command: the command that makes the page.
 
     Raises:
-        InputError: a report that cannot be read.
+        InputError: a report cannot be read.
     """
     reports = [_report(step), _report(memory)]
     costs = [{row["name"]: row["ratio"]["median"] for row in report["rows"]} for report in reports]
@@ -75,7 +75,7 @@ def write_methods_page(path: Path, step: Path, memory: Path, golden: Path, comma
 
 
 def facts(name: str) -> list[str]:
-    """The columns that are read off the code."""
+    """The columns that are read from the code."""
     cls = distiller_dict[name]
     fields = [field.removeprefix("image_") if field != "image" else "one view" for field in contract_of(cls).views]
     batch = fields + (["negatives"] if contract_of(cls).negatives else [])
@@ -90,23 +90,19 @@ def facts(name: str) -> list[str]:
 
 
 def teacher_outputs(cfg: Any) -> list[str]:
-    """Which outputs of the teacher move the losses of the method that ``cfg`` names, found by disturbing each."""
-    found = []
+    """The outputs of the teacher that the losses of the method in ``cfg`` use, found by noise on each output."""
     reference = _losses(cfg, "")
-    for key in OUTPUTS:
-        if not torch.equal(_losses(cfg, key), reference):
-            found.append(key)
-    return found
+    return [key for key in OUTPUTS if not torch.equal(_losses(cfg, key), reference)]
 
 
 def golden_cases(name: str, golden: Path) -> int:
-    """How many sets of reference values there are for the method in ``golden``."""
+    """The number of sets of reference values for the method in ``golden``."""
     cases = [case for file in sorted(golden.glob("losses*/*.json")) for case in json.loads(file.read_text())]
     return sum(case["method"] == GOLDEN_NAMES.get(name, name.lower()) for case in cases)
 
 
 def _losses(cfg: Any, disturbed: str) -> Tensor:
-    """The losses on one small random batch, the teacher's output ``disturbed`` with noise on it."""
+    """The losses on one small random batch, with noise on the teacher's output ``disturbed``."""
     distiller = _build(cfg, "resnet14", "resnet8", 10)
 
     def disturb(module: nn.Module, args: Any, output: Any) -> Any:
@@ -118,9 +114,9 @@ def _losses(cfg: Any, disturbed: str) -> Tensor:
                 return [noisy(part) for part in value]
             return value + torch.randn(value.shape, generator=generator)
 
-        given = {"logits": logits, **features}
-        given = {key: noisy(value) if key == disturbed else value for key, value in given.items()}
-        return given.pop("logits"), given
+        outputs = {"logits": logits, **features}
+        outputs = {key: noisy(value) if key == disturbed else value for key, value in outputs.items()}
+        return outputs.pop("logits"), outputs
 
     distiller.teacher.register_forward_hook(disturb)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""All options of the configuration as a listing and as a page, read off their declarations."""
+"""All options of the configuration as a listing and as a page, read from their declarations."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ A value stands in a YAML file or follows its key on the command line. The role s
 
 
 def all_options() -> dict[str, Option]:
-    """The library's options, those of all data sets and those of all methods, by dotted key."""
-    found = dict(OPTIONS)
+    """The options of the library, of all data sets and of all methods, by dotted key."""
+    options = dict(OPTIONS)
     for dataset in dataset_dict.values():
-        found |= options_of_dataset(dataset)
+        options |= options_of_dataset(dataset)
     for method in distiller_dict.values():
         for key, option in options_of_method(method).items():
-            found.setdefault(key, option)
+            options.setdefault(key, option)
     sections = list(dict.fromkeys(key.split(".")[0] for key in OPTIONS))
 
     def place(key: str) -> tuple[int, str]:
-        """The library's sections as declared, then the methods' by name."""
+        """The library's sections in the order of their declarations, then the methods' sections by name."""
         section = key.split(".")[0]
         return (sections.index(section), "") if section in sections else (len(sections), section)
 
-    return {key: found[key] for key in sorted(found, key=place)}
+    return {key: options[key] for key in sorted(options, key=place)}
 
 
 def option_rows(sections: Sequence[str] = ()) -> list[tuple[str, ...]]:
     """A row of :data:`COLUMNS` for each option.
 
     Args:
-        sections: beginnings of keys, ``SOLVER``; all where empty.
+        sections: first parts of keys, ``SOLVER`` for example; empty: all options.
 
     Raises:
-        InputError: no option begins so.
+        InputError: there is no such section.
     """
     options = all_options()
     known = dict.fromkeys(key.rpartition(".")[0] for key in options)
@@ -82,7 +82,7 @@ def write_options_page(path: Path) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A default as it would be typed."""
+    """A default as a user would type it."""
     if isinstance(value, str):
         return value or '""'
     if isinstance(value, dict):

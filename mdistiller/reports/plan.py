@@ -1,21 +1,22 @@
-"""A run plan as data: which methods on which teacher-student pairs with which seeds.
+"""A run plan as data: methods, teacher-student pairs and seeds.
 
 A plan is a YAML file::
 
     TITLE: "one line for the reader"
-    OUTPUT: "output/demo"                      # every run's folder lies below
+    OUTPUT: "output/demo"                      # the folder that holds every run's folder
     SEEDS: [0, 1, 2]
-    PAIRS:
-      res20_res8: {TEACHER: "configs/digits/vanilla/res20.yaml"}
-    METHODS:
+    PAIRS:                                     # TEACHER and OPTIONS are optional
+      res20_res8: {TEACHER: "configs/digits/vanilla/res20.yaml", OPTIONS: {SOLVER.LR: 0.05}}
+    METHODS:                                   # OPTIONS is optional
       "KD": {CONFIG: "configs/digits/kd/{pair}.yaml", OPTIONS: {KD.TEMPERATURE: 2}}
     OPTIONS: {SOLVER.AMP: "bf16"}              # for every run; optional
     CLAIMS: [["KD", "plain"]]                  # better, worse; optional. With a number, [one, other, 0.5]: the mean
-                                               # difference, seed by seed, is at most so many points
+                                               # difference, seed by seed, is at most this number of points
     HOW_TO_READ: "..."                         # printed below the table; optional
 
-A pair with ``TEACHER`` has that config trained first, and its runs take ``student_last`` of it as their teacher;
-a pair without uses the teacher that its configs name.
+If a pair has ``TEACHER``, the runner first trains this config; its ``student_last`` is the teacher of the pair's runs.
+A pair without ``TEACHER`` uses the teacher of its configs. A pair's ``OPTIONS`` hold for its runs in the table, not for
+its teacher. If a key is set several times, the method's value counts, then the pair's, then the plan's.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Cell:
 
     @property
     def console(self) -> Path:
-        """What the run prints, beside its folder."""
+        """The file of the run's printed output, beside its folder."""
         return self.folder.with_name(self.folder.name + ".log")
 
 
@@ -62,12 +63,12 @@ class Plan:
     title: str
     output: Path
     seeds: list[int]
-    pairs: dict[str, dict[str, str]]
+    pairs: dict[str, dict[str, Any]]
     methods: dict[str, dict[str, Any]]
     options: dict[str, Any] = field(default_factory=dict)
     claims: list[tuple[str, str] | tuple[str, str, float]] = field(default_factory=list)
     how_to_read: str = ""
-    headline: Measure = Classification().headline  # what the runs are compared by
+    headline: Measure = Classification().headline  # the measure that compares the runs
     allow_plugins: bool = False  # code that the plan and its configs name may be executed
 
     def teachers(self) -> dict[str, Cell]:
@@ -82,7 +83,7 @@ class Plan:
         for seed in self.seeds:
             for method, recipe in self.methods.items():
                 for pair, facts in self.pairs.items():
-                    options = dict(recipe.get("OPTIONS", {}))
+                    options = facts.get("OPTIONS", {}) | recipe.get("OPTIONS", {})
                     if "TEACHER" in facts:
                         checkpoint = teachers[facts["TEACHER"]].folder / "student_last"
                         options["DISTILLER.TEACHER_CKPT"] = str(checkpoint)
@@ -92,31 +93,31 @@ class Plan:
 
     def _cell(self, method: str, pair: str, seed: int, config: str, options: dict[str, Any]) -> Cell:
         name = f"{method}/{pair}/seed{seed}".replace(" ", "_").replace(",", "")
-        own = {
+        identity = {
             "LOG.PREFIX": str(self.output.parent),
             "EXPERIMENT.PROJECT": self.output.name,
             "EXPERIMENT.NAME": name,
             "EXPERIMENT.SEED": seed,
         }
-        merged = {**self.options, **options, **own}
+        merged = {**self.options, **options, **identity}
         try:
-            given = [part for item in merged.items() for part in item]
-            cfg = load_config(config, given, allow_plugins=self.allow_plugins, source="OPTIONS")
+            settings = [part for item in merged.items() for part in item]
+            cfg = load_config(config, settings, allow_plugins=self.allow_plugins, source="OPTIONS")
         except InputError as error:
             raise InputError(f"{method}, {pair}: {error}") from None
         return Cell(method, pair, seed, cfg)
 
 
 def load_plan(path: str | Path, allow_plugins: bool = False) -> Plan:
-    """Read and check a plan, the configurations of all its runs included.
+    """Read and check a plan and the configurations of all its runs.
 
     Args:
         path: the file.
         allow_plugins: see :func:`mdistiller.engine.cfg.load_config`.
 
     Raises:
-        InputError: a missing or unreadable file; keys that are missing, unknown or hold the wrong thing; a claim
-            about no row; a run that its configuration keeps from starting, or that would share another's folder.
+        InputError: the file is missing or unreadable; a key is missing or unknown, or has a wrong value; a claim names
+            an unknown row; a run's configuration is invalid; or two runs share a folder.
     """
     path = config_path(Path(path))
     try:
@@ -151,14 +152,14 @@ def _plan_from(tree: Any, allow_plugins: bool) -> Plan:
             raise InputError(f"{other.method!r} and {cell.method!r} on {cell.pair} share the folder {cell.folder}")
     headlines = {task_of(cell.cfg).headline: cell.cfg.DATASET.TYPE for cell in plan.cells()}
     if len(headlines) > 1:
-        found = " and ".join(f"{headline.label} on {dataset}" for headline, dataset in headlines.items())
-        raise InputError(f"one table cannot show runs that are scored by {found}; write one plan for each")
+        measures = " and ".join(f"{headline.label} on {dataset}" for headline, dataset in headlines.items())
+        raise InputError(f"one table cannot show runs that are scored by {measures}; write one plan for each")
     return replace(plan, headline=next(iter(headlines)))
 
 
 def _check_tree(tree: Any) -> None:
     if not isinstance(tree, dict):
-        raise InputError(f"it must hold the keys {', '.join(REQUIRED)}")
+        raise InputError(f"the file must hold the keys {', '.join(REQUIRED)}")
     known = REQUIRED | OPTIONAL
     for key, value in tree.items():
         if key not in known:
@@ -167,12 +168,14 @@ def _check_tree(tree: Any) -> None:
             raise InputError(f"{key} takes {KINDS[known[key]]}, not {value!r}")
     missing = [key for key in REQUIRED if not tree.get(key)]
     if missing:
-        raise InputError(f"it lacks {', '.join(missing)}")
+        raise InputError(f"the file lacks {', '.join(missing)}")
     if not all(type(seed) is int for seed in tree["SEEDS"]):
         raise InputError(f"SEEDS takes whole numbers, not {tree['SEEDS']}")
     for name, entry in tree["PAIRS"].items():
-        if not (_is_name(name) and _fits({} if entry is None else entry, {"TEACHER": str})):
-            raise InputError(f"PAIRS: {name!r} must be a name and may hold TEACHER and a config, not {entry!r}")
+        if not (_is_name(name) and _fits({} if entry is None else entry, {"TEACHER": str, "OPTIONS": dict})):
+            raise InputError(
+                f"PAIRS: {name!r} must be a name and may hold TEACHER with a config, and OPTIONS, not {entry!r}"
+            )
     for name, entry in tree["METHODS"].items():
         if not (_is_name(name) and _fits(entry, {"CONFIG": str, "OPTIONS": dict}) and "CONFIG" in entry):
             raise InputError(f"METHODS: {name!r} must be a name and hold CONFIG, and may hold OPTIONS, not {entry!r}")
@@ -182,7 +185,7 @@ def _check_tree(tree: Any) -> None:
                 f"a claim names two of {list(tree['METHODS'])}, and may give the largest difference in points, "
                 f"not {claim}"
             )
-    # Not tried with format alone: "{images:999999999}" fills the memory.
+    # format() alone is no safe check: "{images:999999999}" fills the memory.
     if re.search(r"[{}]", re.sub(r"\{(images|image_points(:\.\df)?)\}", "", tree.get("HOW_TO_READ", ""))):
         raise InputError("HOW_TO_READ may hold {images} and {image_points} or {image_points:.2f}, and no other braces")
 
@@ -201,5 +204,5 @@ def _is_claim(claim: Any, methods: dict[str, Any]) -> bool:
 
 
 def _fits(entry: Any, kinds: dict[str, type]) -> bool:
-    """Whether ``entry`` is a mapping that holds nothing but these keys, each with a value of its kind."""
+    """Whether ``entry`` is a mapping with no other keys than these, and each value has its type."""
     return isinstance(entry, dict) and all(isinstance(value, kinds.get(key, ())) for key, value in entry.items())

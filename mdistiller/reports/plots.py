@@ -13,15 +13,15 @@ from .plan import Plan
 from .table import Summary
 
 LINES = ("-", "--", "-.", ":")  # beside the colour, for print in grey
-COLORS = ("#1f4e9c", "#c44e00", "#1a7f4b", "#a3195b", "#4d4d4d", "#6a3fb5", "#8a6d00")  # dark: they are text, too
-LABEL = 0.22  # inches that a line of text takes
+COLORS = ("#1f4e9c", "#c44e00", "#1a7f4b", "#a3195b", "#4d4d4d", "#6a3fb5", "#8a6d00")  # dark, since they colour text
+LABEL = 0.22  # height of a line of text, in inches
 
 
 def learning_curves(plan: Plan, path: Path) -> None:
-    """The headline on the test images over the epochs, as PNG: a panel for each pair, a line for each method.
+    """Draw the headline on the test images over the epochs, as PNG: a panel for each pair, a line for each method.
 
-    The line is the mean over the seeds, the band their range. Name and mean after the last epoch stand at the line's
-    end. The vertical axis shows the last third of the epochs; what lies outside of it at the beginning is cut off.
+    A line is the mean over the seeds, and its band is their range. The method's name and its mean after the last epoch
+    are written at the line's end. The range of the vertical axis is that of the last third of the epochs.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -63,7 +63,7 @@ def learning_curves(plan: Plan, path: Path) -> None:
 
 
 def _name_ends(panel: Any, x: float, ends: Sequence[tuple[float, str, str]], gap: float) -> None:
-    """Write ``(value, text, colour)`` beside the lines' ends, moved apart where they would overlap."""
+    """Write ``(value, text, colour)`` beside the lines' ends. Texts that overlap are moved apart."""
     low, high = panel.get_ylim()
     ends = sorted(ends)
     places = apart([(value - low) / (high - low) for value, *_ in ends], gap)
@@ -75,7 +75,7 @@ def _name_ends(panel: Any, x: float, ends: Sequence[tuple[float, str, str]], gap
 
 
 def apart(places: Sequence[float], gap: float) -> list[float]:
-    """Rising places in [0, 1], moved as little as keeps ``gap`` between them; beyond 1 only where they do not fit."""
+    """Rising places in [0, 1], moved apart by ``gap``; above 1 only if they do not fit."""
     moved: list[float] = []
     for place in places:
         moved.append(max([place, *(last + gap for last in moved[-1:])]))
@@ -87,19 +87,19 @@ def apart(places: Sequence[float], gap: float) -> list[float]:
 
 
 def _explain(panel: Any, text: str) -> None:
-    """The legend of line and band."""
+    """Add the legend of line and band."""
     line = panel.plot([], [], color="0.3", linewidth=1.8)[0]
     band = panel.fill_between([], [], [], color="0.3", alpha=0.2, lw=0)
     panel.legend([(band, line)], [text], loc="lower right", fontsize=9)
 
 
 def accuracies(rows: list[Summary], title: str, path: Path) -> None:
-    """The table as a picture: a dot for each seed, a bar at their mean, a line at the pair's teacher. Written as SVG.
+    """Draw the table as SVG: a dot for each seed, a bar at their mean, a line at the accuracy of the pair's teacher.
 
     Args:
         rows: of ``summarize``.
-        title: stands above.
-        path: where to write.
+        title: written above the panels.
+        path: of the SVG file.
 
     Raises:
         InputError: matplotlib is not installed.

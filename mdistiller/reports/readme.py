@@ -1,4 +1,4 @@
-"""README's table: what the papers report for their methods, and what this library has measured."""
+"""README's table: the papers' results for their methods, and this library's results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mdistiller.registry import InputError
 from .tables import Measured, PaperTable, measured, paper_tables
 
 BEGIN, END = "<!-- made by: python tools/list.py --page README.md -->", "<!-- end -->"
-PAIRS = ("dcd/tab7", "dcd/tab8", "vrm/tab2")  # whose columns are the pairs
+PAIRS = ("dcd/tab7", "dcd/tab8", "vrm/tab2")  # tables whose columns are the pairs
 SOURCES = {
     "KD": PAIRS,
     "VRM": ("vrm/tab12", "vrm/tab13", "vrm/tab2"),
@@ -25,13 +25,13 @@ SOURCES = {
 
 
 def papers_table(results: list[Measured]) -> str:
-    """The table and its footnote, in Markdown. Cells hold the paper's number and this library's.
+    """The table and its footnote, in Markdown. Cells hold the paper's number and this library's number.
 
     Args:
         results: of :func:`~mdistiller.reports.tables.measured`.
     """
     lines = [("teacher→student", "teacher", "alone", *SOURCES), ("---",) * (3 + len(SOURCES))]
-    own = {(r.dataset, r.method, r.teacher, r.student): r.text for r in results}
+    ours = {(r.dataset, r.method, r.teacher, r.student): r.text for r in results}
     others: dict[str, dict[str, float]] = {}
     dataset = None
     for table, pair in _pairs():
@@ -43,14 +43,14 @@ def papers_table(results: list[Measured]) -> str:
             value, other = _reported(method, dataset, pair)
             others.setdefault(method, {}).update(other)
             reported = "-" if value is None else f"{value:.2f}{'†' if other else ''}"
-            cells.append(f"{reported}/{own.get((dataset, method, pair['teacher'], pair['student']), '-')}")
+            cells.append(f"{reported}/{ours.get((dataset, method, pair['teacher'], pair['student']), '-')}")
         lines.append(tuple(cells))
-    found = [
+    differing = [
         f"{method} {', '.join(f'{name} {accuracy:.2f}' for name, accuracy in other.items())}"
         for method, other in others.items()
         if other
     ]
-    note = f"† In the papers these networks are others, by their accuracies: {'; '.join(found)}."
+    note = f"† In the papers these networks are others, by their accuracies: {'; '.join(differing)}."
     return "\n".join(f"|{'|'.join(cells)}|" for cells in lines) + f"\n\n{note}"
 
 
@@ -61,8 +61,10 @@ def _pairs() -> Iterator[tuple[PaperTable, dict[str, Any]]]:
 
 
 def _reported(method: str, dataset: str, pair: dict[str, Any]) -> tuple[float | None, dict[str, float]]:
-    """The first number that the sources have for a pair; and that paper's accuracies of teacher and student alone,
-    where they differ from those of ``pair`` by more than rounding."""
+    """The first number in a method's sources for a pair, and the paper's accuracies of its teacher and student.
+
+    An accuracy is returned only if it differs from that in ``pair`` by more than rounding.
+    """
     for table in map(paper_tables().get, SOURCES[method]):
         if table.facts["dataset"] != dataset or method not in [row["method"] for row in table.rows]:
             continue
@@ -78,7 +80,7 @@ def _reported(method: str, dataset: str, pair: dict[str, Any]) -> tuple[float | 
 
 
 def write_readme_table(path: Path) -> None:
-    """Put the table between README's two marks.
+    """Write the table between README's two marks.
 
     Raises:
         InputError: the file lacks a mark.

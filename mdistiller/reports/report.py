@@ -1,4 +1,4 @@
-"""The files that a plan leaves: table, curves, verdicts; and several plans as one page to keep."""
+"""The files of a finished plan: table, curves, verdicts; and a page with the results of several plans."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Report:
     """The result of a plan.
 
     Args:
-        title: the plan's.
-        body: table, verdicts and how to read them, in Markdown.
-        provenance: where, when and with what the runs were made.
-        files: where the plan's files and runs are, and what is missing.
+        title: of the plan.
+        body: table, verdicts and the plan's explanation, in Markdown.
+        provenance: date, machine and software of the runs.
+        files: the paths of the plan's files and runs, and the reason for a missing file.
         claims_hold: whether every claim of the plan holds.
     """
 
@@ -42,7 +42,7 @@ class Report:
 def write_report(plan: Plan, results: Results) -> Report:
     """Write ``table.md``, ``table.csv`` and, with matplotlib, two pictures into the plan's output folder.
 
-    The table shows training times only where all runs had the same machine, threads, torch and code.
+    The table shows training times only if all runs had the same machine, threads, torch and code.
     """
     rows = summarize(plan, results)
     verdicts = check_claims(plan, rows)
@@ -69,13 +69,13 @@ def write_report(plan: Plan, results: Results) -> Report:
 
 
 def _origin(plan: Plan) -> dict[str, set[str]]:
-    """When, on what machine and with what software the plan's runs were made, as their ``environment.json`` say."""
-    found: dict[str, set[str]] = {}
+    """Date, machine and software of the plan's runs, from their ``environment.json``."""
+    origin: dict[str, set[str]] = {}
     for cell in plan.cells():
-        facts = json.loads((cell.folder / "environment.json").read_text())
-        for key, value in _facts(facts).items():
-            found.setdefault(key, set()).add(value)
-    return found
+        environment = json.loads((cell.folder / "environment.json").read_text())
+        for key, value in _facts(environment).items():
+            origin.setdefault(key, set()).add(value)
+    return origin
 
 
 def _facts(environment: dict) -> dict[str, str]:
@@ -90,7 +90,7 @@ def _facts(environment: dict) -> dict[str, str]:
 
 
 def write_page(path: str | Path, reports: Sequence[Report], command: str) -> None:
-    """The reports of several plans as one Markdown page, with the command that makes it."""
+    """Write the reports of several plans as one Markdown page, with the command that makes the page."""
     parts = ["# Measured results", f"Made by `{command}`; headlines are of the last epoch."]
     for report in reports:
         parts += [f"## {report.title}", report.body, report.provenance]

@@ -1,4 +1,4 @@
-"""Running a plan: what is done stays done, what was interrupted goes on, the rest runs in processes side by side."""
+"""Running a plan: finished runs are kept, interrupted runs are continued, and processes run in parallel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -26,6 +25,7 @@ from mdistiller.engine.forwards.precision import resolve_device
 from mdistiller.engine.hooks import StopRequested
 from mdistiller.engine.run import run
 from mdistiller.engine.task import task_of
+from mdistiller.engine.utils import cores
 from mdistiller.files import file_sha256
 from mdistiller.plugins import place_in_file, source_of
 from mdistiller.registry import InputError, RunError, distiller_dict
@@ -36,21 +36,21 @@ from .plan import Cell, Plan
 def run_plan(
     plan: Plan, jobs: int = 0, say: Callable[[str], None] = print
 ) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """Run what of the plan is not done yet and return all results.
+    """Run the unfinished runs of a plan and return all results.
 
     Args:
         plan: the plan.
-        jobs: processes side by side; 0: one for each core on a CPU, one on a GPU. They share out the threads that torch
-            would take by itself: the cores', or ``OMP_NUM_THREADS``.
-        say: where a line about each run goes.
+        jobs: number of parallel processes; 0: one for each core on a CPU, one on a GPU. The processes share torch's
+            default number of threads: the number of cores, or ``OMP_NUM_THREADS``.
+        say: called with a line about each run.
 
     Returns:
-        What each run's ``results.json`` holds, by (method, pair, seed).
+        The content of each run's ``results.json``, by (method, pair, seed).
 
     Raises:
-        InputError: ``jobs`` is negative, the plan's folder cannot be written to, or some runs could not start. The
-            message says which and where theirs are. The others are kept.
-        RunError: the same, where some runs failed after they had started.
+        InputError: ``jobs`` is negative, the plan's folder is not writable, or some runs could not start. The message
+            names these runs and their log files. The other runs are kept.
+        RunError: some runs failed after their start; the message is the same.
     """
     if jobs < 0:
         raise InputError(f"the number of jobs must be 0 or more, got {jobs}")
@@ -67,13 +67,13 @@ def run_plan(
 
 
 def finished_results(cell: Cell) -> dict[str, Any] | None:
-    """The results of a cell that ran to its end with the very configuration and teacher it has now."""
+    """The results of a cell if its run has finished with the cell's current configuration and teacher."""
     results = _results(cell)
     return results if results.get("status") == "finished" and _same_run(cell) else None
 
 
 def _say_other_versions(done: list[Cell], say: Callable[[str], None]) -> None:
-    """Name the runs whose method's file has changed since."""
+    """Name the runs whose method's file has changed since the run."""
     changed: dict[str, list[Path]] = {}
     for cell in done:
         before, now = _results(cell).get("method_file"), source_of(distiller_dict[cell.cfg.DISTILLER.TYPE])
@@ -94,10 +94,10 @@ def _results(cell: Cell) -> dict[str, Any]:
 
 
 def _same_run(cell: Cell) -> bool:
-    """Whether what lies in the cell's folder was run, to its end or not, as the cell would be run now."""
+    """Whether the run in the cell's folder, finished or not, has the cell's current configuration and teacher."""
     try:
         before = read_yaml(cell.folder / "config.yaml")
-        if changed_settings(cell.folder, cell.cfg):  # on the way; no one configuration gives such a run
+        if changed_settings(cell.folder, cell.cfg):  # settings changed on a resume: no single configuration gives this
             return False
     except (OSError, InputError):
         return False
@@ -110,17 +110,13 @@ def _same_run(cell: Cell) -> bool:
 
 
 def _default_jobs(cell: Cell) -> int:
-    return _cores() if resolve_device(cell.cfg.SOLVER.DEVICE).type == "cpu" else 1
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores() if resolve_device(cell.cfg.SOLVER.DEVICE).type == "cpu" else 1
 
 
 def _run_all(cells: list[Cell], jobs: int, say: Callable[[str], None]) -> None:
     failed, images, start, kind = [], 0, time.perf_counter(), InputError
     if cells:
-        say(f"{len(cells)} to run, {jobs} at a time; {cells[0].console} and its like show the progress")
+        say(f"{len(cells)} to run, {jobs} at a time; the .log files show the progress, {cells[0].console} for example")
     for number, (cell, seconds, problem, wrong_input) in enumerate(_in_processes(cells, jobs), start=1):
         place = f"[{number}/{len(cells)}] {cell.method}, {cell.pair}, seed {cell.seed}"
         if problem:
@@ -141,7 +137,7 @@ def _run_all(cells: list[Cell], jobs: int, say: Callable[[str], None]) -> None:
 
 
 def _move_aside(folder: Path) -> None:
-    """Keep a run that had other settings, beside its place."""
+    """Rename the folder of a run that has other settings."""
     if holds_run(folder):
         number = next(n for n in itertools.count(1) if not Path(f"{folder}_old{n}").exists())
         folder.rename(f"{folder}_old{number}")
@@ -150,7 +146,7 @@ def _move_aside(folder: Path) -> None:
 def _in_processes(cells: list[Cell], jobs: int) -> Iterable[tuple[Cell, float, str, bool]]:
     if not cells:
         return
-    threads = max(1, torch.get_num_threads() // jobs)  # as many as OMP_NUM_THREADS or the cores allow
+    threads = max(1, torch.get_num_threads() // jobs)  # torch's number follows OMP_NUM_THREADS or the cores
     context = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
     with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool, _leaving_on_sigterm():
         futures = {pool.submit(_run_cell, cell): cell for cell in cells}
@@ -158,26 +154,29 @@ def _in_processes(cells: list[Cell], jobs: int) -> Iterable[tuple[Cell, float, s
             for future in as_completed(futures):
                 try:
                     outcome = future.result()
-                except (OSError, BrokenExecutor) as error:  # its log cannot be written; its process was killed
+                except (OSError, BrokenExecutor) as error:  # the log cannot be written; the process was killed
                     outcome = 0.0, str(error), False
                 yield futures[future], *outcome
-        except BaseException as error:  # Ctrl-C, SIGTERM: what runs saves its state, the rest is not begun
+        except BaseException as error:  # Ctrl-C, SIGTERM: started runs save their state, the others do not start
             pool.shutdown(wait=True, cancel_futures=True)
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                print("stopped; call again to go on", file=sys.stderr)
+                print("stopped; run the command again to continue", file=sys.stderr)
             raise
 
 
 @contextlib.contextmanager
 def _leaving_on_sigterm() -> Iterator[None]:
-    """SIGTERM stops the runs as Ctrl-C does, which a terminal sends to all processes; a second one kills them."""
+    """Context in which SIGTERM stops all runs, like Ctrl-C; a second signal kills them.
+
+    A terminal sends Ctrl-C to all processes itself.
+    """
 
     def leave(number: int, frame: Any) -> None:
         for worker in multiprocessing.active_children():
             worker.terminate()
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
+    if threading.current_thread() is not threading.main_thread():  # Python allows signal handlers in no other thread
         yield
         return
     before = signal.signal(signal.SIGTERM, leave)
@@ -188,15 +187,15 @@ def _leaving_on_sigterm() -> Iterator[None]:
 
 
 def _start_worker(threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between runs; a run takes it to stop and save
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between runs; a run handles the signal, stops and saves
     torch.set_num_threads(threads)
 
 
 def _run_cell(cell: Cell) -> tuple[float, str, bool]:
-    """Run one cell in a worker process, its output in ``cell.console``.
+    """Run one cell in a worker process, and write its output to ``cell.console``.
 
     Returns:
-        Seconds; what went wrong, if anything; whether the user's input did.
+        Seconds; the problem, empty if there is none; whether the problem is a user's mistake.
     """
     cell.console.parent.mkdir(parents=True, exist_ok=True)
     start, same = time.perf_counter(), _same_run(cell)
@@ -212,8 +211,8 @@ def _run_cell(cell: Cell) -> tuple[float, str, bool]:
             run(cell.cfg, resume=same)
         except StopRequested as stopped:
             print(stopped)
-            problem = "interrupted; the next call goes on with it"
-        except (Exception, SystemExit) as error:  # a failing run must not end the others
+            problem = "interrupted; the next call continues this run"
+        except (Exception, SystemExit) as error:  # a failing run must not end the other runs
             traceback.print_exc()
             place = place_in_file(error)
             problem = (str(error).split("\n")[0] or type(error).__name__) + (f" ({place})" if place else "")

@@ -1,4 +1,4 @@
-"""The parts of the library and who imports whom, read from the code; drawn for ``docs/inside.md``."""
+"""The parts of the library and their imports, read from the code; drawn for ``docs/inside.md``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLOURS = ("#e8f0fe", "#1a56db")  # of a box, of its outline
 
 
 def imports_of(path: Path, root: Path) -> set[str]:
-    """The dotted names that a file imports, wherever in the file it does; relative ones are completed.
+    """The dotted names of all imports in a file, also within functions; relative imports are made absolute.
 
     Args:
         path: a Python file.
@@ -32,25 +32,25 @@ def imports_of(path: Path, root: Path) -> set[str]:
 
 
 def part_of(name: str) -> str:
-    """The part of a dotted name: ``mdistiller.dataset.views`` lies in ``dataset``, ``tools.train`` in ``tools``."""
+    """The part of a dotted name: ``mdistiller.dataset.views`` is in ``dataset``, ``tools.train`` in ``tools``."""
     first, *rest = name.split(".")
     return rest[0] if first == PACKAGE and rest else first
 
 
 def parts(root: Path) -> dict[str, set[str]]:
     """Each part, and the parts that it imports."""
-    found: dict[str, set[str]] = {}
+    graph: dict[str, set[str]] = {}
     for top in (PACKAGE, "tools"):
         for path in sorted((root / top).rglob("*.py")):
             part = part_of(".".join(path.relative_to(root).with_suffix("").parts))
             if part not in ("__init__", "__main__"):
                 names = {part_of(name) for name in imports_of(path, root) if name.startswith(f"{PACKAGE}.")}
-                found.setdefault(part, set()).update(names - {part, "__version__"})
-    return found
+                graph.setdefault(part, set()).update(names - {part, "__version__"})
+    return graph
 
 
 def levels(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """The parts by rows: each stands above all that it imports, as low as possible; the lowest row is the last."""
+    """The parts by rows, the lowest row last. A part is as low as possible, but above all parts that it imports."""
     height: dict[str, int] = {}
 
     def place(part: str) -> int:

@@ -14,7 +14,7 @@ from .plan import Plan
 
 Results = dict[tuple[str, str, int], dict[str, Any]]
 SECONDS = "training [s]"
-# By seeds of each method: equal methods pass a claim's test in one of so many plans (normal values of one spread).
+# By number of seeds N: two equal methods pass a claim's test in 1 of this many plans (normal values of equal spread).
 PASSES_BY_CHANCE = {2: 6, 3: 9, 4: 14, 5: 19}
 COLUMNS = ("method", "pair", "last-epoch {}", "std", "n", SECONDS, "images seen")  # {}: the headline
 
@@ -27,9 +27,9 @@ class Summary:
         method: row name in the plan.
         pair: teacher-student pair.
         values: the headline after the last epoch, by seed.
-        seconds: training time of each run: data and a method's stage before training included, the latter also where
-            its result came from another run's file; evaluation not. Empty for a teacher.
-        images_seen: images that went through the student in each run, every view and every copy counted; 0 for a
+        seconds: training time of each run with data and with the method's stage before training, also if another run
+            computed the stage; without evaluation. Empty for a teacher.
+        images_seen: number of images that the student processed in each run, with every view and every copy; 0 for a
             teacher.
         headline: name, unit and direction of ``values``.
     """
@@ -59,8 +59,7 @@ class Summary:
 
 
 def summarize(plan: Plan, results: Results) -> list[Summary]:
-    """One row for each pair's teachers, where the runs have one, and one for each method and pair, in the plan's
-    order."""
+    """A row for each teacher of each pair, then a row for each method and pair, in the plan's order."""
     rows = [row for pair in plan.pairs for row in _teachers(plan, results, pair)]
     for method in plan.methods:
         for pair in plan.pairs:
@@ -72,16 +71,16 @@ def summarize(plan: Plan, results: Results) -> list[Summary]:
 
 
 def _teachers(plan: Plan, results: Results, pair: str) -> list[Summary]:
-    """The networks that teach a pair's students, as scored before the first step; each file counts once."""
-    found: dict[str, dict[Any, float]] = {}
+    """The teachers of a pair with their scores before the first step; each checkpoint file counts once."""
+    scores: dict[str, dict[Any, float]] = {}
     for method in plan.methods:
         for seed in plan.seeds:
             teacher = results[method, pair, seed].get("teacher", {})
             if plan.headline.name in teacher:
-                found.setdefault(teacher["name"], {})[teacher.get("sha256")] = teacher[plan.headline.name]
+                scores.setdefault(teacher["name"], {})[teacher.get("sha256")] = teacher[plan.headline.name]
     return [
         Summary(f"teacher ({name})", pair, list(values.values()), [], 0, plan.headline)
-        for name, values in found.items()
+        for name, values in scores.items()
     ]
 
 
@@ -91,11 +90,11 @@ def columns(rows: list[Summary]) -> tuple[str, ...]:
 
 
 def render(rows: list[Summary], seconds: bool = True) -> str:
-    """The table in Markdown, columns aligned so that it reads well as plain text too.
+    """The table in Markdown, with aligned columns for readers of the plain text.
 
     Args:
         rows: of :func:`summarize`.
-        seconds: with the training times, which only compare where all runs had the same machine and code.
+        seconds: show training times, which can be compared only if all runs had the same machine and code.
     """
     lines = [columns(rows), *(row.cells() for row in rows)]
     if not seconds:
@@ -122,17 +121,17 @@ def to_csv(rows: list[Summary]) -> str:
 
 
 def check_claims(plan: Plan, rows: list[Summary]) -> list[tuple[bool, str]]:
-    """For each of the plan's claims and each pair: does it hold, and the sentence that says so.
+    """For each of the plan's claims and each pair: whether the claim holds, and a sentence that says so.
 
-    A method is better than another if its mean is better by more than the larger of both standard deviations. With a
-    limit, two methods are alike if the mean of their differences, seed by seed, is at most that. Where the test has few
-    seeds, the sentence of a claim that holds says how often chance alone passes it.
+    A method is better than another if its mean is better by more than the larger of both standard deviations. A claim
+    with a limit holds if the mean of the differences, seed by seed, is at most the limit. With few seeds, the sentence
+    of a claim that holds says how often two equal methods pass the test by chance.
     """
-    found = {(row.method, row.pair): row for row in rows}
+    summaries = {(row.method, row.pair): row for row in rows}
     verdicts = []
     for one, other, *limit in plan.claims:
         for pair in plan.pairs:
-            a, b = found[one, pair], found[other, pair]
+            a, b = summaries[one, pair], summaries[other, pair]
             if limit:
                 verdicts.append(_alike(a, b, *limit))
             elif min(len(a.values), len(b.values)) < 2:

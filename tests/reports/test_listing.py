@@ -22,7 +22,7 @@ def test_rows_by_name_else_by_all_words(words, names):
 
 
 def test_no_row():
-    with pytest.raises(InputError, match="nothing in the list of things fits 'KDD logit'; closest: KD"):
+    with pytest.raises(InputError, match="nothing in the list of things matches 'KDD logit'; closest: KD"):
         chosen(ROWS, ["KDD", "logit"], "things")
 
 

@@ -43,3 +43,24 @@ def test_methods_differ_in_nothing_but_the_method():
         cell.cfg.defrost()
         cell.cfg.DISTILLER.TYPE = cell.cfg.EXPERIMENT.NAME = cell.cfg.EXPERIMENT.TAG = ""
     assert all(cell.cfg == cells[0].cfg for cell in cells)
+
+
+def test_options_of_the_method_count_before_those_of_the_pair_and_of_the_plan(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        """
+TITLE: "t"
+OUTPUT: "output/t"
+SEEDS: [0]
+PAIRS: {res20_res8: {TEACHER: "configs/digits/vanilla/res20.yaml", OPTIONS: {SOLVER.LR: 0.02, KD.TEMPERATURE: 3}}}
+METHODS:
+  "KD": {CONFIG: "configs/digits/kd/{pair}.yaml"}
+  "hot": {CONFIG: "configs/digits/kd/{pair}.yaml", OPTIONS: {KD.TEMPERATURE: 8}}
+OPTIONS: {SOLVER.LR: 0.01, SOLVER.EPOCHS: 2}
+"""
+    )
+    plan = load_plan(path)
+    settings = [(c.cfg.SOLVER.EPOCHS, c.cfg.SOLVER.LR, c.cfg.KD.TEMPERATURE) for c in plan.cells()]
+    assert settings == [(2, 0.02, 3.0), (2, 0.02, 8.0)]
+    (teacher,) = plan.teachers().values()
+    assert (teacher.cfg.SOLVER.EPOCHS, teacher.cfg.SOLVER.LR) == (2, 0.01)

@@ -133,7 +133,7 @@ def test_what_is_printed_and_written(printed):
 
     console = OUTPUT / "teacher" / "res8" / "seed0.log"
     assert printed.startswith(
-        f"Tiny: 40 images, two epochs\n1 to run, 1 at a time; {console} and its like show the progress\n"
+        f"Tiny: 40 images, two epochs\n1 to run, 1 at a time; the .log files show the progress, {console} for example\n"
         "[1/1] teacher, res8, seed 0: "
     )
     assert all(f"] {method}, res20_res8, seed {seed}: " in printed for method, seed in CELLS)
@@ -227,7 +227,7 @@ def test_sigterm_stops_the_runs_which_save_their_state(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     noted = 2 * "SIGTERM: finishing the step and saving; a second signal ends at once\n"
-    assert err == noted + "stopped; call again to go on\n"
+    assert err == noted + "stopped; run the command again to continue\n"
     for folder, log in zip(folders, logs, strict=True):
         assert "stopped by SIGTERM; --resume continues from" in log.read_text()
         assert (folder / "latest").is_file()

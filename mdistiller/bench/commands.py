@@ -247,9 +247,7 @@ def _resident_megabytes(device: torch.device) -> float:
     try:
         import resource
     except ImportError:
-        raise InputError(
-            "memory on a CPU cannot be measured on Windows: Python has no module resource there"
-        ) from None
+        raise InputError("memory on a CPU cannot be measured on Windows: Python has no module resource there") from None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 

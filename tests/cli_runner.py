@@ -1,4 +1,4 @@
-"""Runs the commands inside the test's process: starting one anew costs seconds for importing torch."""
+"""Runs the commands inside the test's process, since a new process needs seconds to import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Outcome(NamedTuple):
-    """Exit code, and what was written to standard output and standard error."""
+    """Exit code, and the texts on standard output and standard error."""
 
     code: int
     out: str

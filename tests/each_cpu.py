@@ -23,7 +23,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", *TESTS, "-k", "golden or functio
 
 
 def best() -> str:
-    """The capability that torch takes by itself."""
+    """The capability that torch chooses."""
     environment = {key: value for key, value in os.environ.items() if key != "ATEN_CPU_CAPABILITY"}
     question = [sys.executable, "-c", "import torch; print(torch.backends.cpu.get_cpu_capability().lower())"]
     return subprocess.run(question, env=environment, check=True, capture_output=True, text=True).stdout.strip()

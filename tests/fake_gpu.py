@@ -1,4 +1,4 @@
-"""A GPU without one: tensors that have shapes, types and a device, and no values.
+"""A simulated GPU: its tensors have shapes, types and a device, but no values.
 
 Mixing devices and asking for a value, which makes a step wait for the GPU, both raise there. Forward passes only:
 autograd asks the driver for a stream.
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 class FakeGPU:
-    """Moves things there; as a context, lets them compute. Skips the test where this torch cannot do without a GPU."""
+    """Moves tensors and modules to the GPU; as a context, lets them compute. Skips the test if torch needs a GPU."""
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode()
@@ -38,7 +38,7 @@ class FakeGPU:
             return fake.to("cuda")
 
     def module(self, module: nn.Module) -> nn.Module:
-        """A copy that lives there; what a module keeps of its parameters in lists of its own is the copy's."""
+        """A copy on the GPU; a module's lists of its parameters hold the copy's parameters."""
         moved: dict[int, Any] = {}
         for x in [*module.parameters(), *module.buffers()]:
             fake = self.tensor(x)

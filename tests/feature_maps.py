@@ -1,4 +1,4 @@
-"""Random feature maps and embeddings, and what the tests of methods on them have in common."""
+"""Random feature maps and embeddings, and common checks of methods that use them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def assert_finite(loss: Callable[[Tensor], Tensor], student: Tensor, largest: fl
 
 
 def assert_float32_under_autocast(loss: Callable[..., Tensor], given: list[Tensor]) -> None:
-    """Half-precision inputs give, to the bit, what their values in float32 give."""
+    """Half-precision inputs and the same values in float32 give equal bits."""
     for dtype in (torch.bfloat16, torch.float16):
         half = [x.to(dtype) for x in given]
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -84,7 +84,7 @@ def move_last_digit(module: nn.Module) -> nn.Module:
 
 
 def change(moved: Tensor, output: Tensor) -> float:
-    """How far a network's output went when its weights moved, relative to the output's size."""
+    """The change of a network's output after a change of its weights, relative to the output's size."""
     return ((moved - output).norm() / output.norm()).item()
 
 
@@ -101,7 +101,7 @@ def all_loss_cases() -> list[dict[str, Any]]:
 
 
 def loss_cases(*methods: str) -> list[Any]:
-    """The cases of some methods as pytest parameters, named by what they are."""
+    """The cases of some methods as pytest parameters with names."""
     cases = all_loss_cases()
     return [
         pytest.param(case, id=f"{case['method']}-{case['case']}")
@@ -145,7 +145,7 @@ def load_case(module: nn.Module, given: dict[str, Tensor], prefix: str = "param.
 
 
 def assert_golden(case: dict[str, Any], given: dict[str, Tensor], loss: Tensor) -> None:
-    """Value and gradients of a loss of ``given`` are the case's, by the precision of the loss."""
+    """Value and gradients of a loss of ``given`` equal the case's within the precision of the loss."""
     loss.backward()
     exact = loss.dtype == torch.float64
     assert loss.item() == pytest.approx(case["outputs"]["loss"], rel=1e-7 if exact else 1e-4)
@@ -154,13 +154,13 @@ def assert_golden(case: dict[str, Any], given: dict[str, Tensor], loss: Tensor) 
 
 
 def listed(given: dict[str, Tensor], prefix: str) -> list[Tensor]:
-    """The tensors called ``prefix`` and a number, by their numbers."""
+    """The tensors whose names are ``prefix`` and a number, in the order of the numbers."""
     numbers = sorted(int(name.removeprefix(prefix)) for name in given if re.fullmatch(rf"{prefix}\d+", name))
     return [given[f"{prefix}{number}"] for number in numbers]
 
 
 def rounding(dtype: torch.dtype, size: float = 1.0) -> float:
-    """How far from 0 a sum in ``dtype`` may end whose terms, of this size, cancel."""
+    """The largest rounding error of a sum in ``dtype`` whose terms, of this size, cancel to 0."""
     return 64 * torch.finfo(dtype).eps * size
 
 

@@ -1,4 +1,4 @@
-"""How the registry-wide tests build a method, feed it and switch its terms on and off."""
+"""Helpers of the registry-wide tests: build a method, make its batches, switch its terms on and off."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def build(method: str, values: dict[str, Any] | None = None, seed: int = 0) -> n
 def make_batch(
     method: str, images: int = IMAGES, seed: int = 1, dtype: torch.dtype = torch.float32, size: int = SIZE
 ) -> dict[str, Tensor]:
-    """Random images in every view that the method asks for, with what else it names."""
+    """A batch with random images in every view and all further fields of the method."""
     generator = torch.Generator().manual_seed(seed)
     batch = {
         field: torch.randn(images, 3, size, size, generator=generator).to(dtype)
@@ -79,7 +79,7 @@ def total(distiller: nn.Module, batch: dict[str, Tensor], epoch: int = 1) -> Ten
 
 
 def weights(method: str, ce: float, own: float) -> dict[str, float]:
-    """Values for all weights of a method: those of cross-entropies, and those of its own terms.
+    """Values for all weights of a method: of the cross-entropies, and of its own terms.
 
     Weights are the options of that kind; the keys of plain values that end in ``_WEIGHT``; and those that the method
     was registered with as ``weights``. Those of cross-entropies begin with ``CE``.

@@ -9,7 +9,7 @@ NUM_CLASSES = 100
 
 
 def write_mini_cifar100(root: Path, train_per_class: int = 4, test_per_class: int = 2) -> Path:
-    """Write ``root/cifar-100-python/{train,test,meta}`` and return that folder.
+    """Write ``root/cifar-100-python/{train,test,meta}`` and return the folder.
 
     Each class is a fixed colour pattern of 4x4 tiles plus noise, so that a network can learn it.
     """
@@ -38,5 +38,5 @@ def write_mini_cifar100(root: Path, train_per_class: int = 4, test_per_class: in
 
 
 def dumps_like_the_original(entry: dict) -> bytes:
-    """Protocol 2 and numpy's old module names, as in the files that Python 2 wrote."""
+    """Protocol 2 and numpy's old module names, as in files of Python 2."""
     return pickle.dumps(entry, protocol=2).replace(b"cnumpy._core.", b"cnumpy.core.")

@@ -1,4 +1,4 @@
-"""Networks that return given tensors, for methods' golden cases that were computed on such."""
+"""Networks that return given tensors, for golden cases of methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Method files as other projects write them, and a clean slate after each test that loads some."""
+"""Method files in the style of other projects, and a fixture that resets the registries after each test."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mdistiller import plugins
 from mdistiller.engine.cfg import CFG
 from mdistiller.registry import dataset_dict, distiller_dict, task_dict
 
-# The habits of public files: imports from the package, everything read off the config in the constructor, a
-# regressor added by hand to what is learned, warm-up by the epoch.
+# The style of public files: imports from the package, settings read in the constructor, a regressor added by hand to
+# the learned parameters, warm-up by the epoch.
 FEATURE = """
     import torch
     import torch.nn as nn
@@ -51,7 +51,7 @@ FEATURE = """
 """
 FEATURE_SETTINGS = {"LOSS": {"CE": 1.0, "FEAT": 10}, "layer": 2, "SIZE": "(8, 8)"}
 
-# An accidental import of what no server has, an unused helper, two views, a key in a section of ours.
+# An import by accident that servers lack, an unused helper, two views, a key in a section of the library.
 TWO_VIEWS = """
     from no_such_toolkit import st
     import torch
@@ -208,8 +208,8 @@ SQUARES = """
 """
 
 
-# A fork: defaults in engine/cfg.py, a key that is ours with another meaning, a file in a sub-folder, helpers above it,
-# more values than two, and something that must not be executed.
+# A fork: defaults in engine/cfg.py, a key of the library with another meaning, a file in a sub-folder, helpers above
+# it, more than two returned values, and code that must not be executed.
 FORKS_CFG = """
     import os
     from yacs.config import CfgNode as CN
@@ -258,7 +258,7 @@ def write_fork(root: Path) -> Path:
 
 
 def write(folder: Path, name: str, text: str) -> Path:
-    """A file as it would lie in another project's ``distillers`` folder."""
+    """A file like those in another project's ``distillers`` folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.py"
     path.write_text(textwrap.dedent(text))
@@ -267,7 +267,7 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 @contextmanager
 def forgotten() -> Iterator[None]:
-    """Forget at the end which methods, data sets and tasks were registered, loaded and configured meanwhile."""
+    """Remove all methods, data sets, tasks and settings that a test has registered or loaded."""
     tables = [(table, dict(table)) for table in (distiller_dict, dataset_dict, task_dict, plugins._loaded)]
     modules = set(sys.modules)
     tree, frozen = CFG.clone(), CFG.is_frozen()

@@ -1,4 +1,4 @@
-"""Tars to unpack, harmless and not."""
+"""Safe and unsafe tars."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ YAML_FILES = {
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A folder as a user's: ``configs``, one run in ``output/digits/first``, and files that are no good."""
+    """A user's folder: ``configs``, one run in ``output/digits/first``, and invalid files."""
     place = tmp_path_factory.mktemp("workspace")
     (place / "configs").symlink_to(ROOT / "configs", target_is_directory=True)
     for name, text in YAML_FILES.items():
@@ -126,7 +126,7 @@ def in_workspace(workspace, monkeypatch):
 
 
 def succeed(tool: str, command: str) -> str:
-    """Run a command that has to succeed; what it printed."""
+    """Run a command that must succeed, and return its output."""
     outcome = run_tool(tool, shlex.split(command))
     assert outcome.code == 0, outcome
     return outcome.out
@@ -151,7 +151,7 @@ def snapshot() -> dict[str, tuple[int, bytes]]:
     return found
 
 
-# Command, and what its message has to say.
+# Command, and a part of its message.
 REFUSED = [
     # the command line
     ("train", "SOLVER.BATHC_SIZE 5", "unknown config key 'SOLVER.BATHC_SIZE'; closest: SOLVER.BATCH_SIZE"),
@@ -497,7 +497,7 @@ def test_eval_compares_two_networks():
 
 
 def test_resume_goes_on_and_overwrite_starts_anew():
-    """Options may stand before and behind the flags."""
+    """Options may stand before and after the flags."""
     longer = Path("output/digits/longer")
     shutil.copytree(FIRST, longer)
     out = succeed("train", f"EXPERIMENT.NAME longer --resume {PLAIN} SOLVER.EPOCHS 3")

@@ -124,7 +124,7 @@ def test_a_section_that_a_script_adds_with_yacs_takes_values():
 
 
 def script(arguments):
-    """What its users have: the steps of a training script, with the library's pieces put together by hand."""
+    """A user's training script: the script calls the library's parts itself."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--cfg")
     parser.add_argument("--resume", action="store_true")
@@ -181,7 +181,7 @@ def test_a_training_script_in_mdistillers_manner(tmp_path, method, capsys):
 
 
 class Recorder(Distiller):
-    """Takes whatever comes and remembers what came."""
+    """Takes any arguments and records them."""
 
     def __init__(self, student):
         super().__init__(student)
@@ -264,7 +264,7 @@ def test_the_learning_rate_of_an_own_loop(tmp_path):
 
 
 def test_files_of_mdistiller_are_read(tmp_path):
-    """As it writes them: DataParallel's prefix and the teacher in ``latest`` and ``best``, the accuracy a tensor."""
+    """Files of mdistiller: DataParallel's prefix and the teacher in ``latest`` and ``best``; a tensor as accuracy."""
     values = {"DISTILLER__TYPE": "KD", "DISTILLER__TEACHER_CKPT": teacher_file(tmp_path)}
     source = make_trainer(tmp_path / "source", **values)
     source.train()
@@ -317,7 +317,7 @@ def test_evaluation_of_public_weights(tmp_path):
 
 
 class Bare(nn.Module):
-    """Returns what ``answer`` makes of its logits."""
+    """Returns ``answer`` of its logits."""
 
     def __init__(self, answer):
         super().__init__()

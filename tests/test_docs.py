@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING and docs/ say is true: code runs, commands parse, paths and links exist.
+"""README, CONTRIBUTING and docs/ are correct: code runs, commands parse, paths and links exist.
 
 Belongs here: a statement of the documentation that a test can run or look up. Features are tested elsewhere.
 """
@@ -64,7 +64,7 @@ def commands(text: str) -> list[str]:
 
 
 def table(*heading: str) -> list[list[str]]:
-    """The rows of the table in README or docs/runs.md whose heading begins so."""
+    """The rows of the table in README or docs/runs.md whose heading begins with a text."""
     for lines in re.findall(r"(?:^\|.*\n)+", README + DOCS[ROOT / "docs" / "runs.md"], re.MULTILINE):
         header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()]
         if header[: len(heading)] == list(heading):
@@ -101,7 +101,7 @@ def tables_restored():
 
 
 def load_walk_through(path, monkeypatch):
-    """A file of CONTRIBUTING's, loaded as if it lay where the text puts it."""
+    """A file of CONTRIBUTING's, loaded as if it were at the path in the text."""
     name = path.removesuffix(".py").removeprefix("tests/").replace("/", ".")
     spec = importlib.util.spec_from_loader(name, loader=None)
     module = importlib.util.module_from_spec(spec)
@@ -131,7 +131,7 @@ def walk_through_network(tables_restored, monkeypatch):
 
 @pytest.fixture
 def walk_through_folder(tmp_path, monkeypatch):
-    """The current folder is one with our configs and those of CONTRIBUTING's walk-through."""
+    """The current folder holds the library's configs and those of CONTRIBUTING's walk-through."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "docs").mkdir()
     for path, content in WALK_THROUGH.items():
@@ -225,7 +225,7 @@ def test_walk_through_leaves_nothing_behind():
 
 
 class ReachedError(Exception):
-    """A command took its arguments and would begin its work now."""
+    """A command has accepted its arguments and would start its work."""
 
 
 def reach(*args, **kwargs):
@@ -234,7 +234,7 @@ def reach(*args, **kwargs):
 
 @pytest.mark.parametrize("line", [line for line in commands(BOTH) if line.startswith(("python tools/", "torchrun "))])
 def test_commands_are_accepted(line, walk_through_method, walk_through_dataset, walk_through_folder, monkeypatch):
-    """Each goes through its own parser, and through its config or plan, up to where work would begin."""
+    """Each command parses its arguments and reads its config or plan; its work does not start."""
     monkeypatch.setattr("mdistiller.commands.train.run", reach)
     monkeypatch.setattr("mdistiller.commands.eval.build_student", reach)
     monkeypatch.setattr("mdistiller.commands.reproduce.run_plan", reach)
@@ -282,7 +282,7 @@ def test_teachers_lie_where_the_readme_says():
 
 
 def paths_in(text: str) -> set[str]:
-    """What looks like a path below one of the repository's folders; the dot of a sentence's end is dropped."""
+    """Texts that look like a path below one of the repository's folders, without a full stop at the end."""
     text = re.sub(r"https?://\S+", "", text)
     found = re.findall(r"(?<![\w/.-])(?:mdistiller|tools|configs|tests|docs|examples)/[\w./<>*-]*", text)
     return {path.rstrip(".") for path in found}
@@ -360,7 +360,7 @@ def test_the_citation_file():
 
 
 def packaging(monkeypatch):
-    """What setup.py gives to setuptools."""
+    """The arguments of ``setup`` in setup.py."""
     given = {}
     stub = SimpleNamespace(setup=lambda **kwargs: given.update(kwargs), find_packages=lambda **kwargs: [])
     monkeypatch.setitem(sys.modules, "setuptools", stub)

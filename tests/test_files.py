@@ -1,4 +1,4 @@
-"""Digests, locks and messages of a disk that refuses."""
+"""Checksums, locks, and messages for files that cannot be written."""
 
 import fcntl
 import hashlib
@@ -36,7 +36,7 @@ def test_one_holds_a_lock(path):
 
 @pytest.mark.parametrize("replaced", [True, False])
 def test_a_file_that_its_holder_has_removed_is_not_locked(path, replaced):
-    """Else two would hold locks under one name: of the removed file and of the one made after it."""
+    """Otherwise two processes would hold locks of one name: of the removed file and of the new file."""
     with path.open() as file:
         path.unlink()
         if replaced:
@@ -45,7 +45,7 @@ def test_a_file_that_its_holder_has_removed_is_not_locked(path, replaced):
 
 
 def test_a_child_that_lives_on_does_not_keep_the_lock(path):
-    """A loader's worker notices only after a while that its parent was killed."""
+    """A loader's worker notices the death of its parent only after some time."""
     with path.open() as file:
         assert lock(file)
         child = os.fork()

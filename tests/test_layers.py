@@ -66,7 +66,7 @@ def test_the_picture_of_the_parts_is_up_to_date(tmp_path):
 
 @pytest.mark.parametrize("name", ["download.py", "archive.py"])
 def test_downloads_and_tars_are_for_any_part(name):
-    """A data set may want them, which may not import the engine."""
+    """A data set may need them, and may not import the engine."""
     assert parts_of(ROOT / "mdistiller" / "fetch" / name) <= {"files", "registry"}
 
 
@@ -98,7 +98,7 @@ def test_the_package_imports_with_torch_torchvision_numpy_and_yacs():
 
 
 def test_a_configuration_loads_in_a_fresh_process():
-    """``load_config`` once knew no data set unless somebody had imported them."""
+    """``load_config`` once knew no data set unless a program had imported the data sets."""
     code = "from mdistiller.engine.cfg import load_config; load_config()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""Options: their checks in words, and what follows from their roles."""
+"""Options: the texts of their checks, and the effects of their roles."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_nonsense_is_refused_by_the_declaration(kinds, words):
 
 
 def test_numbers_are_bounded_below_and_sizes_above():
-    """A weight, a rate or a temperature may be as large as one likes: a loss that is not finite ends the run."""
+    """A weight, a rate or a temperature has no upper bound: a loss that is not finite ends the run."""
     numbers = {key: option for key, option in CHECKED.items() if type(option.default) in (int, float)}
     assert {key for key, option in numbers.items() if is_taken(key, option, "-1")} == SIGNED
     widths = [key for key in numbers if key.split(".")[-1] in ("DIM", "FEAT_DIM", "SM_WIDTH", "EPOCHS", "IMAGE_SIZE")]
@@ -201,7 +201,7 @@ def test_keys_without_effect_are_taken_and_named_in_one_line(capsys):
 
 
 def test_weights_of_a_method_of_plain_values():
-    """As forks register theirs: by the ends of their names, or named."""
+    """A fork has plain values: weights are found by the ends of their names, or are named."""
 
     class Fork(Distiller):
         pass

@@ -1,4 +1,4 @@
-"""Method files of other projects run unmodified: found, loaded, configured, trained, and clear where they cannot."""
+"""Method files of other projects run unmodified: search, loading, configuration, training, and messages of failures."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def clean_slate():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Stands for ``mdistiller/distillers/``: where files are dropped."""
+    """Replaces ``mdistiller/distillers/``, into which users put files."""
     monkeypatch.setattr(plugins, "FOLDER", tmp_path / "dropped")
     (tmp_path / "dropped").mkdir()
     return tmp_path / "dropped"

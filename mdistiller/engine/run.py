@@ -97,7 +97,7 @@ def train_in_folder(
             make_folder(folder)
             stack.enter_context(alone_in(folder))
             remove_leftovers(folder)
-            return check_folder(folder, cfg, resume, overwrite, quiet=True)  # again: another run may have been faster
+            return check_folder(folder, cfg, resume, overwrite, quiet=True)  # again, since another run may have begun
 
         resumed = distributed.on_first_process(enter)
         if resumed:
@@ -105,14 +105,14 @@ def train_in_folder(
             with distributed.same_error():
                 _check_teacher(trainer, facts, folder)
                 trainer.check_resumed()
-        if not trainer.finished:  # else what the run was made with stays what stands there
+        if not trainer.finished:  # else the files of the finished run do not change
             facts |= distributed.on_first_process(lambda: _begin(folder, cfg, trainer, resumed, overwrite))
         trainer.results.update(facts)
         return trainer.train()
 
 
 def _with_layout(cfg: Any, folder: Path | None) -> Any:
-    """``cfg`` with a layout in place of ``SOLVER.CHANNELS_LAST`` ``auto``, that of the run in ``folder``, if any."""
+    """``cfg`` with a layout in place of ``SOLVER.CHANNELS_LAST auto``: of the run in ``folder``, if there is one."""
     if cfg.SOLVER.CHANNELS_LAST != "auto":
         return cfg
     layout = "on" if Precision.from_cfg(cfg).channels_last else "off"
@@ -143,11 +143,11 @@ def _begin(folder: Path, cfg: Any, trainer: BaseTrainer, resumed: bool, overwrit
 def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
     """Data, networks, method and trainer, and the facts about them for ``results.json``."""
     with distributed.same_error():
-        load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)  # in this process, perhaps not the first
+        load_methods(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE)  # a new process has not loaded the plugins yet
         check_step(distiller_dict[cfg.DISTILLER.TYPE])
         method_cfg, cfg = cfg, without_keys_of_fork(cfg)
         seed_everything(cfg.EXPERIMENT.SEED)
-        # Before the data, like the networks: nothing is downloaded for a run that cannot start.
+        # Device and networks are checked before the data, since nothing is downloaded for a run that cannot start.
         distributed.check_device(resolve_device(cfg.SOLVER.DEVICE))
         precision = Precision.from_cfg(cfg)
         num_classes = open_dataset(cfg).num_classes
@@ -186,7 +186,7 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
     )
     trainer.outputs = num_classes
     add_hooks(trainer, hooks_of(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE))
-    if distributed.rank() and not cfg.SOLVER.GATHER:  # dropout, say, differs between processes
+    if distributed.rank() and not cfg.SOLVER.GATHER:  # so that dropout, for example, differs between processes
         seed_process(cfg.EXPERIMENT.SEED, distributed.rank())
     return trainer, facts
 

@@ -95,9 +95,9 @@ class Task:
     """
 
     image = "image"
-    """The field of a batch that the network is shown."""
+    """The field of a batch with the network's input."""
     target = "target"
-    """The field of a batch that holds the targets; its length is the number of images."""
+    """The field of a batch with the targets; its length is the number of images."""
     measures: ClassVar[tuple[Measure, ...]]
     """The numbers of a score. The first is the headline."""
     meters: ClassVar[tuple[Measure, ...]] = ()
@@ -158,17 +158,17 @@ class Task:
         """
         partial, count, processes = [], 0, getattr(loader, "share", (0, 1))[1]
         for output, target in self.outputs(network, loader, precision):
-            partial.append(self.sums(output, target))  # read once, at the end
+            partial.append(self.sums(output, target))  # stays on the device until the end
             count += len(target)
             if on_batch is not None:
                 on_batch()
         sums = torch.stack(partial).double().sum(dim=0).tolist() if partial else []
         if processes > 1:
-            if on_batch is not None and len(partial) * processes < len(loader):  # others have a batch more
+            if on_batch is not None and len(partial) * processes < len(loader):  # other processes have one more batch
                 on_batch()
-            own = torch.zeros(distributed.highest(len(sums)) + 1, dtype=torch.float64)  # a process may have no batch
-            own[: len(sums)], own[-1] = torch.tensor(sums, dtype=torch.float64), count
-            *sums, count = distributed.total(own).tolist()
+            mine = torch.zeros(distributed.highest(len(sums)) + 1, dtype=torch.float64)  # a process may have no batch
+            mine[: len(sums)], mine[-1] = torch.tensor(sums, dtype=torch.float64), count
+            *sums, count = distributed.total(mine).tolist()
         if not count:
             raise InputError("nothing to evaluate on: the split is empty")
         values = self.values(sums, int(count))
@@ -184,7 +184,7 @@ class Task:
         network.eval()
         for item in loader:
             batch = to_batch(item, precision)
-            # As they are written: other sizes of batch are not worth compiling for.
+            # Not compiled: the size of the last batch would cost another compilation.
             with precision.autocast(), torch.compiler.set_stance("force_eager"):
                 output = _prediction(network, batch[self.image]).float()
             yield output, batch[self.target]
@@ -210,8 +210,8 @@ def task_of(cfg: Any) -> Task:
 def hits_at(output: Tensor, target: Tensor, topk: tuple[int, ...]) -> list[Tensor]:
     """For each k, ``(B,)`` booleans: whether the target is among the k highest of ``output`` ``(B, K)``."""
     widest = min(max(topk), output.shape[1])
-    found = output.topk(widest, dim=1).indices == target[:, None]
-    return [found[:, :k].any(dim=1) for k in topk]
+    hits = output.topk(widest, dim=1).indices == target[:, None]
+    return [hits[:, :k].any(dim=1) for k in topk]
 
 
 class Classification(Task):

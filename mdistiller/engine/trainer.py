@@ -84,8 +84,8 @@ class BaseTrainer:
     ) -> None:
         self.cfg, self.task = cfg, self.init_task(cfg)
         self.precision = Precision.from_cfg(cfg)
-        # First, where the weights lie; then foldings, before Parallel makes synchronised BatchNorms, which cannot be
-        # folded, of the others; hooks last, since they look at all else. The rest may stand in any order.
+        # The order matters in three places: first the device of the weights; then the foldings, since Parallel may
+        # replace BatchNorms by synchronised ones, which cannot be folded; last the hooks, which read all other parts.
         self.distiller = self.precision.place(getattr(distiller, "module", distiller))
         self.foldings = accelerate(self.distiller, cfg)
         self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
@@ -98,17 +98,17 @@ class BaseTrainer:
         self.optimizer = self.init_optimizer(cfg)
         self.scaler = self.precision.scaler()
         self.folder = Path(cfg.LOG.PREFIX) / experiment_name
-        self.epoch = 1  # the one in progress
-        self.step_in_epoch = 0  # steps of it that are done
-        self.step = 0  # steps done since the start
+        self.epoch = 1  # the current epoch
+        self.step_in_epoch = 0  # finished steps of the current epoch
+        self.step = 0  # finished steps of the run
         self.row: dict[str, float] = {}  # the epoch's line in the logs, filled by the hooks
         self.results: dict[str, Any] = {}  # results.json, filled by the hooks
         self.contract = contract_of(type(self.distiller))
         self.hooks: list[Hook] = default_hooks(self)
         check_batches(self.distiller, train_loader, cfg.SOLVER.BATCH_NORM)
-        self.outputs = 0  # of the student, where that is known
-        self.checked = False  # whether the losses reach what the optimiser holds
-        self.averaged_at = 0  # the step after which processes last agreed on their statistics
+        self.outputs = 0  # number of the student's logits; 0: not known
+        self.checked = False  # whether check_gradients has run
+        self.averaged_at = 0  # the step after which the processes' statistics were last averaged
 
     @property
     def settings(self) -> Any:
@@ -148,7 +148,7 @@ class BaseTrainer:
             raise InputError(
                 f"{self.folder} holds a run already; continue the run by resume=True, or give another name"
             )
-        if self.step == 0:  # else the result came with the state
+        if self.step == 0:  # else the state has the result
             prepare(self)
         try:
             self._call("before_train")
@@ -158,7 +158,7 @@ class BaseTrainer:
         except BaseException as error:
             self.results["stopped_by"] = f"{type(error).__name__}: {error}"[:500]
             for problem in self._close():
-                if not isinstance(error, type(problem)):  # else a disk that is full is still full
+                if not isinstance(error, type(problem)):  # the same error again, a full disk for example, is no news
                     warn(f"{type(problem).__name__} while the run was ending: {problem}")
             raise
         if problems := self._close():
@@ -177,7 +177,7 @@ class BaseTrainer:
 
     def run_epoch(self) -> None:
         self.distiller.train()
-        if self.step_in_epoch == 0:  # else the epoch goes on after a resume
+        if self.step_in_epoch == 0:  # else a resumed run continues the epoch
             self.row = {"epoch": self.epoch}
         self.distiller.on_epoch_start(self.epoch)
         self._call("before_epoch")
@@ -292,7 +292,7 @@ class BaseTrainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random,
-            "random_of_others": random_of_others,  # processes'
+            "random_of_others": random_of_others,  # of the other processes
             "hooks": {type(hook).__name__: state for hook in self.hooks if (state := hook.state_dict())},
             "results": self.results,
         }
@@ -359,7 +359,7 @@ class BaseTrainer:
         """
         model = self._check_state(state, source)
         self.distiller.load_state_dict(model, strict=False)
-        # Weight decay and the like are the configuration's. The rate stays the last step's until the next one sets it.
+        # Weight decay and other settings come from the configuration, the rate from the state until the next step.
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         pairs = zip(state["optimizer"]["param_groups"], settings, strict=True)
         groups = [group | own | {"lr": group.get("lr", own["lr"])} for group, own in pairs]
@@ -369,7 +369,7 @@ class BaseTrainer:
         self.step = state.get("step", state["epoch"] * self.steps_per_epoch)
         self.row = state.get("row", {})
         self.results.update(state.get("results", {}))
-        if "best_acc" in state:  # mdistiller's; it doesn't say which epoch that was
+        if "best_acc" in state:  # a file of mdistiller, without the number of the best epoch
             self.results["best"] = {self.task.headline.name: float(state["best_acc"]), "epoch": None, "split": "test"}
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
@@ -382,7 +382,7 @@ class BaseTrainer:
         own = self._own_random_state(state)
         if own is not None:
             restore_random_state(own)
-        else:  # there are more processes than before
+        else:  # the run has more processes than before
             seed_process(self.cfg.EXPERIMENT.SEED, distributed.rank(), self.step)
 
     def _own_random_state(self, state: dict[str, Any]) -> dict[str, Any] | None:
@@ -394,9 +394,9 @@ class BaseTrainer:
     def _check_state(self, state: Any, source: str) -> dict[str, Tensor]:
         """Check a state before any part of it is used; return the model's part."""
         if not isinstance(state, dict) or not {"epoch", "model", "optimizer"} <= set(state):
-            found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            content = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise CheckpointError(
-                f"{source} cannot be resumed from: it must hold epoch, model and optimizer, and holds {found}"
+                f"{source} cannot be resumed from: it must hold epoch, model and optimizer, and holds {content}"
             )
         check_kind(state, STATE, source)
         if min(state.get(key, 0) for key in ("epoch", "step", "step_in_epoch")) < 0:
@@ -429,4 +429,4 @@ def _read_config(text: str, source: str) -> dict[str, Any]:
 
 trainer_dict["base"] = BaseTrainer
 trainer_dict["crd"] = BaseTrainer  # mdistiller's name for the loop with an index in the batch
-trainer_dict["ours"] = BaseTrainer  # and that of its fork MLLD, and of MLLD's forks, for the loop with two views
+trainer_dict["ours"] = BaseTrainer  # the name in the fork MLLD and in its forks for the loop with two views

@@ -123,7 +123,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(teacher, tmp_path, monkeypatc
             with pytest.raises(Killed):
                 train(*arguments, config="KD")
         else:
-            assert "--resume goes on from" in train(*arguments, config="KD", code=128 + signal.SIGTERM).err
+            assert "--resume continues from" in train(*arguments, config="KD", code=128 + signal.SIGTERM).err
     done = train("--resume", *arguments, config="KD")
     assert "Resuming from" in done.out
     for a, b in zip(*(what_a_run_leaves(tmp_path / name) for name in ("whole", "parts")), strict=True):

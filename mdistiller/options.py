@@ -39,6 +39,7 @@ class Option:
         varies: with any value but 0, an image differs from epoch to epoch.
         is_weight: it weights a term of the loss.
         code: which code a value names, if the option names code; see ``mdistiller/consent.py``.
+        settled: a run writes down what it finds in place of ``auto``.
         when: whether a run of a configuration reads it; without, each run of its section does.
     """
 
@@ -55,6 +56,7 @@ class Option:
     varies: bool = False
     is_weight: bool = False
     code: Callable[[Any], list[str]] | None = None
+    settled: bool = False
     when: Callable[[Any], bool] | None = None
 
     @property

@@ -398,7 +398,7 @@ def test_whoever_stops_reading_is_not_shown_a_traceback():
 
 def test_a_runs_folder_holds_these_files():
     assert {path.name for path in FIRST.iterdir()} == {
-        "config.yaml", "environment.json", "metrics.csv", "worklog.txt", "results.json", "train.events",
+        "config.yaml", "environment.json", "classes.json", "metrics.csv", "worklog.txt", "results.json", "train.events",
         "latest", "latest_previous", "best", "epoch_1", "epoch_2",
         "student_latest", "student_best", "student_1", "student_2", "student_last",
     }  # fmt: skip

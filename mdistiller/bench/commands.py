@@ -128,7 +128,7 @@ def data(settings: Settings, folder: Path) -> list[Row]:
         cfg = with_options(settings.cfg, DISTILLER__TYPE=name, DATASET__LOADER="device")
         subject = build_subject(cfg, folder, num_batches=1)
         loader, kind = subject.loaders.train, open_dataset(cfg)
-        pictures = old_loop.Pictures(loader.dataset.split, loader.dataset.views, kind.mean, kind.std)
+        pictures = old_loop.Pictures(loader.dataset.split, loader.dataset.views, *kind.normalisation)
         batches = [index.tolist() for _, index, *_ in loader.sampler]
 
         def with_pillow(pictures=pictures, batches=batches) -> None:

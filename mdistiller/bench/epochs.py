@@ -52,8 +52,8 @@ class OldRun:
         self.optimizer = torch.optim.SGD(
             self.distiller.get_learnable_parameters(), solver.LR, solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY
         )
-        pictures = old_loop.Pictures(data.split, data.views, kind.mean, kind.std)
-        tests = old_loop.Pictures(subject.loaders.test.dataset.split, {"image": ("test", ())}, kind.mean, kind.std)
+        pictures = old_loop.Pictures(data.split, data.views, *kind.normalisation)
+        tests = old_loop.Pictures(subject.loaders.test.dataset.split, {"image": ("test", ())}, *kind.normalisation)
         self.train = DataLoader(
             pictures, solver.BATCH_SIZE, shuffle=True, num_workers=workers, drop_last=solver.DROP_LAST
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from inspect import ismethod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,12 @@ from mdistiller.registry import dataset_dict
 
 from .images import Images, as_images
 from .views import View
+
+PerChannel = tuple[float, float, float]
+
+AUTO, IMAGENET = "auto", "imagenet"  # in place of numbers, for DATASET.MEAN and DATASET.STD
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEASURED = 2000  # images at least that are measured, where there are so many
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,15 @@ class DataSet:
     task: ClassVar[str] = "classification"  # key of registry.task_dict
     num_classes: int
     image_size: int  # pixels a side where DATASET.IMAGE_SIZE does not say otherwise
-    mean: tuple[float, float, float]  # of the training images, where white is 1
-    std: tuple[float, float, float]
+    mean: PerChannel  # of the training images, where white is 1
+    std: PerChannel
     model_family: str  # key of registry.MODEL_FAMILIES
     public_teachers: bool = False  # whether the checkpoints in the model table were trained on it
     # "weak": what a method gets that asks for "image"; "plain": the same in each epoch; "test" where there is one
     views: dict[str, View]
     in_files: bool = False  # images are decoded batch by batch, instead of lying in memory
+    given_mean: Sequence[Any] = ()  # DATASET.MEAN
+    given_std: Sequence[Any] = ()  # DATASET.STD
     defaults: ClassVar[dict[str, Any]] = {}  # options (mdistiller/options.py) of its own section, DATASET.<NAME>
 
     def __init__(self, root: Path, image_size: int = 0, download: bool = False, **options: Any) -> None:
@@ -85,15 +93,29 @@ class DataSet:
         """The data set with the settings of ``cfg.DATASET``."""
         keys = cfg.DATASET
         options = {key.lower(): keys[cls.name.upper()][key] for key in cls.defaults}
-        return cls(Path(keys.ROOT).expanduser(), keys.IMAGE_SIZE, keys.DOWNLOAD, **options)
+        opened = cls(Path(keys.ROOT).expanduser(), keys.IMAGE_SIZE, keys.DOWNLOAD, **options)
+        opened.given_mean, opened.given_std = keys.get("MEAN", ()), keys.get("STD", ())
+        return opened
 
     @property
     def classes(self) -> Sequence[str]:
         """Names of the classes; their numbers where they have none."""
         return [str(number) for number in range(self.num_classes)]
 
-    def load(self) -> tuple[Split, Split]:
-        """Training and test images.
+    @cached_property
+    def normalisation(self) -> tuple[PerChannel, PerChannel]:
+        """Mean and standard deviation that images are normalised by: those given, or the class's own.
+
+        Raises:
+            InputError: see :meth:`load`, if they are to be measured.
+        """
+        given = tuple(self.given_mean), tuple(self.given_std)
+        measured = _measured(self.load()[0].images) if (AUTO,) in given else (None, None)
+        known = {(): (self.mean, self.std), (IMAGENET,): IMAGENET_STATISTICS, (AUTO,): measured}
+        return tuple(known[one][which] if one in known else one for which, one in enumerate(given))
+
+    def load(self) -> tuple[Split, ...]:
+        """Training and test images, and those on which epochs are compared, if the data set has such.
 
         Raises:
             InputError: files are missing or unreadable; says which and what to do.
@@ -110,6 +132,19 @@ def register_dataset(name: str) -> Callable[[type[DataSet]], type[DataSet]]:
         return cls
 
     return register
+
+
+def _measured(images: Images) -> tuple[PerChannel, PerChannel]:
+    """Mean and standard deviation of the channels over all pixels of evenly spread images, without augmentation."""
+    positions = torch.arange(len(images))[:: max(1, len(images) // MEASURED)]
+    total, squares, count = torch.zeros(3, dtype=torch.double), torch.zeros(3, dtype=torch.double), 0
+    for part in positions.split(50):
+        level = images.take(part).pixels().double() / 255
+        total, squares = total + level.sum((0, 2, 3)), squares + level.square().sum((0, 2, 3))
+        count += level[:, 0].numel()
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)
+    return tuple(tuple(round(value, 4) for value in part.tolist()) for part in (mean, std))
 
 
 def resize_images(images: Tensor, size: int) -> Tensor:

@@ -25,7 +25,7 @@ from .views import View
 
 @dataclass(frozen=True)
 class Splits:
-    """Images to train on, to choose on (``None`` where ``DATASET.VAL_FRACTION`` is 0) and to test on."""
+    """Images to train on, to choose on (``None`` if there are none) and to test on."""
 
     train: Split
     val: Split | None
@@ -51,15 +51,20 @@ class Loaders:
 def load_splits(cfg: Any) -> Splits:
     """The images of the data set.
 
-    The validation images are taken from the training images first, ``TRAIN_FRACTION`` or
+    The validation images are the data set's own, or are taken from the training images; ``TRAIN_FRACTION`` or
     ``TRAIN_PER_CLASS`` then applies to the rest. Both choices depend on ``EXPERIMENT.SEED``; the test
     images are always all of them.
 
     Raises:
         InputError: unknown data set, missing files, or not enough images for what is asked.
     """
-    train, test = open_dataset(cfg).load()
-    val, seed = None, cfg.EXPERIMENT.SEED
+    train, test, *given = open_dataset(cfg).load()
+    val, seed = (*given, None)[0], cfg.EXPERIMENT.SEED
+    if cfg.DATASET.VAL_FRACTION != 0 and val is not None:
+        raise InputError(
+            f"DATASET.VAL_FRACTION is {cfg.DATASET.VAL_FRACTION}, and the data set has validation images of its own; "
+            "give one of the two"
+        )
     if cfg.DATASET.VAL_FRACTION != 0:
         rest, held_out = hold_out(train.targets, cfg.DATASET.VAL_FRACTION, seed)
         train, val = train.take(rest), train.take(held_out)
@@ -101,7 +106,7 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
     def test_loader(split: Split) -> Loader:
         """Workers only where there is something to decode: passing a batch on takes longer than normalising it."""
         views = {"image": ("test", dataset.views.get("test", ()))}
-        images = BatchedImages(split, views, dataset.mean, dataset.std, **place)
+        images = BatchedImages(split, views, *dataset.normalisation, **place)
         return Loader(images, batch_size, num_workers=decoders, share=share, in_turn=True)
 
     try:
@@ -111,8 +116,7 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
             BatchedImages(
                 splits.train,
                 views,
-                dataset.mean,
-                dataset.std,
+                *dataset.normalisation,
                 seed,
                 with_index=True,
                 negatives=negatives,

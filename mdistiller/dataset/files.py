@@ -6,9 +6,11 @@ The crop is torchvision's ``RandomResizedCrop`` with draws that follow from seed
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +34,12 @@ class InFiles:
     Args:
         paths: of the N images.
         side: pixels a side of the images that views give.
+        advice: what to do about an image that cannot be read, for the message.
     """
 
     paths: Sequence[str]
     side: int
+    advice: str = "replace or delete the file"
     in_files = True
     device = torch.device("cpu")
 
@@ -43,11 +47,16 @@ class InFiles:
     def size(self) -> tuple[int, int]:
         return self.side, self.side
 
+    @property
+    def names(self) -> Sequence[str]:
+        """A name of each image, for messages and splits."""
+        return self.paths
+
     def __len__(self) -> int:
         return len(self.paths)
 
     def take(self, positions: Tensor) -> InFiles:
-        return InFiles([self.paths[i] for i in positions.tolist()], self.side)
+        return replace(self, paths=[self.paths[i] for i in positions.tolist()])
 
     def to(self, device: torch.device) -> InFiles:
         return self
@@ -59,7 +68,7 @@ class InFiles:
         """Of names, folders and sizes of the files: reading a million images would take hours."""
         checksum = self.side
         for path in map(Path, self.paths):
-            checksum = zlib.crc32(f"{path.parent.name}/{path.name} {path.stat().st_size}".encode(), checksum)
+            checksum = zlib.crc32(os.fsencode(f"{path.parent.name}/{path.name} {path.stat().st_size}"), checksum)
         return checksum
 
     def pictures(self) -> Iterator[Image.Image]:
@@ -73,10 +82,22 @@ class InFiles:
                 with Image.open(path) as image:
                     yield image.convert("RGB")
             except Exception as error:  # Pillow's decoders raise what they like
-                raise InputError(
-                    f"cannot read the image {path}: {error}; download the image again, or delete it if "
-                    "its class has other images"
-                ) from None
+                raise InputError(f"cannot read the image {path}: {error}; {self.advice}") from None
+
+
+def readable(images: InFiles) -> Tensor:
+    """``(N,)`` bool: which images can be decoded. Every file is read once, in threads."""
+
+    def try_one(position: int) -> bool:
+        try:
+            for _ in images.take(torch.tensor([position])).pictures():
+                return True
+        except InputError:
+            pass
+        return False
+
+    with ThreadPoolExecutor() as pool:
+        return torch.tensor(list(pool.map(try_one, range(len(images)))), dtype=torch.bool)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ They do not fit into memory, so they stay files.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, ClassVar
 
 from mdistiller.registry import InputError
 
@@ -20,12 +21,15 @@ class ImageNet(Folder):
     """Views as in mdistiller: ``weak`` is a random crop and flip; to test, the middle."""
 
     num_classes = 1000
-    below_root = "imagenet"
-    test_folders = ("val",)
+    defaults: ClassVar[dict[str, Any]] = {}
+    advice = "download the image again, or delete it if its class has other images"
     sorting = (
         "the validation archive is flat, and valprep.sh (https://github.com/soumith/imagenetloader.torch), run in that "
         "folder, sorts it into the classes' folders"
     )
+
+    def places_below(self, root: Path) -> dict[str, Path]:
+        return {"train": root / "imagenet" / "train", "test": root / "imagenet" / "val"}
 
     def class_folders(self, folder: Path) -> tuple[str, ...]:
         found = super().class_folders(folder)
@@ -36,5 +40,5 @@ class ImageNet(Folder):
     def wanted(self, folder: Path) -> str:
         return (
             f"ImageNet must be fetched by hand (https://www.image-net.org), and {folder} must hold one folder for each "
-            f"of its {self.num_classes} classes; DATASET.ROOT names the folder that holds {self.below_root}"
+            f"of its {self.num_classes} classes; DATASET.ROOT names the folder that holds imagenet"
         )

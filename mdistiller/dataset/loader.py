@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mdistiller.functional import draws
+from mdistiller.registry import InputError
 
 from .base import Split
 from .mixing import LabelMixing
@@ -247,7 +248,7 @@ class Loader:
         self.sampler.start_step = start_step
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = self._make_here(iter(self.sampler)) if self._batches is None else iter(self._batches)
+        batches = self._make_here(iter(self.sampler)) if self._batches is None else map(_checked, iter(self._batches))
         self.set_epoch(self.sampler.epoch + 1)
         return batches
 
@@ -266,7 +267,7 @@ class Loader:
 
 def _start_workers(dataset: BatchedImages, sampler: EpochSampler, num_workers: int) -> DataLoader:
     return DataLoader(
-        dataset,
+        _InWorker(dataset),
         batch_size=None,  # the sampler's items are whole batches
         sampler=sampler,
         num_workers=num_workers,
@@ -276,6 +277,29 @@ def _start_workers(dataset: BatchedImages, sampler: EpochSampler, num_workers: i
         generator=torch.Generator(),  # or each iteration would advance the global one
         pin_memory=torch.cuda.is_available(),
     )
+
+
+class _InWorker(Dataset):
+    """A data set in worker processes. An ``InputError`` is an answer, since torch would write a traceback into it."""
+
+    def __init__(self, dataset: BatchedImages) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, request: Request) -> Batch | InputError:
+        try:
+            return self.dataset[request]
+        except InputError as error:
+            return error
+
+
+def _checked(answer: Batch | InputError) -> Batch:
+    """
+    Raises:
+        InputError: the answer of a worker process.
+    """
+    if isinstance(answer, InputError):
+        raise answer
+    return answer
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

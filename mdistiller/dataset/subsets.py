@@ -82,8 +82,12 @@ def stratified_mask(labels: Tensor, fraction: float, *keys: int) -> Tensor:
 
 def class_ranks(labels: Tensor, *keys: int) -> Tensor:
     """``(N,)``: the place of each image in the random order of its class, from 0."""
-    shuffled = draws.permutation(len(labels), *keys)
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    return ranks_in_class(labels, draws.permutation(len(labels), *keys))
+
+
+def ranks_in_class(labels: Tensor, order: Tensor) -> Tensor:
+    """``(N,)``: the place of each image among those of its class, from 0, in the order of all images ``(N,)``."""
+    by_class = order[labels[order].argsort(stable=True)]
     count = labels.bincount()
     first = count.cumsum(0) - count
     ranks = torch.empty_like(labels)

@@ -138,7 +138,7 @@ def _input_of(cfg: Any, role: str, facts: Mapping[str, Any]) -> Input | None:
         raise InputError(f"{key}.MEAN and {key}.STD belong together: give both or neither")
     size = wanted.SIZE or (facts.get("input_size") or (0,))[-1]
     mean, std = (list(wanted[name.upper()]) or facts.get(name) for name in ("mean", "std"))
-    fits = Input(size, wanted.RESIZE, (dataset.mean, dataset.std), None if None in (mean, std) else (mean, std))
+    fits = Input(size, wanted.RESIZE, dataset.normalisation, None if None in (mean, std) else (mean, std))
     return fits if size not in (0, dataset.image_size) or fits.normalises else None
 
 

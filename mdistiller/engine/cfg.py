@@ -187,6 +187,8 @@ resumable = partial(Option, resumable=True)
 
 # fmt: off
 three = (lambda value: len(value) in (0, 3) and all(isinstance(v, (int, float)) for v in value), "three numbers")
+statistics = (lambda value: list(value) in (["auto"], ["imagenet"]) or three[0](value),
+              "empty, auto, imagenet or three numbers")
 places = (lambda value: all(type(v) is str or (type(v) is int and v >= 0) for v in value), "module names or numbers")
 NETWORKS: dict[str, Option] = {}
 for _role in ("TEACHER", "STUDENT"):
@@ -213,6 +215,12 @@ OPTIONS |= {
     "DATASET.DOWNLOAD": place(True, "download missing files, if the data set can be downloaded"),
     "DATASET.IMAGE_SIZE": data(0, "pixels a side; 0: the data set's own",
                                holds=(lambda v: v == 0 or 4 <= v <= 4096, "0 or from 4 to 4096")),
+    "DATASET.MEAN": data([], "mean of the channels, for normalisation, where white is 1; empty: the data set's; auto: "
+                         "measured on the training images, and written into the run's config.yaml",
+                         holds=statistics, settled=True),
+    "DATASET.STD": data([], "standard deviation, as MEAN",
+                        holds=(lambda v: statistics[0](v) and all(x > 0 for x in v if not isinstance(x, str)),
+                               f"{statistics[1]} above 0"), settled=True),
     "DATASET.LOADER": speed("auto", "where batches are made. device: on the networks' device; workers: in processes; "
                             "auto: device on a GPU or with NUM_WORKERS 0", one_of=("auto", "device", "workers")),
     "DATASET.NUM_WORKERS": speed(2, "number of processes of LOADER workers", at_least=0, at_most=1024),
@@ -300,7 +308,7 @@ OPTIONS |= {
     "SOLVER.AMP": resumable("off", "number format of the networks. off: float32; fp16: GPU only",
                             one_of=("off", "bf16", "fp16")),
     "SOLVER.CHANNELS_LAST": speed("auto", "memory layout NHWC; auto: on for a CPU; a resumed run keeps its layout",
-                                  one_of=SWITCH),
+                                  one_of=SWITCH, settled=True),
     "SOLVER.FAST_TEACHER": speed(True, "fold the frozen teacher's BatchNorms into its convolutions",
                                  when=has_teacher),
     "SOLVER.CACHE_TEACHER": speed(False, "store the teacher's outputs in memory; needs DATASET.VIEW_WEAK plain",
@@ -343,6 +351,8 @@ def _add(cfg: CN, options: dict[str, Option]) -> None:
         for section in sections:
             node = node.setdefault(section, CN())
         node.setdefault(last, copy.deepcopy(option.default))
+        if option.default == [] and isinstance(node, CN):  # a script may put a plain yacs node there
+            node.free_list(last)
 
 
 _collect_sections()

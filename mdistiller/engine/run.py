@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from mdistiller.contract import check_step, contract_of
 from mdistiller.dataset import Loaders, build_loaders
 from mdistiller.files import file_sha256
 from mdistiller.messages import say
+from mdistiller.options import OPTIONS
 from mdistiller.plugins import hooks_of, load_methods, source_of
 from mdistiller.registry import InputError, distiller_dict, open_dataset
 
 from .build import build_distiller, build_networks, build_student, build_teacher, teacher_checkpoint
 from .cfg import experiment_name, show_cfg
-from .config.experiment import without_keys_of_fork
+from .config.experiment import flatten, without_keys_of_fork
 from .config.node import convert, read_yaml, value_at
 from .folder.checkpoint import remove_leftovers, write_atomically
 from .folder.run_folder import (
@@ -32,6 +33,7 @@ from .folder.run_folder import (
     keep_changes,
     make_folder,
     run_folder,
+    write_classes,
     write_environment,
 )
 from .forwards.precision import Precision, resolve_device
@@ -69,8 +71,11 @@ def run(
     """
     distributed.start()
     folder = run_folder(cfg)
-    cfg = _with_layout(cfg, folder if resume else None)
+    if resume:
+        cfg = _settled(cfg, _found_before(folder))
     distributed.on_first_process(lambda: check_folder(folder, cfg, resume, overwrite))
+    with distributed.same_error():
+        cfg = _settled(cfg, _found_now(cfg))
     if show:
         show_cfg(cfg)
     trainer, facts = build_run(cfg)
@@ -111,19 +116,41 @@ def train_in_folder(
         return trainer.train()
 
 
-def _with_layout(cfg: Any, folder: Path | None) -> Any:
-    """``cfg`` with a layout in place of ``SOLVER.CHANNELS_LAST auto``: of the run in ``folder``, if there is one."""
-    if cfg.SOLVER.CHANNELS_LAST != "auto":
+def _settled(cfg: Any, found: Mapping[str, Any]) -> Any:
+    """``cfg`` with what the run found in place of ``auto``.
+
+    Args:
+        cfg: the configuration.
+        found: by dotted key.
+    """
+    keys = [key for key, value in flatten(cfg).items() if key in found and value in ("auto", ["auto"])]
+    if not keys:
         return cfg
-    layout = "on" if Precision.from_cfg(cfg).channels_last else "off"
-    if folder is not None and (folder / "config.yaml").is_file():
-        kept = value_at(read_yaml(folder / "config.yaml"), "SOLVER.CHANNELS_LAST")
-        layout = layout if kept is None else kept
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.SOLVER.CHANNELS_LAST = convert(layout, "auto", "SOLVER.CHANNELS_LAST", f"{folder}/config.yaml")
+    for key in keys:
+        section, _, name = key.rpartition(".")
+        value_at(cfg, section)[name] = convert(found[key], OPTIONS[key].default, key, "config.yaml")
     cfg.freeze()
     return cfg
+
+
+def _found_before(folder: Path) -> dict[str, Any]:
+    """What the run in ``folder`` found in place of ``auto``."""
+    path = folder / "config.yaml"
+    content = read_yaml(path) if path.is_file() else None
+    found = {key: value_at(content, key) for key, option in OPTIONS.items() if option.settled}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _found_now(cfg: Any) -> dict[str, Any]:
+    """What a run of ``cfg`` finds in place of ``auto``."""
+    found: dict[str, Any] = {"SOLVER.CHANNELS_LAST": "on" if Precision.from_cfg(cfg).channels_last else "off"}
+    if ["auto"] in (cfg.DATASET.MEAN, cfg.DATASET.STD):
+        mean, std = open_dataset(cfg).normalisation
+        say(f"images are normalised by mean {mean} and standard deviation {std}")
+        found |= {"DATASET.MEAN": list(mean), "DATASET.STD": list(std)}
+    return found
 
 
 def _begin(folder: Path, cfg: Any, trainer: BaseTrainer, resumed: bool, overwrite: bool) -> dict[str, Any]:
@@ -134,6 +161,7 @@ def _begin(folder: Path, cfg: Any, trainer: BaseTrainer, resumed: bool, overwrit
         keep_changes(folder, cfg, trainer.epoch)
     else:
         (folder / CHANGES).unlink(missing_ok=True)
+    write_classes(folder, open_dataset(cfg).classes, resumed)
     write_atomically(folder / "config.yaml", cfg.dump())
     write_environment(folder / "environment.json", environment(trainer.cfg, trainer.precision.device), resumed)
     changed = changed_settings(folder, cfg)

@@ -64,7 +64,7 @@ def test_a_teacher_and_its_student_by_the_command(root, tmp_path, monkeypatch):
 
     options = (
         f"DATASET.TYPE folder DATASET.ROOT {root} DATASET.IMAGE_SIZE 32 DATASET.NUM_WORKERS 0 DATASET.VIEW_WEAK plain "
-        "SOLVER.BATCH_SIZE 6 SOLVER.EPOCHS 8 SOLVER.LR 0.001 SOLVER.DEVICE cpu DISTILLER.STUDENT ResNet18 "
+        "SOLVER.BATCH_SIZE 6 SOLVER.EPOCHS 8 SOLVER.LR 0.02 SOLVER.DEVICE cpu DISTILLER.STUDENT cifar:resnet8 "
         f"LOG.PREFIX {tmp_path}/out EXPERIMENT.NAME"
     )
 
@@ -78,11 +78,11 @@ def test_a_teacher_and_its_student_by_the_command(root, tmp_path, monkeypatch):
 
     teacher, before = trained("teacher")
     student, results = trained(
-        "student", f"DISTILLER.TYPE KD DISTILLER.TEACHER ResNet18 DISTILLER.TEACHER_CKPT {teacher}"
+        "student", f"DISTILLER.TYPE KD DISTILLER.TEACHER cifar:resnet8 DISTILLER.TEACHER_CKPT {teacher}"
     )
     assert results["teacher"]["top1"] == before["last"]["top1"]
     assert (results["dataset"], results["training_images"]) == ("folder", 12)
-    assert torch.load(student)["model"]["fc.weight"].shape == (3, 512)
+    assert torch.load(student)["model"]["fc.weight"].shape == (3, 64)
 
 
 def test_what_is_refused(root, tmp_path):
@@ -94,7 +94,7 @@ def test_what_is_refused(root, tmp_path):
     with pytest.raises(InputError, match=r"val holds the class 'dog', which .*train lacks"):
         build_loaders(config(root))
     (root / "train" / "dog").mkdir()
-    with pytest.raises(InputError, match=r"no valid file for the classes dog"):
+    with pytest.raises(InputError, match=r"the class 'dog' has no image in .*dog; add images"):
         build_loaders(config(root))
     (tmp_path / "no_folders" / "train").mkdir(parents=True)
     with pytest.raises(InputError, match="no_folders/train holds no folder"):

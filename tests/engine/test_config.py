@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from mdistiller.contract import contract_of
 from mdistiller.engine.build import build_student, model_table, training_recipe
 from mdistiller.engine.cfg import CFG, experiment_name, load_config, relevant_part, show_cfg
 from mdistiller.engine.config.experiment import flatten
@@ -350,6 +351,7 @@ FILES = [
     if path.parent.name != "plans" and not any(part.startswith("_") for part in path.relative_to(CONFIGS).parts)
 ]
 PAIR_FILES = [path for path in FILES if path.parent.parent != CONFIGS]  # configs/<data set>/<method>/<pair>.yaml
+METHOD_FILES = [path for path in FILES if path.parent == CONFIGS / "folder"]  # the user names the pair
 LIGHT = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
 
 
@@ -389,6 +391,18 @@ def test_tags_are_paths_and_comments_the_commands(paths):
         assert f"# python tools/train.py --cfg configs/{short(path)}.yaml\n" in path.read_text(), short(path)
         is_plain = "teacher" not in distiller_dict[cfg.DISTILLER.TYPE].__init__.__annotations__
         assert is_plain == method.startswith("vanilla"), short(path)
+
+
+@by_folder(METHOD_FILES)
+def test_every_method_has_a_config_for_folders(paths):
+    for path in paths:
+        cfg = config(path)
+        assert path.stem == cfg.EXPERIMENT.TAG and cfg.EXPERIMENT.PROJECT == "folder", short(path)
+        command = f"# python tools/train.py --cfg configs/{short(path)}.yaml DATASET.FOLDER.TRAIN photos"
+        assert command in path.read_text(), short(path)
+        assert ("DISTILLER.TEACHER_CKPT" in path.read_text()) == contract_of(distiller_dict[cfg.DISTILLER.TYPE]).teacher
+    ours = {method for method in distiller_dict.values() if method.__module__.startswith("mdistiller.")}
+    assert ours == {distiller_dict[config(path).DISTILLER.TYPE] for path in paths}
 
 
 @by_folder(PAIR_FILES)
@@ -460,7 +474,7 @@ def test_the_strategies_of_dist_plus(name, expected):
 
 
 def test_no_two_configs_share_a_folder():
-    folders = [experiment_name(config(path)) for path in PAIR_FILES]
+    folders = [experiment_name(config(path)) for path in PAIR_FILES + METHOD_FILES]
     assert len(set(folders)) == len(folders)
 
 
@@ -477,7 +491,7 @@ def test_the_config_that_trains_a_network_may_inherit_its_name(tmp_path, monkeyp
 
 
 def test_mdistillers_file_names_are_one_line_children():
-    children = [path for path in FILES if path not in PAIR_FILES]
+    children = [path for path in FILES if path not in PAIR_FILES + METHOD_FILES]
     assert children
     for path in children:
         assert path.read_text() == f'_BASE_: "{path.stem}/{Path(yaml.safe_load(path.read_text())["_BASE_"]).name}"\n'

@@ -65,7 +65,7 @@ def test_a_run_that_failed_in_its_first_step_gives_way_to_the_next_one(tmp_path,
 
 @pytest.mark.parametrize(
     "name", ["latest", "latest_previous", "best", "student_last", "epoch_3", "results.json", "metrics.csv",
-             "worklog.txt", "environment.json", "changes.csv", "train.events"],
+             "worklog.txt", "environment.json", "changes.csv", "classes.json", "train.events"],
 )  # fmt: skip
 @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}], ids=["plain", "resume", "overwrite"])
 def test_what_is_in_the_way_of_a_runs_files_is_named(tmp_path, folder, name, flags):

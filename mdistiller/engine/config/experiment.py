@@ -99,11 +99,17 @@ def changed_keys(before: dict[str, Any], cfg: Any) -> tuple[list[Change], list[C
 def same_result(before: dict[str, Any], cfg: Any) -> bool:
     """Whether the settings ``before`` and ``cfg`` give runs with the same result.
 
-    The path of the teacher's file is not compared. A key that is newer than the run has its default.
+    What a run found in place of ``auto`` equals ``auto``. The path of the teacher's file is not compared. A key that is
+    newer than the run has its default.
     """
     options, method, now = options_of_run(cfg), distiller_dict[cfg.DISTILLER.TYPE], flatten(relevant_part(cfg))
     before = {**flatten({key: option.default for key, option in options.items()}), **flatten(before)}
     keys = [key for key in now if options.get(key, UNDECLARED).decides_result]
     if method.defaults is None:  # its settings have no defaults, so a removed key counts as a change
         keys += [key for key in before if key.startswith(f"{method.section}.")]
-    return all(key in before and key in now and before[key] == now[key] for key in keys)
+
+    def same(key: str) -> bool:
+        settled = options.get(key, UNDECLARED).settled and now[key] in ("auto", ["auto"])
+        return key in before and key in now and (settled or before[key] == now[key])
+
+    return all(same(key) for key in keys)

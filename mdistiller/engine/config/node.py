@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]  # the package
 # The library's configurations: in the package, or in the checkout that holds the package.
 CONFIGS = next((place for place in (ROOT / "configs", ROOT.parent / "configs") if place.is_dir()), ROOT / "configs")
 BASE_KEY, METHOD_FILES = "_BASE_", "DISTILLER.PLUGINS"
-ALLOWED, TYPED = "__allowed_keys__", "__typed_keys__"  # attributes of a node
+ALLOWED, TYPED, FREE = "__allowed_keys__", "__typed_keys__", "__free_lists__"  # attributes of a node
 DEEPEST = 50  # levels of bases
 WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 SWITCH = ("auto", "on", "off")  # the values of a switch; booleans are accepted as on and off
@@ -100,6 +100,10 @@ class ConfigNode(CfgNode):
             self[first].allow_key(rest)
         elif first not in self:
             self.__dict__.setdefault(ALLOWED, set()).add(first)
+
+    def free_list(self, key: str) -> None:
+        """Let the list ``key`` hold entries of any type, whatever it holds now: its default is empty."""
+        self.__dict__.setdefault(FREE, set()).add(key)
 
     def enter_default(self, key: str, default: Any) -> None:
         """Set the default of the dotted ``key``. Its type becomes the key's; an existing key keeps its number type."""
@@ -210,7 +214,8 @@ class ConfigNode(CfgNode):
             elif untyped:
                 self[key] = _literal(value)  # as yacs reads it: 1e-3 is a number
             else:
-                self[key] = convert(value, self[key], full_key, source)
+                known = [] if key in self.__dict__.get(FREE, ()) else self[key]
+                self[key] = convert(value, known, full_key, source)
 
 
 def value_at(tree: Any, key: str) -> Any:

@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -34,10 +34,10 @@ from ..utils import processor_name
 from .checkpoint import previous, write_atomically
 from .writers import csv_text
 
-LOCK, PROBE, EVENTS, CHANGES = ".lock", ".writable", "train.events", "changes.csv"
+LOCK, PROBE, EVENTS, CHANGES, CLASSES = ".lock", ".writable", "train.events", "changes.csv", "classes.json"
 CHECKPOINTS = ("latest", "latest_previous", "best", "epoch_*", "student_*")
 RUN_FILES = (  # config.yaml is deleted last, since a folder without it is not recognised as a run's
-    *CHECKPOINTS, "metrics.csv", "worklog.txt", "results.json", "environment.json", CHANGES, "config.yaml",
+    *CHECKPOINTS, "metrics.csv", "worklog.txt", "results.json", "environment.json", CHANGES, CLASSES, "config.yaml",
 )  # fmt: skip
 
 
@@ -220,6 +220,24 @@ def make_folder(folder: Path) -> None:
 
 def _unusable(folder: Path, error: OSError) -> InputError:
     return InputError(f"cannot write to {folder}: {error.strerror}; choose another place with LOG.PREFIX")
+
+
+def write_classes(folder: Path, classes: Sequence[str], resumed: bool) -> None:
+    """Keep the names of the classes, in the order of the student's outputs, as a JSON list.
+
+    Raises:
+        InputError: the run was started with other classes.
+    """
+    path, now = folder / CLASSES, [str(name) for name in classes]
+    if resumed and path.is_file():
+        before = json.loads(path.read_text())
+        if before != now:
+            gone, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
+            raise InputError(
+                f"{folder} was run with other classes: it has {', '.join(gone) or 'no other'}, and the data set now "
+                f"has {', '.join(new) or 'no other'}; restore the images, or name another folder with EXPERIMENT.NAME"
+            )
+    write_atomically(path, json.dumps(now, indent=0) + "\n")
 
 
 def write_environment(path: Path, environment: dict[str, Any], resumed: bool) -> None:

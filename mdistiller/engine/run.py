@@ -161,7 +161,8 @@ def _begin(folder: Path, cfg: Any, trainer: BaseTrainer, resumed: bool, overwrit
         keep_changes(folder, cfg, trainer.epoch)
     else:
         (folder / CHANGES).unlink(missing_ok=True)
-    write_classes(folder, open_dataset(cfg).classes, resumed)
+    if trainer.classes:
+        write_classes(folder, trainer.classes, resumed)
     write_atomically(folder / "config.yaml", cfg.dump())
     write_environment(folder / "environment.json", environment(trainer.cfg, trainer.precision.device), resumed)
     changed = changed_settings(folder, cfg)
@@ -212,7 +213,7 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
         cfg,
         test_loader=None if loaders.val is None else loaders.test,
     )
-    trainer.outputs = num_classes
+    trainer.outputs, trainer.classes = num_classes, open_dataset(cfg).classes
     add_hooks(trainer, hooks_of(cfg.DISTILLER.PLUGINS, cfg.DISTILLER.TYPE))
     if distributed.rank() and not cfg.SOLVER.GATHER:  # so that dropout, for example, differs between processes
         seed_process(cfg.EXPERIMENT.SEED, distributed.rank())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +107,7 @@ class BaseTrainer:
         self.hooks: list[Hook] = default_hooks(self)
         check_batches(self.distiller, train_loader, cfg.SOLVER.BATCH_NORM)
         self.outputs = 0  # number of the student's logits; 0: not known
+        self.classes: Sequence[str] = ()  # their names, kept in the run's folder
         self.checked = False  # whether check_gradients has run
         self.averaged_at = 0  # the step after which the processes' statistics were last averaged
 

@@ -29,6 +29,7 @@ import mdistiller.dataset
 import mdistiller.engine.build
 import mdistiller.engine.run
 import mdistiller.reports.methods
+from mdistiller.detection.cfg import all_options as options_of_detectors
 from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import CFG, load_config
 from mdistiller.engine.config.experiment import flatten
@@ -258,7 +259,9 @@ def test_a_wrong_command_would_be_noticed(walk_through_folder):
 def test_config_keys_exist(walk_through_method, walk_through_dataset):
     keys = set(re.findall(r"\b[A-Z][A-Z\d_]*(?:\.[A-Z][A-Z\d_]*)+\b", BOTH))
     assert len(keys) > 50
-    known = [f"{key}." for key in (*flatten(CFG), *OPTIONS)]  # an option may be an empty section
+    known = [
+        f"{key}." for key in (*flatten(CFG), *OPTIONS, *options_of_detectors())
+    ]  # an option may be an empty section
     assert [key for key in sorted(keys) if not any(name.startswith(f"{key}.") for name in known)] == []
 
 

@@ -28,7 +28,7 @@ from .data import Batches, Pictures, TestBatches
 from .distiller import DetectionDistiller
 from .networks import build_detector, load_detector, load_start
 from .task import Detection
-from .trainer import DetectionTrainer, Iterations
+from .trainer import DetectionTrainer, Iterations, PicturesAtTheEnd
 
 KEYS = {  # the engine's keys in messages, and those of this configuration
     "EXPERIMENT.NAME": "OUTPUT_DIR",
@@ -194,7 +194,7 @@ def build_run(cfg: DetectionConfig) -> tuple[DetectionTrainer, dict[str, Any]]:
     distiller = DetectionDistiller(student, teacher, method)
     facts["extra_parameters"] = distiller.get_extra_parameters()
     trainer = DetectionTrainer(str(Path(cfg.OUTPUT_DIR).name), distiller, train, test, settings, cfg, task)
-    add_hooks(trainer, [Iterations])
+    add_hooks(trainer, [Iterations, PicturesAtTheEnd])
     if distributed.rank():  # what is sampled differs between processes
         seed_process(seed, distributed.rank())
     return trainer, facts

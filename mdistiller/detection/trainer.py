@@ -8,11 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
+from mdistiller.engine.folder.checkpoint import saving
 from mdistiller.engine.hooks import Hook
+from mdistiller.engine.processes import distributed
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.registry import InputError
 
+from .pictures import save
 from .task import Detection
+
+PICTURES = "pictures.png"
 
 
 class Iterations(Hook):
@@ -20,6 +25,19 @@ class Iterations(Hook):
 
     def after_epoch(self) -> None:
         self.trainer.row["iteration"] = self.trainer.step
+
+
+class PicturesAtTheEnd(Hook):
+    """Writes ``pictures.png``: some test pictures with the boxes of truth, teacher and student."""
+
+    def after_train(self) -> None:
+        trainer = self.trainer
+        if distributed.is_first_process():
+            teacher = trainer.distiller.outside
+            networks = {} if teacher is None else {"teacher": teacher}
+            networks["student"] = trainer.deployed
+            with saving(trainer.folder / PICTURES):
+                save(trainer.folder / PICTURES, trainer.task.data, networks, trainer.precision)
 
 
 class DetectionTrainer(BaseTrainer):

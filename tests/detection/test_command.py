@@ -3,15 +3,17 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 
 import pytest
 import torch
 from cli_runner import ROOT, run_script
-from detectors import TINY
+from detectors import TINY, pictures
 from torchvision.models.detection import FasterRCNN
 
+from mdistiller.dense import dense_dict
 from mdistiller.detection import cfg as config
 from mdistiller.detection.networks import build_detector
 from mdistiller.detection.trainer import DetectionTrainer, learning_rate
@@ -42,7 +44,15 @@ def teacher(small_minicoco, tmp_path_factory):
 
 def test_a_run_leaves_what_any_run_leaves(teacher):
     names = {path.name for path in teacher.iterdir()}
-    assert {"config.yaml", "environment.json", "metrics.csv", "results.json", "student_last", "latest"} <= names
+    assert {
+        "config.yaml",
+        "environment.json",
+        "metrics.csv",
+        "results.json",
+        "student_last",
+        "latest",
+        "pictures.png",
+    } <= names
     results = json.loads((teacher / "results.json").read_text())
     assert (results["status"], results["steps"], results["engine"]) == ("finished", 4, "torchvision")
     assert {"AP", "AP50", "AP75", "epoch", "images", "split"} <= results["last"].keys()
@@ -217,6 +227,57 @@ def test_rates_are_detectron2s(step, share):
         *("SOLVER.BASE_LR", "2.0", "SOLVER.WARMUP_FACTOR", "0.1"),
     ])  # fmt: skip
     assert learning_rate(cfg.SOLVER, step) == pytest.approx(2 * share)
+
+
+CONFIGS = sorted((ROOT / "detection" / "configs").rglob("[!_]*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_loads(path):
+    cfg = config.load(path)
+    if cfg.DISTILLER.TYPE != "NONE":
+        teacher = config.load(cfg.TEACHER.CONFIG)
+        assert teacher.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        assert teacher.OUTPUT_DIR != cfg.OUTPUT_DIR
+    if "minicoco" not in str(path):
+        solver = cfg.SOLVER
+        assert (solver.MAX_ITER, solver.IMS_PER_BATCH, solver.BASE_LR) == (180000, 8, 0.01)
+        assert list(solver.STEPS) == [120000, 160000]
+
+
+def test_the_pairs_of_the_papers_have_a_configuration_for_each_method():
+    names = {path.stem for path in CONFIGS}
+    types = {config.load(path).DISTILLER.TYPE for path in CONFIGS}
+    assert {"DKD-R18-R101", "ReviewDKD-R50-R101", "ReviewKD-MV2-R50"} <= names
+    assert types == set(dense_dict)
+    weight = config.load("configs/ReviewKD/ReviewKD-R18-R101.yaml").DISTILLER.REVIEWKD.WEIGHT
+    assert weight == 1.2
+
+
+@pytest.mark.parametrize("student", ["R18", "MV2"])
+def test_a_student_of_the_papers_builds_and_steps(student):
+    cfg = config.load(f"configs/NONE/NONE-{student}.yaml", ["MODEL.WEIGHTS", "", "INPUT.MIN_SIZE_TRAIN", "[64]"])
+    losses = build_detector(cfg).train()(*pictures())
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_the_page_names_every_key_and_every_method():
+    page = (ROOT / "docs" / "detection.md").read_text()
+    assert [key for key in config.OPTIONS if f"| `{key}` |" not in page] == []
+    assert [name for name in dense_dict if f"`{name}`" not in page] == []
+
+
+COMMANDS = re.findall(
+    r"^python detection/train_net.py (.*)$", (ROOT / "docs" / "detection.md").read_text(), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_of_the_page_are_accepted(line, monkeypatch):
+    reached = []
+    monkeypatch.setattr("mdistiller.detection.run.run", lambda cfg, **how: reached.append(cfg))
+    done = run_script(ROOT / "detection" / "train_net.py", line.split())
+    assert done.code == 0 and reached, done.err
 
 
 def test_a_file_is_found_from_the_root_and_from_inside(monkeypatch):

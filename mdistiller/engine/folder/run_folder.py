@@ -37,7 +37,8 @@ from .writers import csv_text
 LOCK, PROBE, EVENTS, CHANGES, CLASSES = ".lock", ".writable", "train.events", "changes.csv", "classes.json"
 CHECKPOINTS = ("latest", "latest_previous", "best", "epoch_*", "student_*")
 RUN_FILES = (  # config.yaml is deleted last, since a folder without it is not recognised as a run's
-    *CHECKPOINTS, "metrics.csv", "worklog.txt", "results.json", "environment.json", CHANGES, CLASSES, "config.yaml",
+    *CHECKPOINTS, "metrics.csv", "worklog.txt", "results.json", "environment.json", "pictures.png", CHANGES, CLASSES,
+    "config.yaml",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Data sets in COCO's layout, and the batches of a run.
+"""Data sets in COCO's and in VOC's layout, and the batches of a run.
 
 The folder of all data sets is the environment variable ``DETECTRON2_DATASETS``, as in detectron2, or ``data``.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,133 +22,9 @@ from mdistiller.functional import draws
 from mdistiller.messages import say
 from mdistiller.registry import InputError, suggestion
 
-from . import minicoco
+from . import minicoco, voc
 
 ORDER, FLIP = 1, 2  # keys of the draws
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a data set lies, below the folder of all data sets.
-
-    Args:
-        annotations: the JSON file.
-        images: the folder of the pictures.
-    """
-
-    annotations: str
-    images: str
-
-
-LAYOUTS = {
-    **{
-        f"coco_{year}_{split}": Layout(f"coco/annotations/instances_{split}{year}.json", f"coco/{split}{year}")
-        for year in (2014, 2017)
-        for split in ("train", "val")
-    },
-    **{
-        f"minicoco_{split}": Layout(f"minicoco/annotations/{split}.json", f"minicoco/{split}")
-        for split in minicoco.SPLITS
-    },
-}
-
-
-def dataset_names() -> list[str]:
-    return list(LAYOUTS)
-
-
-def root() -> Path:
-    return Path(os.environ.get("DETECTRON2_DATASETS", "data"))
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture and its true boxes.
-
-    Args:
-        file: the picture.
-        id: COCO's.
-        boxes: ``(G, 4)`` corners in pixels, float32.
-        labels: ``(G,)`` from 1, in the order of the categories' ids; 0 is background.
-    """
-
-    file: Path
-    id: int
-    boxes: Tensor
-    labels: Tensor
-
-
-class Pictures:
-    """A data set: its pictures in the order of their ids, and its categories.
-
-    Crowds have no boxes of their own. Boxes are cut at the picture's border; boxes without area are left out.
-
-    Args:
-        name: of :data:`LAYOUTS`. ``minicoco_*`` is written if it is not there.
-        with_boxes_only: leave out pictures without boxes.
-
-    Raises:
-        InputError: no such data set; files that are missing, unreadable or do not fit together.
-    """
-
-    def __init__(self, name: str, with_boxes_only: bool = False) -> None:
-        if name not in LAYOUTS:
-            raise InputError(f"no data set named {name!r}; {suggestion(name, LAYOUTS)}")
-        self.name, layout = name, LAYOUTS[name]
-        if name.startswith("minicoco"):
-            minicoco.write(root() / "minicoco")
-        self.annotations, folder = root() / layout.annotations, root() / layout.images
-        content = read_annotations(self.annotations)
-        self.categories = sorted(content["categories"], key=lambda category: category["id"])
-        self.category_ids = [category["id"] for category in self.categories]
-        self.areas: list[float] = []
-        """Of all objects that are no crowds, in pixels."""
-        self.pictures = list(self._pictures(content, folder, with_boxes_only))
-        if not self.pictures:
-            raise InputError(f"{name}: {self.annotations} has no picture{' with boxes' if with_boxes_only else ''}")
-        looked_at = self.pictures[:: max(len(self.pictures) // 100, 1)]
-        missing = next((picture.file for picture in looked_at if not picture.file.is_file()), None)
-        if missing is not None:
-            raise InputError(f"{name}: there is no picture {missing}, which {self.annotations} names")
-
-    @property
-    def names(self) -> list[str]:
-        """Of the classes."""
-        return [category["name"] for category in self.categories]
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def _pictures(self, content: dict[str, Any], folder: Path, with_boxes_only: bool) -> Iterator[Picture]:
-        number = {id: place for place, id in enumerate(self.category_ids, 1)}
-        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
-        boxes: dict[int, list[list[float]]] = {id: [] for id in sizes}
-        labels: dict[int, list[int]] = {id: [] for id in sizes}
-        dropped = 0
-        for annotation in content["annotations"]:
-            image, category = annotation["image_id"], annotation["category_id"]
-            if image not in sizes or category not in number:
-                what, id = ("picture", image) if image not in sizes else ("category", category)
-                raise InputError(
-                    f"{self.annotations}: annotation {annotation.get('id')} is of {what} {id}, which it lacks"
-                )
-            if annotation.get("iscrowd"):
-                continue
-            (x, y, w, h), (width, height) = annotation["bbox"], sizes[image]
-            corners = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
-            if not (corners[2] > corners[0] and corners[3] > corners[1]):  # true for what is no number, too
-                dropped += 1
-                continue
-            boxes[image].append(corners)
-            self.areas.append(annotation.get("area", w * h))
-            labels[image].append(number[category])
-        if dropped:
-            say(f"{self.name}: {dropped} boxes without area in their picture are left out")
-        for image in sorted(content["images"], key=lambda image: image["id"]):
-            id = image["id"]
-            if boxes[id] or not with_boxes_only:
-                own = torch.tensor(boxes[id], dtype=torch.float32).reshape(-1, 4)
-                yield Picture(folder / image["file_name"], id, own, torch.tensor(labels[id], dtype=torch.int64))
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
@@ -175,6 +51,155 @@ def read_annotations(path: Path) -> dict[str, Any]:
             if not all(key in entry for key in keys) or len(entry.get("bbox", (0, 0, 0, 0))) != 4:
                 raise InputError(f"{path}: an entry of {part!r} must hold {', '.join(keys)}, got {str(entry)[:120]}")
     return content
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a data set lies, below the folder of all data sets.
+
+    Args:
+        annotations: the JSON file, or VOC's list of pictures.
+        images: the folder of the pictures.
+        read: gives the content of ``annotations`` in COCO's form.
+        metric: ``"coco"``, ``"voc07"`` (eleven points) or ``"voc"``.
+    """
+
+    annotations: str
+    images: str
+    read: Callable[[Path], dict[str, Any]] = read_annotations
+    metric: str = "coco"
+
+
+def _voc(year: int, split: str) -> Layout:
+    folder, metric = f"VOC{year}", "voc07" if year == 2007 else "voc"
+    return Layout(f"{folder}/ImageSets/Main/{split}.txt", f"{folder}/JPEGImages", voc.read_annotations, metric)
+
+
+LAYOUTS = {
+    **{
+        f"coco_{year}_{split}": Layout(f"coco/annotations/instances_{split}{year}.json", f"coco/{split}{year}")
+        for year in (2014, 2017)
+        for split in ("train", "val")
+    },
+    **{f"voc_{y}_{s}": _voc(y, s) for y in (2007, 2012) for s in ("train", "val", "trainval", "test")},
+    **{
+        f"minicoco_{split}": Layout(f"minicoco/annotations/{split}.json", f"minicoco/{split}")
+        for split in minicoco.SPLITS
+    },
+}
+
+
+def dataset_names() -> list[str]:
+    return list(LAYOUTS)
+
+
+def root() -> Path:
+    return Path(os.environ.get("DETECTRON2_DATASETS", "data"))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and its true boxes.
+
+    Args:
+        file: the picture.
+        id: COCO's.
+        boxes: ``(G, 4)`` corners in pixels, float32.
+        labels: ``(G,)`` from 1, in the order of the categories' ids; 0 is background.
+        difficult: ``(G,)`` booleans; VOC's difficult objects are trained on and not scored.
+    """
+
+    file: Path
+    id: int
+    boxes: Tensor
+    labels: Tensor
+    difficult: Tensor
+
+
+class Pictures:
+    """A data set: its pictures in the order of their ids, and its categories.
+
+    Crowds have no boxes of their own. Boxes are cut at the picture's border; boxes without area are left out.
+
+    Args:
+        name: of :data:`LAYOUTS`. ``minicoco_*`` is written if it is not there.
+        with_boxes_only: leave out pictures without boxes.
+
+    Raises:
+        InputError: no such data set; files that are missing, unreadable or do not fit together.
+    """
+
+    def __init__(self, name: str, with_boxes_only: bool = False) -> None:
+        if name not in LAYOUTS:
+            raise InputError(f"no data set named {name!r}; {suggestion(name, LAYOUTS)}")
+        self.name, layout = name, LAYOUTS[name]
+        if name.startswith("minicoco"):
+            minicoco.write(root() / "minicoco")
+        self.annotations, folder = root() / layout.annotations, root() / layout.images
+        content, self.metric = layout.read(self.annotations), layout.metric
+        self.categories = sorted(content["categories"], key=lambda category: category["id"])
+        self.category_ids = [category["id"] for category in self.categories]
+        self.areas: list[float] = []
+        """Of all objects that are no crowds, in pixels."""
+        self.pictures = list(self._pictures(content, folder, with_boxes_only))
+        if not self.pictures:
+            raise InputError(f"{name}: {self.annotations} has no picture{' with boxes' if with_boxes_only else ''}")
+        looked_at = self.pictures[:: max(len(self.pictures) // 100, 1)]
+        missing = next((picture.file for picture in looked_at if not picture.file.is_file()), None)
+        if missing is not None:
+            raise InputError(f"{name}: there is no picture {missing}, which {self.annotations} names")
+
+    @property
+    def names(self) -> list[str]:
+        """Of the classes."""
+        return [category["name"] for category in self.categories]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def add(self, other: Pictures) -> None:
+        """Append the pictures of another data set, for training.
+
+        Raises:
+            InputError: its classes are others.
+        """
+        if other.names != self.names:
+            raise InputError(f"{other.name} has other classes than {self.name}, so they cannot be trained on together")
+        self.pictures += other.pictures
+
+    def _pictures(self, content: dict[str, Any], folder: Path, with_boxes_only: bool) -> Iterator[Picture]:
+        number = {id: place for place, id in enumerate(self.category_ids, 1)}
+        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+        boxes: dict[int, list[list[float]]] = {id: [] for id in sizes}
+        labels: dict[int, list[int]] = {id: [] for id in sizes}
+        difficult: dict[int, list[bool]] = {id: [] for id in sizes}
+        dropped = 0
+        for annotation in content["annotations"]:
+            image, category = annotation["image_id"], annotation["category_id"]
+            if image not in sizes or category not in number:
+                what, id = ("picture", image) if image not in sizes else ("category", category)
+                raise InputError(
+                    f"{self.annotations}: annotation {annotation.get('id')} is of {what} {id}, which it lacks"
+                )
+            if annotation.get("iscrowd"):
+                continue
+            (x, y, w, h), (width, height) = annotation["bbox"], sizes[image]
+            corners = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
+            if not (corners[2] > corners[0] and corners[3] > corners[1]):  # true for what is no number, too
+                dropped += 1
+                continue
+            boxes[image].append(corners)
+            self.areas.append(annotation.get("area", w * h))
+            labels[image].append(number[category])
+            difficult[image].append(bool(annotation.get("difficult")))
+        if dropped:
+            say(f"{self.name}: {dropped} boxes without area in their picture are left out")
+        for image in sorted(content["images"], key=lambda image: image["id"]):
+            id = image["id"]
+            if boxes[id] or not with_boxes_only:
+                own = torch.tensor(boxes[id], dtype=torch.float32).reshape(-1, 4)
+                flags = torch.tensor(labels[id], dtype=torch.int64), torch.tensor(difficult[id], dtype=torch.bool)
+                yield Picture(folder / image["file_name"], id, own, *flags)
 
 
 def read_picture(path: Path) -> Tensor:

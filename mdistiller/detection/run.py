@@ -27,7 +27,7 @@ from .cfg import DetectionConfig, load_teacher
 from .data import Batches, Pictures, TestBatches
 from .distiller import DetectionDistiller
 from .networks import build_detector, load_detector, load_start
-from .task import Detection
+from .task import Detection, task_of
 from .trainer import DetectionTrainer, Iterations, PicturesAtTheEnd
 
 KEYS = {  # the engine's keys in messages, and those of this configuration
@@ -65,7 +65,7 @@ def evaluate(cfg: DetectionConfig) -> dict[str, float]:
         student = build_detector(cfg)
         load_detector(student, path, cfg, "student")
         data = test_data(cfg)
-        task = Detection(data)
+        task = task_of(data)
         score = task.evaluate(
             precision.place(student), TestBatches(data, workers=cfg.DATALOADER.NUM_WORKERS), precision
         )
@@ -131,6 +131,18 @@ def rounds(cfg: DetectionConfig) -> list[int]:
     return [length] * (most // length) + ([most % length] if most % length else [])
 
 
+def training_data(cfg: DetectionConfig) -> Pictures:
+    """The pictures of all sets of ``DATASETS.TRAIN``.
+
+    Raises:
+        InputError: sets of different classes.
+    """
+    first, *others = (Pictures(name, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS) for name in cfg.DATASETS.TRAIN)
+    for other in others:
+        first.add(other)
+    return first
+
+
 def test_data(cfg: DetectionConfig) -> Pictures:
     """The pictures of ``DATASETS.TEST``.
 
@@ -158,26 +170,22 @@ def build_run(cfg: DetectionConfig) -> tuple[DetectionTrainer, dict[str, Any]]:
         distributed.check_device(resolve_device(cfg.MODEL.DEVICE))
         precision = Precision.from_cfg(settings)
         given = load_teacher(cfg) if method_class.has_teacher else None
-        if len(cfg.DATASETS.TRAIN) > 1:
-            raise InputError(f"DATASETS.TRAIN names {len(cfg.DATASETS.TRAIN)} sets; the torchvision engine takes one")
         seed_everything(seed)
         student = build_detector(cfg)
         load_start(student, cfg)
     share = distributed.rank(), distributed.world_size()
-    data = distributed.one_process_per_machine(
-        lambda: Pictures(cfg.DATASETS.TRAIN[0], cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    )
+    data = distributed.one_process_per_machine(lambda: training_data(cfg))
     scored = distributed.one_process_per_machine(lambda: test_data(cfg))
     check_classes(cfg, data)
     flip, workers = cfg.INPUT.RANDOM_FLIP == "horizontal", cfg.DATALOADER.NUM_WORKERS
     train = Batches(data, cfg.SOLVER.IMS_PER_BATCH, rounds(cfg), seed, flip, workers, share)
-    test, task = TestBatches(scored, workers=workers, share=share), Detection(scored)
+    test, task = TestBatches(scored, workers=workers, share=share), task_of(scored)
     facts: dict[str, Any] = {
         "engine": "torchvision",
         "experiment": cfg.OUTPUT_DIR,
         "method": cfg.DISTILLER.TYPE,
         "student": description(cfg),
-        "dataset": cfg.DATASETS.TRAIN[0],
+        "dataset": ", ".join(cfg.DATASETS.TRAIN),
         "seed": seed,
         "training_images": len(data),
     }

@@ -15,6 +15,7 @@ from mdistiller.engine.processes import distributed
 from mdistiller.engine.task import Measure, Score, Task
 from mdistiller.registry import InputError
 
+from . import voc
 from .data import Pictures
 
 MEASURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first of COCOeval's stats
@@ -45,10 +46,10 @@ class Detection(Task):
         precision: Precision | None = None,
         on_batch: Callable[[], None] | None = None,
     ) -> Score:
-        found: list[dict[str, Any]] = []
+        found: list[Any] = []
         batches = 0
         for targets, detections in predictions(network, loader, precision):
-            found += [d for t, own in zip(targets, detections, strict=True) for d in self.as_coco(t["id"], own)]
+            found += [d for t, own in zip(targets, detections, strict=True) for d in self.detections_of(t, own)]
             batches += 1
             if on_batch is not None:
                 on_batch()
@@ -56,17 +57,48 @@ class Detection(Task):
             on_batch()
         if distributed.world_size() > 1:
             found = [entry for part in distributed.gather_objects(found) for entry in part]
-        scores = coco_scores(self.data, found)
+        scores = self.scores(found)
         values = {measure.name: scores[measure.name] for measure in self.measures}
-        return Score(values["AP"], values, len(self.data))
+        return Score(values[self.headline.name], values, len(self.data))
 
-    def as_coco(self, image: int, detections: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def scores(self, found: list[Any]) -> dict[str, float]:
+        """The measures of all that :meth:`detections_of` gave."""
+        return coco_scores(self.data, found)
+
+    def detections_of(self, target: dict[str, Any], detections: dict[str, Tensor]) -> list[Any]:
         """Detections ``boxes, labels, scores`` of a picture as COCO's results."""
+        image = target["id"]
         boxes = detections["boxes"].cpu().clone()
         boxes[:, 2:] -= boxes[:, :2]
         rows = zip(boxes.tolist(), detections["labels"].tolist(), detections["scores"].tolist(), strict=True)
         ids = self.data.category_ids
         return [{"image_id": image, "category_id": ids[n - 1], "bbox": box, "score": score} for box, n, score in rows]
+
+
+class VOCDetection(Detection):
+    """VOC's average precision in percent: at IoU 0.5 (the headline), over 0.5 to 0.95, at 0.75.
+
+    The data set says whether precision is averaged at eleven recalls, as in 2007, or over all.
+    """
+
+    measures = tuple(Measure(name, name, name, digits=2) for name in ("AP50", "AP", "AP75"))
+
+    def __init__(self, data: Pictures) -> None:
+        self.data = data
+
+    def detections_of(self, target: dict[str, Any], detections: dict[str, Tensor]) -> list[Any]:
+        return [(target["id"], {name: value.cpu() for name, value in detections.items()})]
+
+    def scores(self, found: list[Any]) -> dict[str, float]:
+        return voc.scores(self.data.pictures, dict(found), self.data.metric == "voc07")
+
+
+TASKS = {"coco": Detection, "voc07": VOCDetection, "voc": VOCDetection}
+
+
+def task_of(data: Pictures) -> Detection:
+    """The task that scores a data set as its makers do."""
+    return TASKS[data.metric](data)
 
 
 @torch.no_grad()

@@ -229,7 +229,7 @@ def test_rates_are_detectron2s(step, share):
     assert learning_rate(cfg.SOLVER, step) == pytest.approx(2 * share)
 
 
-CONFIGS = sorted((ROOT / "detection" / "configs").rglob("[!_]*.yaml"))
+CONFIGS = sorted((ROOT / "detection" / "configs").glob("*/[!_]*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -239,7 +239,7 @@ def test_every_configuration_loads(path):
         teacher = config.load(cfg.TEACHER.CONFIG)
         assert teacher.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.ROI_HEADS.NUM_CLASSES
         assert teacher.OUTPUT_DIR != cfg.OUTPUT_DIR
-    if "minicoco" not in str(path):
+    if not {"minicoco", "VOC", "_base_"} & set(path.parts):
         solver = cfg.SOLVER
         assert (solver.MAX_ITER, solver.IMS_PER_BATCH, solver.BASE_LR) == (180000, 8, 0.01)
         assert list(solver.STEPS) == [120000, 160000]

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from mdistiller.models.any.probed_maps import Tap
+from mdistiller.models.facts import asked
 
 from .chain import put
 
@@ -113,11 +114,10 @@ def _probed_pairs(network: nn.Module, size: Sequence[int]) -> list[tuple[nn.Modu
         elif isinstance(module, NORMS):
             handles.append(module.register_forward_pre_hook(probe.before_norm))
             handles.append(module.register_forward_hook(probe.after_norm))
-    like = next(network.parameters())
     before = _kept_tensors(network)
     try:
-        with probe:
-            output = network(torch.zeros(1, 3, *size, device=like.device, dtype=like.dtype))
+        with asked(network, size) as image, probe:
+            output = network(image)
     finally:
         for handle in handles:
             handle.remove()

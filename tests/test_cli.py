@@ -259,7 +259,8 @@ REFUSED = [
     ("train", f"{KD} DISTILLER.TEACHER resnet110 DISTILLER.TEACHER_CKPT ''", "teacher resnet110 has no public",
      "train it: python tools/train.py DISTILLER.STUDENT resnet110 DATASET.TYPE digits"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT hundred_classes", "checkpoint hundred_classes for teacher resnet8 has 100 "
-     "classes, not the 10 of data set digits; a teacher must be trained on the same classes"),
+     "classes, not the 10 of data set digits; train a teacher on these classes (DISTILLER.STUDENT "
+     "resnet8), write a file that names its outputs"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT resnet14", "checkpoint resnet14 for teacher resnet8 does not fit",
      "not in the model: layer1.1", "name the network that it was trained as: resnet14 with 10 classes fits"),
     ("train", f"{KD} DISTILLER.TEACHER_CKPT not_finite", "checkpoint not_finite for teacher resnet8 has values that "

@@ -164,6 +164,7 @@ class CRD(Distiller):
     """Contrastive loss with memory banks of both networks' embeddings (:func:`nce_loss`)."""
 
     mixed_labels = True
+    reads_teacher_logits = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, num_data: int) -> None:
         super().__init__(student, teacher)

@@ -134,6 +134,7 @@ class OFD(Distiller):
     """Partial L2 distance of feature maps before the ReLU, with a margin (:func:`ofd_loss`)."""
 
     mixed_labels = True
+    reads_teacher_logits = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)

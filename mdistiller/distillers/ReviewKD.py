@@ -141,6 +141,7 @@ class ReviewKD(Distiller):
     """Knowledge review: fused stages, compared by a hierarchical context loss (:func:`hcl_loss`)."""
 
     mixed_labels = True
+    reads_teacher_logits = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)

@@ -80,6 +80,8 @@ class Distiller(nn.Module):
     weights: tuple[str, ...] = ()
     mixed_labels = False
     """Whether ``target`` may hold shares of classes."""
+    reads_teacher_logits = True
+    """Whether the method reads the teacher's logits. If not, the teacher may be one of other classes."""
     standardises_logits = False
     """Whether the method supports ``EXPERIMENT.LOGIT_STAND``."""
     networks: ClassVar[dict[str, str]] = {}

@@ -39,6 +39,7 @@ class FeatureDistiller(Distiller):
     """
 
     mixed_labels = True
+    reads_teacher_logits = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,15 +17,21 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.messages import say
 from mdistiller.models import ModelEntry
 from mdistiller.models._registration import COLLECTIONS, TEACHER_RELEASE, public_file
-from mdistiller.models.any import Input, is_code, is_foreign, with_features
-from mdistiller.registry import MODEL_FAMILIES, InputError, Registry, UnknownName, open_dataset
+from mdistiller.models.any import Input, is_code, is_foreign, output_names, read_outputs, with_features, with_outputs
+from mdistiller.models.facts import facts_of
+from mdistiller.registry import MODEL_FAMILIES, InputError, Registry, UnknownName, image_side, open_dataset
 
 from .added_kd import add_kd
 from .cfg import check_values
 from .config.node import CONFIGS, ConfigNode
-from .folder.checkpoint import CheckpointError, check_weights, load_weights, not_a_folder
+from .folder.checkpoint import CheckpointError, check_weights, classes_of, load_weights, not_a_folder
+from .folder.run_folder import CLASSES
 from .forwards.precision import hard_coded_cuda_explained, resolve_device
 
+OTHER_CLASSES = (
+    "write a file that names its outputs for each class (DISTILLER.TEACHER_CLASSES FILE, see docs/own.md), or take a "
+    "method that reads no teacher logits, such as AT"
+)
 TEACHER_OPTION = "DISTILLER.TEACHER_CKPT"
 PRETRAINED = "pretrained"  # in place of a file: the public weights of the network's library
 
@@ -60,7 +67,7 @@ def build_student(cfg: Any, num_classes: int) -> nn.Module:
     return student
 
 
-def adapted(cfg: Any, role: str, num_classes: int, pretrained: bool = False) -> nn.Module:
+def adapted(cfg: Any, role: str, num_classes: int | None, pretrained: bool = False) -> nn.Module:
     """A network with ``DISTILLER.<role>_ARGS``, ``_MAPS`` and ``_INPUT``.
 
     See :func:`~mdistiller.models.any.with_features`.
@@ -68,7 +75,7 @@ def adapted(cfg: Any, role: str, num_classes: int, pretrained: bool = False) -> 
     Args:
         cfg: the configuration.
         role: ``"STUDENT"`` or ``"TEACHER"``.
-        num_classes: K.
+        num_classes: K; ``None``: as many as the public weights have.
         pretrained: with public weights.
 
     Raises:
@@ -101,12 +108,15 @@ def adapted(cfg: Any, role: str, num_classes: int, pretrained: bool = False) -> 
         raise InputError(f"{keys} {name}: {error}; {'; '.join(given)}") from None
 
 
-def _plain_network(cfg: Any, role: str, num_classes: int, pretrained: bool) -> tuple[nn.Module, Mapping[str, Any]]:
+def _plain_network(
+    cfg: Any, role: str, num_classes: int | None, pretrained: bool
+) -> tuple[nn.Module, Mapping[str, Any]]:
     """The network of ``DISTILLER.<role>`` as its library builds it, and what is known of its images."""
     name, keys, entry = cfg.DISTILLER[role], f"DISTILLER.{role}", _model_entry(cfg, role)
     arguments = dict(cfg.DISTILLER[f"{role}_ARGS"])
+    chosen = {"num_classes": num_classes} if num_classes is not None else {}
     try:
-        network = entry(num_classes=num_classes, **({"pretrained": True} if pretrained else {}), **arguments)
+        network = entry(**chosen, **({"pretrained": True} if pretrained else {}), **arguments)
     except InputError:
         raise
     except Exception as error:
@@ -115,15 +125,7 @@ def _plain_network(cfg: Any, role: str, num_classes: int, pretrained: bool) -> t
         raise InputError(f"{keys} {name} cannot be built with {keys}_ARGS {arguments}: {error}") from error
     if not pretrained:
         return network, {"mean": entry.mean, "std": entry.std}
-    public = _public_facts(network)
-    known = public.get("num_classes", num_classes)
-    if role == "TEACHER" and known != num_classes:  # timm would give it a classifier with fresh weights
-        raise InputError(
-            f"{keys} {name} is pretrained for {known} classes, and data set {cfg.DATASET.TYPE} has {num_classes}; "
-            f"train a teacher from these weights (DISTILLER.STUDENT {name} DISTILLER.STUDENT_CKPT {PRETRAINED}), "
-            f"name its file by {keys}_CKPT, or take a method without a teacher"
-        )
-    return network, public
+    return network, _public_facts(network)
 
 
 def _public_facts(network: nn.Module) -> Mapping[str, Any]:
@@ -153,7 +155,8 @@ def _model_entry(cfg: Any, key: str) -> ModelEntry:
 def build_teacher(cfg: Any, num_classes: int, option: str = TEACHER_OPTION) -> nn.Module:
     """The network of ``DISTILLER.TEACHER``, with the weights of ``DISTILLER.TEACHER_CKPT``.
 
-    If ``TEACHER_CKPT`` is empty, the weights are those of the model's public checkpoint.
+    If ``TEACHER_CKPT`` is empty, the weights are those of the model's public checkpoint. With
+    ``DISTILLER.TEACHER_CLASSES``, the teacher's logits are those of the data set's classes.
 
     Args:
         cfg: the configuration.
@@ -161,14 +164,55 @@ def build_teacher(cfg: Any, num_classes: int, option: str = TEACHER_OPTION) -> n
         option: the option that names another file, for messages.
 
     Raises:
-        InputError: no such model; no weights, with advice to get or train them; weights that do not fit.
+        InputError: no such model; no weights, with advice to get or train them; weights that do not fit; a teacher of
+            other classes whose logits the method reads.
     """
-    path = teacher_checkpoint(cfg, option)
-    teacher = adapted(cfg, "TEACHER", num_classes, pretrained=path is None)
+    path, name = teacher_checkpoint(cfg, option), cfg.DISTILLER.TEACHER
+    outputs = _teacher_outputs(cfg, path, num_classes)
+    teacher = adapted(cfg, "TEACHER", outputs, pretrained=path is None)
     if path is not None:
-        advice = "a teacher must be trained on the same classes"
-        load_network(teacher, path, f"teacher {cfg.DISTILLER.TEACHER}", cfg, advice)
+        load_network(teacher, path, f"teacher {name}", cfg, f"{_way_to_train(cfg)}, {OTHER_CLASSES}")
+    if cfg.DISTILLER.TEACHER_CLASSES:
+        return _of_listed_classes(cfg, teacher, path)
+    if outputs is None and reads_teacher_logits(cfg):
+        found = facts_of(teacher, [image_side(cfg)] * 2, "teacher").classes
+        if found != num_classes:
+            raise InputError(
+                f"DISTILLER.TEACHER {name} is pretrained for {found} classes, and data set {cfg.DATASET.TYPE} has "
+                f"{num_classes}; {_way_to_train(cfg)}, {OTHER_CLASSES}"
+            )
     return teacher
+
+
+def _teacher_outputs(cfg: Any, path: Path | None, num_classes: int) -> int | None:
+    """The number of outputs of the teacher; ``None``: as many as its public weights have."""
+    name, free = cfg.DISTILLER.TEACHER, bool(cfg.DISTILLER.TEACHER_CLASSES) or not reads_teacher_logits(cfg)
+    if path is None:
+        return None if free or (is_foreign(name) and not is_code(name)) else num_classes
+    if not free:
+        return num_classes
+    plain, _ = _plain_network(cfg, "TEACHER", num_classes, False)
+    return classes_of(plain.state_dict(), load_weights(path)) or num_classes
+
+
+def _of_listed_classes(cfg: Any, teacher: nn.Module, path: Path | None) -> nn.Module:
+    """The teacher with the outputs that ``DISTILLER.TEACHER_CLASSES`` lists."""
+    beside = path.parent / CLASSES if path is not None else Path()
+    trained_on = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else ()
+    count = facts_of(teacher, [image_side(cfg)] * 2, "teacher").classes
+    file = Path(cfg.DISTILLER.TEACHER_CLASSES).expanduser()
+    return with_outputs(teacher, read_outputs(file, open_dataset(cfg).classes, count, output_names(count, trained_on)))
+
+
+def reads_teacher_logits(cfg: Any) -> bool:
+    """Whether the run compares the teacher's logits with anything."""
+    return distiller_dict[cfg.DISTILLER.TYPE].reads_teacher_logits or bool(cfg.DISTILLER.ADD_KD)
+
+
+def _way_to_train(cfg: Any) -> str:
+    name, path = cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_CKPT
+    start = f" DISTILLER.STUDENT_CKPT {PRETRAINED}" if path in ("", PRETRAINED) else ""
+    return f"train a teacher on these classes (DISTILLER.STUDENT {name}{start})"
 
 
 def load_network(model: nn.Module, path: str | Path, what: str, cfg: Any, advice: str) -> None:
@@ -185,8 +229,8 @@ def load_network(model: nn.Module, path: str | Path, what: str, cfg: Any, advice
         CheckpointError: the file cannot be read; and see :func:`check_weights`.
     """
     state, what = load_weights(path), f"checkpoint {path} for {what}"
-    classes_of = f"data set {cfg.DATASET.TYPE}; {advice}"
-    check_weights(model.state_dict(), state, what, lambda: _network_of(state, model_table(cfg)), classes_of)
+    expected = f"data set {cfg.DATASET.TYPE}; {advice}"
+    check_weights(model.state_dict(), state, what, lambda: _network_of(state, model_table(cfg)), expected)
     model.load_state_dict(state)
 
 

@@ -251,6 +251,8 @@ OPTIONS |= {
                                 when=has_teacher),
     "DISTILLER.TEACHER_CKPT": place("", "the teacher's weights: a file, or pretrained; empty: the unpacked file of its "
                                     "public weights", when=has_teacher),
+    "DISTILLER.TEACHER_CLASSES": data("", "file for a teacher of other classes: line i names its outputs for class i; "
+                                      "empty: the data set's classes", when=has_teacher),
     "DISTILLER.STUDENT": Option("resnet32", "the student's architecture, named as TEACHER", code=_factory_in),
     "DISTILLER.STUDENT_CKPT": Option("", "the student's initial weights: a file, or pretrained; empty: random"),
     **NETWORKS,

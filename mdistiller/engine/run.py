@@ -13,17 +13,26 @@ from mdistiller.contract import check_step, contract_of
 from mdistiller.dataset import Loaders, build_loaders
 from mdistiller.files import file_sha256
 from mdistiller.messages import say
+from mdistiller.models.facts import facts_of
 from mdistiller.options import OPTIONS
 from mdistiller.plugins import hooks_of, load_methods, source_of
-from mdistiller.registry import InputError, distiller_dict, open_dataset
+from mdistiller.registry import InputError, distiller_dict, image_side, open_dataset
 
-from .build import build_distiller, build_networks, build_student, build_teacher, teacher_checkpoint
+from .build import (
+    build_distiller,
+    build_networks,
+    build_student,
+    build_teacher,
+    reads_teacher_logits,
+    teacher_checkpoint,
+)
 from .cfg import experiment_name, show_cfg
 from .config.experiment import flatten, without_keys_of_fork
 from .config.node import convert, read_yaml, value_at
 from .folder.checkpoint import remove_leftovers, write_atomically
 from .folder.run_folder import (
     CHANGES,
+    CLASSES,
     alone_in,
     changed_settings,
     check_folder,
@@ -199,7 +208,7 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
     if loaders.num_data < cfg.SOLVER.BATCH_SIZE:
         say(f"SOLVER.BATCH_SIZE is {cfg.SOLVER.BATCH_SIZE}: all {loaders.num_data} training images are one batch")
     if teacher is not None:
-        facts["teacher"] = score_teacher(cfg, teacher, loaders)
+        facts["teacher"] = score_teacher(cfg, teacher, loaders, num_classes)
     with distributed.same_error():
         torch.manual_seed(cfg.EXPERIMENT.SEED)  # a method's own modules do not depend on the teacher's size
         distiller = build_distiller(method_cfg, student, teacher, loaders.num_data, networks)
@@ -220,25 +229,35 @@ def build_run(cfg: Any) -> tuple[BaseTrainer, dict[str, Any]]:
     return trainer, facts
 
 
-def score_teacher(cfg: Any, teacher: torch.nn.Module, loaders: Loaders) -> dict[str, Any]:
-    """Score the teacher on the test split and print the score. A wrong checkpoint shows before the first step."""
+def score_teacher(cfg: Any, teacher: torch.nn.Module, loaders: Loaders, num_classes: int) -> dict[str, Any]:
+    """Score the teacher on the test split and print the score. A wrong checkpoint shows before the first step.
+
+    A teacher of other classes has no score. Its method reads no logits.
+    """
     precision, task = Precision.from_cfg(cfg), task_of(cfg)
-    score = task.evaluate(precision.place(teacher), loaders.test, precision)
-    name = cfg.DISTILLER.TEACHER
+    name, path, classes = cfg.DISTILLER.TEACHER, teacher_checkpoint(cfg), cfg.DISTILLER.TEACHER_CLASSES
     checkpoint = cfg.DISTILLER.TEACHER_CKPT or "its public weights"
+    facts = {"name": name, "checkpoint": checkpoint, "sha256": file_sha256(path) if path is not None else None}
+    if classes:
+        facts["classes_sha256"] = file_sha256(Path(classes).expanduser())
+    if not reads_teacher_logits(cfg):
+        outputs = facts_of(teacher, [image_side(cfg)] * 2, "teacher").classes
+        if outputs != num_classes:
+            say(f"Teacher {name} ({checkpoint}): not scored, since it has {outputs} classes, not {num_classes}")
+            return facts
+    score = task.evaluate(precision.place(teacher), loaders.test, precision)
     say(f"Teacher {name} ({checkpoint}): {task.line(score.without_loss)} on {score.count} test images")
-    path = teacher_checkpoint(cfg)
-    digest = file_sha256(path) if path is not None else None
-    return {"name": name, "checkpoint": checkpoint, "sha256": digest, **score.without_loss}
+    return {**facts, **score.without_loss}
 
 
 def _check_teacher(trainer: BaseTrainer, facts: dict[str, Any], folder: Path) -> None:
     """Checks that need the state: another teacher or method file at the same path."""
-    before, now = (results.get("teacher", {}).get("sha256") for results in (trainer.results, facts))
-    if before and now and before != now:
-        raise InputError(
-            f"{folder} was run with another teacher: its checkpoint's SHA-256 was {before[:12]}..., is {now[:12]}..."
-        )
+    for key, file in (("sha256", "checkpoint"), ("classes_sha256", "file of classes")):
+        before, now = (results.get("teacher", {}).get(key) for results in (trainer.results, facts))
+        if before and now and before != now:
+            raise InputError(
+                f"{folder} was run with another teacher: its {file}'s SHA-256 was {before[:12]}..., is {now[:12]}..."
+            )
     before, now = (results.get("method_file", {}) for results in (trainer.results, facts))
     if before and now and before["sha256"] != now["sha256"]:
         say(f"resuming although {now['path']} has changed since: its SHA-256 was {before['sha256'][:12]}...")

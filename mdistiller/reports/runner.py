@@ -105,8 +105,9 @@ def _same_run(cell: Cell) -> bool:
         return False
     if not same_result(before, cell.cfg):
         return False
-    used, now = _results(cell).get("teacher", {}).get("sha256"), Path(cell.cfg.DISTILLER.TEACHER_CKPT)
-    return used is None or not now.is_file() or used == file_sha256(now)
+    teacher, keys = _results(cell).get("teacher", {}), cell.cfg.DISTILLER
+    files = ((teacher.get("sha256"), keys.TEACHER_CKPT), (teacher.get("classes_sha256"), keys.TEACHER_CLASSES))
+    return all(used is None or not Path(now).is_file() or used == file_sha256(now) for used, now in files)
 
 
 def _default_jobs(cell: Cell) -> int:

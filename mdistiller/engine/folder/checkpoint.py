@@ -390,29 +390,39 @@ def _has_student(state: State) -> bool:
     return any(key.startswith("student.") for key in state)
 
 
+def classes_of(own: State, state: State) -> int | None:
+    """The number of classes of a state that differs from a network's in the classifier alone; ``None``: another state.
+
+    Args:
+        own: the state dict of the network.
+        state: the state dict that was read.
+    """
+    resized = [key for key in own if key in state and own[key].shape != state[key].shape]
+    same_inputs = all(own[key].shape[1:] == state[key].shape[1:] for key in resized)
+    return len(state[resized[0]]) if resized and same_inputs and own.keys() == state.keys() else None
+
+
 def check_weights(
-    expected: State, state: State, what: str, advice: Callable[[], str] = str, classes_of: str = ""
+    own: State, state: State, what: str, advice: Callable[[], str] = str, expected: str = ""
 ) -> None:
     """Refuse a state that does not fit a network or is not finite; changes nothing.
 
     Args:
-        expected: the state dict of the network, for names and shapes.
+        own: the state dict of the network, for names and shapes.
         state: the state dict from the file.
         what: names the file and the network in the message.
         advice: called if names or shapes differ; returns the message's advice. Default: none.
-        classes_of: the end of the message for a state that differs in its number of classes only: the source of the
+        expected: the end of the message for a state that differs in its number of classes only: the source of the
             network's classes, and advice (``"data set digits; take another teacher"``). Empty: no such message.
 
     Raises:
         CheckpointError: another number of classes, other names or shapes, or values that are not finite.
     """
-    resized = [key for key in expected if key in state and expected[key].shape != state[key].shape]
     # A checkpoint of another data set differs in the classifier only; the message says so instead of listing shapes.
-    same_inputs = all(expected[key].shape[1:] == state[key].shape[1:] for key in resized)
-    if classes_of and resized and same_inputs and expected.keys() == state.keys():
-        classes, expected_classes = len(state[resized[0]]), len(expected[resized[0]])
-        raise CheckpointError(f"{what} has {classes} classes, not the {expected_classes} of {classes_of}")
-    check_fit(expected, state, what, advice)
+    if expected and (found := classes_of(own, state)):
+        number = classes_of(state, own)
+        raise CheckpointError(f"{what} has {found} classes, not the {number} of {expected}")
+    check_fit(own, state, what, advice)
     if broken := not_finite(state):
         raise CheckpointError(
             f"{what} has values that are not finite, in {_listed(broken)}: its training failed, or the file is "

@@ -25,7 +25,7 @@ OPTIMIZER = {"param_groups": [{"params": [int]}], "state": {int: {str: (Tensor, 
 RESULTS = {
     "last": {"epoch": int},
     "best": {"epoch": (int, type(None))},
-    "teacher": {"sha256": (str, type(None))},
+    "teacher": {"sha256": (str, type(None)), str: object},
     "method_file": {"sha256": str},
     "seconds": {str: NUMBER},
     "images_seen": int,

@@ -4,10 +4,15 @@
 - ``adapter.py``: :func:`with_features` makes a network return ``(logits, features)``
 - ``timm_maps.py``, ``probed_maps.py``: the sources of the features
 - ``inputs.py``: resizes and normalises images for a network
+- ``classes.py``: a teacher's outputs for the classes of another data set
 """
 
-from .adapter import with_features
+from .adapter import with_features, with_outputs
+from .classes import output_names, read_outputs
 from .inputs import RESIZE, Input
 from .names import FINDERS, find_network, is_code, is_foreign
 
-__all__ = ["FINDERS", "RESIZE", "Input", "find_network", "is_code", "is_foreign", "with_features"]
+__all__ = [
+    "FINDERS", "RESIZE", "Input", "find_network", "is_code", "is_foreign", "output_names", "read_outputs",
+    "with_features", "with_outputs",
+]  # fmt: skip

@@ -17,6 +17,7 @@ from mdistiller.registry import InputError
 from .._features import Features, make_features
 from ..facts import asked
 from . import probed_maps, timm_maps
+from .classes import ListedOutputs, OfClasses
 from .inputs import Input
 
 Outputs = tuple[Tensor, list[Tensor], Tensor]  # logits (B, K), maps, pooled features (B, D)
@@ -85,7 +86,7 @@ def with_features(
             if _returns_features(network(image)):
                 if maps:
                     raise InputError(f"{type(network).__name__} returns maps itself; leave out maps=")
-                return network if input is None else _subclassed(network, FitsInput, input)
+                return network if input is None else _fitted(network, FitsInput, input)
             of_timm = timm_maps.able(network) and not any(isinstance(name, str) for name in maps)
             reader, shapes = (timm_maps if of_timm else probed_maps).reader_of(network, image, maps)
     except InputError:
@@ -96,12 +97,29 @@ def with_features(
         ) from error
     network._reader, network._num_maps = reader, len(shapes)
     network._has_stem = has_stem(shapes, height)
-    return _subclassed(network, Adapted, input)
+    return _fitted(network, Adapted, input)
 
 
-def _subclassed(network: nn.Module, front: type, input: Input | None) -> nn.Module:
-    """The network as an instance of a subclass of its class. Methods of ``front`` override those of its class."""
+def with_outputs(network: nn.Module, outputs: Sequence[Sequence[int]]) -> nn.Module:
+    """Let a network that returns ``(logits, features)`` give the logits of a data set's classes.
+
+    This changes the network itself and returns it, as :func:`with_features` does. A state dict does not change.
+
+    Args:
+        network: a teacher that was trained on other classes.
+        outputs: for each class of the data set, the numbers of the network's outputs, at least one.
+    """
+    network._outputs = ListedOutputs(outputs)
+    return _subclassed(network, OfClasses)
+
+
+def _fitted(network: nn.Module, front: type, input: Input | None) -> nn.Module:
     network._input = input  # a module: its constants move with the network
+    return _subclassed(network, front)
+
+
+def _subclassed(network: nn.Module, front: type) -> nn.Module:
+    """The network as an instance of a subclass of its class. Methods of ``front`` override those of its class."""
     cls = type(network)
     network.__class__ = type(cls.__name__, (front, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     return network

@@ -55,7 +55,7 @@ def _timm(name: str) -> Callable[..., nn.Module]:
     if tag and tag not in tags:
         raise UnknownName(f"timm's {architecture} has no weights named {tag!r}; {suggestion(tag, tags)}")
 
-    def build(num_classes: int, pretrained: bool = False, **arguments: Any) -> nn.Module:
+    def build(num_classes: int | None = None, pretrained: bool = False, **arguments: Any) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
 
     return build
@@ -68,20 +68,29 @@ def _torchvision(name: str) -> Callable[..., nn.Module]:
     if name not in known:
         raise UnknownName(f"torchvision has no classifier named {name!r}; {suggestion(name, known)}")
 
-    def build(num_classes: int, pretrained: bool = False, **arguments: Any) -> nn.Module:
-        weights = models.get_model_weights(name).DEFAULT if pretrained else None
-        if weights is not None and num_classes != len(weights.meta["categories"]):
-            raise InputError(
-                f"torchvision:{name} is pretrained for {len(weights.meta['categories'])} classes, not {num_classes}"
-            )
-        network = models.get_model(name, weights=weights, num_classes=num_classes, **arguments)
-        if weights is not None:
-            made_for = weights.transforms()
-            side = made_for.crop_size[0]
-            network.pretrained_cfg = {"input_size": (3, side, side), "mean": made_for.mean, "std": made_for.std}
+    def build(num_classes: int | None = None, pretrained: bool = False, **arguments: Any) -> nn.Module:
+        if not pretrained:
+            return models.get_model(name, num_classes=num_classes, **arguments)
+        weights = models.get_model_weights(name).DEFAULT
+        network = models.get_model(name, weights=weights, **arguments)
+        made_for, known = weights.transforms(), len(weights.meta["categories"])
+        if num_classes not in (None, known):
+            _renew_classifiers(network, known, num_classes)
+        side = made_for.crop_size[0]
+        network.pretrained_cfg = {"input_size": (3, side, side), "mean": made_for.mean, "std": made_for.std}
         return network
 
     return build
+
+
+def _renew_classifiers(network: nn.Module, known: int, num_classes: int) -> None:
+    """Layers with fresh weights in place of the layers with one output for each known class, as timm does."""
+    for module in list(network.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Linear) and layer.out_features == known:
+                setattr(module, name, nn.Linear(layer.in_features, num_classes))
+            elif isinstance(layer, nn.Conv2d) and layer.out_channels == known and layer.kernel_size == (1, 1):
+                setattr(module, name, nn.Conv2d(layer.in_channels, num_classes, 1))
 
 
 def _of_table(table: Registry) -> Callable[[str], ModelEntry]:

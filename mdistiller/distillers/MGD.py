@@ -67,6 +67,7 @@ class MGD(Distiller):
     """Generation of the teacher's last map from a masked one of the student (:func:`mgd_loss`)."""
 
     mixed_labels = True
+    reads_teacher_logits = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)

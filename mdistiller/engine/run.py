@@ -32,7 +32,6 @@ from .config.node import convert, read_yaml, value_at
 from .folder.checkpoint import remove_leftovers, write_atomically
 from .folder.run_folder import (
     CHANGES,
-    CLASSES,
     alone_in,
     changed_settings,
     check_folder,

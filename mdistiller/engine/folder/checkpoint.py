@@ -402,9 +402,7 @@ def classes_of(own: State, state: State) -> int | None:
     return len(state[resized[0]]) if resized and same_inputs and own.keys() == state.keys() else None
 
 
-def check_weights(
-    own: State, state: State, what: str, advice: Callable[[], str] = str, expected: str = ""
-) -> None:
+def check_weights(own: State, state: State, what: str, advice: Callable[[], str] = str, expected: str = "") -> None:
     """Refuse a state that does not fit a network or is not finite; changes nothing.
 
     Args:

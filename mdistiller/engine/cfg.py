@@ -39,7 +39,8 @@ from mdistiller.registry import InputError
 from .config.experiment import UNDECLARED, flatten, options_of_run, relevant_part
 from .config.node import SWITCH, sections_of, value_at
 from .config.node import ConfigNode as CN
-from .forwards.cache import check_cacheable
+from .forwards.cache import caches_in_memory, check_cacheable
+from .forwards.memory import FORMATS
 from .task import task_of
 from .trainer import trainer_dict
 
@@ -315,6 +316,13 @@ OPTIONS |= {
                                  when=has_teacher),
     "SOLVER.CACHE_TEACHER": speed(False, "store the teacher's outputs in memory; needs DATASET.VIEW_WEAK plain",
                                   when=has_teacher),
+    "SOLVER.TEACHER_MEMORY": speed("off", "where the teacher's outputs are kept. memory: as CACHE_TEACHER; disk: those "
+                                   "of every epoch, for all runs of this seed and teacher",
+                                   one_of=("off", "memory", "disk"), when=has_teacher),
+    "SOLVER.TEACHER_MEMORY_DIR": place("", "folder for TEACHER_MEMORY disk; empty: LOG.PREFIX/teacher_memory",
+                                       when=only("SOLVER.TEACHER_MEMORY", "disk")),
+    "SOLVER.TEACHER_MEMORY_FORMAT": resumable("as_computed", "number format on the disk. as_computed: exact",
+                                              one_of=FORMATS, when=only("SOLVER.TEACHER_MEMORY", "disk")),
     "SOLVER.COMPILE": speed("off", "networks for torch.compile. all: student and teacher",
                             one_of=("off", "teacher", "all")),
     "SOLVER.COMPILE_MODE": speed("default", "mode of torch.compile. reduce-overhead: CUDA graphs",
@@ -480,7 +488,9 @@ def check_config(cfg: CN) -> None:
     _check_mixed_labels(cfg)
     task_of(cfg)
     chosen_recipes(cfg, open_dataset(cfg))
-    if cfg.SOLVER.CACHE_TEACHER:
+    if cfg.SOLVER.CACHE_TEACHER and cfg.SOLVER.TEACHER_MEMORY == "disk":
+        raise InputError("SOLVER.CACHE_TEACHER True is TEACHER_MEMORY memory; set CACHE_TEACHER False for disk")
+    if caches_in_memory(cfg):
         check_cacheable(cfg)
     _check_names(cfg)
     if cfg.SOLVER.EPOCHS <= cfg.SOLVER.WARMUP_EPOCHS:

@@ -25,8 +25,9 @@ from .deployed import deployed_network
 from .explain import check_batches, check_gradients, check_logits, contract_explained, read_output
 from .folder.checkpoint import CheckpointError, load_checkpoint, previous
 from .folder.state import STATE, check_kind, check_optimizer_fit, fitting_state, trained_state
-from .forwards.cache import cache_teacher
+from .forwards.cache import cache_teacher, caches_in_memory
 from .forwards.compile import accelerate, begin_step
+from .forwards.memory import remember_teacher
 from .forwards.precision import Precision, hard_coded_cuda_explained
 from .hooks import Hook, default_hooks
 from .prepare import prepare
@@ -89,9 +90,9 @@ class BaseTrainer:
         self.distiller = self.precision.place(getattr(distiller, "module", distiller))
         self.foldings = accelerate(self.distiller, cfg)
         self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
-        self.teacher_cache = (
-            cache_teacher(self.distiller, train_loader, cfg, self.precision) if cfg.SOLVER.CACHE_TEACHER else None
-        )
+        keep = cache_teacher if caches_in_memory(cfg) else remember_teacher
+        keeps = keep is cache_teacher or cfg.SOLVER.TEACHER_MEMORY == "disk"
+        self.teacher_cache = keep(self.distiller, train_loader, cfg, self.precision) if keeps else None
         self.parallel = Parallel(
             self.distiller, cfg.SOLVER.GATHER, cfg.SOLVER.BATCH_NORM, overlap=self.backward_passes == 1
         )
@@ -222,7 +223,7 @@ class BaseTrainer:
     def run_step(self, batch: dict[str, Tensor]) -> StepOutput:
         given = self.contract.given(batch, self.epoch)
         begin_step(self.cfg)
-        known = nullcontext() if self.teacher_cache is None else self.teacher_cache.of(batch)
+        known = nullcontext() if self.teacher_cache is None else self.teacher_cache.of(batch, self.epoch)
         with known, self.precision.autocast(), hard_coded_cuda_explained(self.precision.device):
             if distributed.world_size() == 1:
                 with contract_explained(self.distiller, given):

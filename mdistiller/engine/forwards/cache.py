@@ -1,4 +1,6 @@
-"""``SOLVER.CACHE_TEACHER``: what the frozen teacher says of each training image, computed once and kept in memory.
+"""``SOLVER.CACHE_TEACHER``: the frozen teacher's outputs on each training image, computed once and kept in memory.
+
+``SOLVER.TEACHER_MEMORY memory`` is another name of it.
 
 That is possible where a method sees an image alike in every epoch: one view, whose recipe has no random operation, and
 nothing mixed in. At the first step, logits and pooled features are computed for all training images; a feature map
@@ -38,6 +40,11 @@ from .precision import Precision
 
 KEY = "SOLVER.CACHE_TEACHER"
 SHARE_OF_MEMORY = 0.5  # of what is free, for one output
+
+
+def caches_in_memory(cfg: Any) -> bool:
+    """Whether a run stores the teacher's outputs in memory."""
+    return cfg.SOLVER.CACHE_TEACHER or cfg.SOLVER.TEACHER_MEMORY == "memory"
 
 
 def check_cacheable(cfg: Any) -> None:
@@ -122,7 +129,7 @@ class TeacherCache:
         self.tree: Any = None  # the output, with numbers for its leaves
 
     @contextmanager
-    def of(self, batch: dict[str, Tensor]) -> Iterator[None]:
+    def of(self, batch: dict[str, Tensor], epoch: int) -> Iterator[None]:
         """Context in which the teacher's outputs on the batch's images come from memory."""
         (images,) = images_of(batch)
         with linked(self.teacher, "cache", partial(self._kept_output, images, batch["index"])):

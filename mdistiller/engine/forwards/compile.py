@@ -15,6 +15,7 @@ from torch import nn
 
 from mdistiller.registry import InputError, image_side
 
+from .cache import caches_in_memory
 from .chain import networks_of
 from .fold import Folding
 
@@ -41,7 +42,7 @@ def accelerate(distiller: nn.Module, cfg: Any) -> dict[str, Folding]:
     device = next(distiller.student.parameters()).device
     keep_freed_memory(device)
     wanted = {"off": [], "teacher": [*frozen.values()], "all": networks_of(distiller)}[solver.COMPILE]
-    if solver.CACHE_TEACHER:  # a kept teacher runs for one epoch
+    if caches_in_memory(cfg):  # a kept teacher runs for one epoch
         wanted = [network for network in wanted if network not in frozen.values()]
     if wanted:
         check_compiler(device)

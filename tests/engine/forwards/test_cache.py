@@ -75,7 +75,7 @@ def test_every_method_with_one_view_has_the_same_losses(method):
     cache = teacher_cache.TeacherCache(method, cached.teacher, Loader(dataset, 3), Precision(torch.device("cpu")))
     accepted = contract_of(type(plain)).fields
     given = {name: v for name, v in {**batch, **extra}.items() if accepted is None or name in accepted}
-    with cache.of(batch):
+    with cache.of(batch, 1):
         logits, losses = cached(**given)
     expected_logits, expected = plain(**given)
     torch.testing.assert_close(logits, expected_logits)
@@ -90,7 +90,7 @@ def test_outputs_are_the_teachers_in_value_type_and_layout(tmp_path, half):
     for batch in batches_of(trainer, 2):
         with torch.no_grad(), trainer.precision.autocast():
             logits, features = teacher(batch["image"])
-            with cache.of(batch):
+            with cache.of(batch, 1):
                 kept, kept_features = teacher(batch["image"])
                 pairs = [
                     (kept, logits),
@@ -185,15 +185,15 @@ def test_what_a_method_does_with_its_teacher_beyond_the_images(tmp_path):
     trainer = trainer_of(tmp_path)
     teacher, cache, batch = trainer.distiller.teacher, trainer.teacher_cache, batches_of(trainer, 1)[0]
     turned = batch["image"].flip(3)
-    with cache.of(batch), pytest.raises(InputError, match="KD shows its teacher other images than the batch's"):
+    with cache.of(batch, 1), pytest.raises(InputError, match="KD shows its teacher other images than the batch's"):
         teacher(turned)
     part = next(module for module in teacher.modules() if module is not teacher)
     handle = part.register_forward_hook(lambda *_: None)
-    with cache.of(batch), pytest.raises(InputError, match="hooks on the teacher's modules"):
+    with cache.of(batch, 1), pytest.raises(InputError, match="hooks on the teacher's modules"):
         teacher(batch["image"])
     handle.remove()
     part.train()
-    with cache.of(batch), pytest.raises(InputError, match="in training mode"):
+    with cache.of(batch, 1), pytest.raises(InputError, match="in training mode"):
         teacher(batch["image"])
     part.eval()
     expected = trainer_of(tmp_path, cached=False).distiller.teacher(turned)[0]

@@ -264,3 +264,27 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
     finally:
         for norm, (training, tracking) in zip(norms, before, strict=True):
             norm.training, norm.track_running_stats = training, tracking
+
+
+def zero_of(module: nn.Module) -> Tensor:
+    """0 ``()`` with a gradient, 0 too, for each parameter: the optimiser then has one in every step."""
+    return 0 * sum(p.sum() for p in module.parameters())
+
+
+class StepCounter(nn.Module):
+    """Counts steps. The number belongs to the state dict, and reading it does not wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.number = 0
+
+    def step(self) -> int:
+        """The number of earlier calls."""
+        self.number += 1
+        self.count += 1
+        return self.number - 1
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.number = int(self.count)

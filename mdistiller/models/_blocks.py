@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._features import Stages
+
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     """3x3 convolution that keeps the size at stride 1."""
@@ -129,6 +131,12 @@ class Bottleneck(ResidualBlock):
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
         return self.bn3(self.conv3(x))
+
+
+def rectified_stages(layers: list[ResidualStage], classifier: nn.Module) -> Stages:
+    """The stages of a residual network whose stem's map is the first of ``feats``."""
+    run = [lambda x, layer=layer: layer(x)[0] for layer in layers]
+    return Stages(lambda features: features["feats"][1:], run, classifier, rectified=True)
 
 
 def residual_stage(

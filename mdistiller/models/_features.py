@@ -8,6 +8,8 @@
   contains the activated map; method files skip it by ``[1:]``. The key is absent for architectures without such maps
   (MobileNetV2).
 - ``"pooled_feat"``: ``(B, D)``, the input of the classifier.
+- ``"pooled_map"``: ``(B, D, H, W)``, the map whose mean over positions is ``pooled_feat``. The key is absent if this
+  map is the last of ``feats``.
 
 No operation is in place, so each map may be kept, hooked, or used in a loss.
 
@@ -18,7 +20,8 @@ by ``[1:]``. Methods read widths, stages and the number of classes from a networ
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -31,13 +34,43 @@ class NotOfferedError(InputError, NotImplementedError):
     """The architecture does not have the requested part."""
 
 
-def make_features(feats: list[Tensor], pooled_feat: Tensor, preact_feats: list[Tensor] | None = None) -> Features:
-    """The dictionary of the features contract. Without ``preact_feats`` its key is absent."""
+def make_features(
+    feats: list[Tensor],
+    pooled_feat: Tensor,
+    preact_feats: list[Tensor] | None = None,
+    pooled_map: Tensor | None = None,
+) -> Features:
+    """The dictionary of the features contract. Without ``preact_feats`` or ``pooled_map`` its key is absent."""
     features: Features = {"feats": feats}
     if preact_feats is not None:
         features["preact_feats"] = preact_feats
     features["pooled_feat"] = pooled_feat
+    if pooled_map is not None:
+        features["pooled_map"] = pooled_map
     return features
+
+
+def pooled_map(features: Features) -> Tensor:
+    """The map ``(B, D, H, W)`` whose mean over positions is ``pooled_feat``, the classifier's input."""
+    return features["pooled_map"] if "pooled_map" in features else features["feats"][-1]
+
+
+class Stages(NamedTuple):
+    """A network's stages, to be run one by one on maps from elsewhere.
+
+    The network's logits are those of the ``classifier`` on the mean of the ReLU of the last stage's map.
+
+    Args:
+        maps: gives the stages' maps of the network's ``features``, shallow to deep.
+        run: for each stage, the function from the previous stage's map to its own; the first takes the stem's map.
+        classifier: of the pooled features.
+        rectified: the maps are behind a ReLU.
+    """
+
+    maps: Callable[[Features], list[Tensor]]
+    run: list[Callable[[Tensor], Tensor]]
+    classifier: nn.Module
+    rectified: bool
 
 
 class FeatureNet(nn.Module):
@@ -57,6 +90,10 @@ class FeatureNet(nn.Module):
     def get_feat_modules(self) -> nn.ModuleList:
         """The modules that compute the maps, in forward order, without pooling and classifier."""
         raise NotOfferedError(f"{type(self).__name__} does not say which modules its feature maps come from")
+
+    def get_stages(self) -> Stages:
+        """The stages as functions, for methods that start a network in the middle (FCFD)."""
+        raise NotOfferedError(f"{type(self).__name__} does not say how its stages run one by one")
 
     def get_bn_before_relu(self) -> list[nn.Module]:
         """The batch norm whose output is each stage's ``preact_feats`` (for OFD's margins), deepest last.

@@ -21,12 +21,16 @@ from torch.nn.utils.parametrize import is_parametrized
 from mdistiller.messages import warn
 from mdistiller.registry import InputError
 
+from ._features import pooled_map
+
 Shapes = tuple[torch.Size, ...]
 
 _READ = "must return (logits, features) with {}, which this method reads: see mdistiller/models/_features.py"
 LACKING = {
     "shapes": _READ.format("the maps of its stages in features['feats']"),
     "pooled_width": _READ.format("the classifier's input in features['pooled_feat']"),
+    "pooled_map": "must return (logits, features) with the map whose mean is features['pooled_feat'] in "
+    "features['pooled_map'], or last in features['feats']: see mdistiller/models/_features.py",
     "classifier": "has no layer whose output is the logits",
     "last_convolution": "has no nn.Conv2d",
     "norms_before_relu": "does not say by get_bn_before_relu() from which batch norms its maps before the ReLU come",
@@ -52,6 +56,7 @@ class NetworkFacts:
         activated: a map of ``feats`` is the output of a ReLU.
         stages: numbers of the maps that are stages; by default all maps but the first.
         pooled_width: D of ``pooled_feat``.
+        pooled_map: shape of the map whose mean over positions is ``pooled_feat``.
         classifier: the layer whose output is the logits.
         last_convolution: the ``nn.Conv2d`` that is called last, not counting the classifier.
         norms_before_relu: the batch norms whose outputs are the deepest of ``preact_feats``, deepest last.
@@ -66,6 +71,7 @@ class NetworkFacts:
     activated: bool
     stages: tuple[int, ...]
     pooled_width: int | None
+    pooled_map: torch.Size | None
     classifier: str | None
     last_convolution: str | None
     norms_before_relu: tuple[str, ...] | None
@@ -182,6 +188,7 @@ def facts_of(network: nn.Module, size: Sequence[int], role: str = "network") -> 
         activated=any(type(feat.grad_fn).__name__ in RELUS for feat in features.get("feats", ())),
         stages=tuple(declared()) if declared is not None else tuple(range(1, len(shapes or ()))),
         pooled_width=None if pooled is None else pooled.flatten(1).shape[1],
+        pooled_map=_pooled_map(features),
         classifier=classifier,
         last_convolution=next((path for path in reversed(convolutions) if path != classifier), None),
         norms_before_relu=_norms_before_relu(network),
@@ -206,6 +213,17 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _shapes(features: Mapping[str, Any], key: str) -> Shapes | None:
     return tuple(feat.shape for feat in features[key]) if key in features else None
+
+
+def _pooled_map(features: Mapping[str, Any]) -> torch.Size | None:
+    """The shape of the map, if its mean is ``pooled_feat``."""
+    if "pooled_feat" not in features or not ("pooled_map" in features or features.get("feats")):
+        return None
+    maps, pooled = pooled_map(features).detach(), features["pooled_feat"].detach().flatten(1)
+    if maps.ndim != 4 or maps.shape[1] != pooled.shape[1]:
+        return None
+    is_its_mean = maps.is_meta or torch.allclose(maps.mean((2, 3)), pooled, rtol=1e-3, atol=1e-5)
+    return maps.shape if is_its_mean else None
 
 
 def _widths(shapes: Shapes) -> list[int]:

@@ -133,7 +133,11 @@ def _losses(cfg: Any, disturbed: str) -> Tensor:
 def _build(cfg: Any, teacher: str, student: str, classes: int) -> nn.Module:
     torch.manual_seed(0)
     networks = [cifar_model_dict[name](num_classes=classes) for name in (student, teacher)]
-    return build_distiller(cfg, *networks, num_data=50).train()
+    further = {
+        key: cifar_model_dict[student](num_classes=classes)
+        for key in getattr(distiller_dict[cfg.DISTILLER.TYPE], "networks", {})
+    }
+    return build_distiller(cfg, *networks, num_data=50, networks=further).train()
 
 
 def _report(path: Path) -> dict[str, Any]:

@@ -54,9 +54,14 @@ def test_losses_are_finite_scalars_and_logits_the_students(method):
 @each_method
 def test_every_student_parameter_gets_gradient_and_no_teacher_parameter(method):
     distiller = build(method)
-    total(distiller, make_batch(method)).backward()
+    # A method with a head of its own does not use the student's.
+    distiller.eval().forward_test(make_batch("NONE")["image"]).sum().backward()
+    used = {name for name, p in distiller.student.named_parameters() if p.grad is not None}
+    distiller.zero_grad()
+    total(distiller.train(), make_batch(method)).backward()
     without = [name for name, p in distiller.student.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not without
+    assert not used.intersection(without)
+    assert distiller.deployed() is not distiller.student or not without
     if distiller.teacher is not None:
         allowed = {id(p) for p in distiller.teacher_parameters()}
         assert all(p.grad is None for p in distiller.teacher.parameters() if id(p) not in allowed)
@@ -90,7 +95,8 @@ def test_own_weight_zero_is_plain_training_to_the_bit(method):
 @each_teacher_method
 def test_own_weight_matters(method):
     batch = make_batch(method)
-    off, on = (total(build(method, weights(method, ce=1.0, own=w)), batch) for w in (0.0, 1.0))
+    values = FALLING.get(method, {})
+    off, on = (total(build(method, values | weights(method, ce=1.0, own=w)), batch) for w in (0.0, 1.0))
     assert off != on
 
 
@@ -207,7 +213,7 @@ def test_labels_may_be_shares_of_classes(method):
     mixed = 0.6 * whole + 0.4 * whole.roll(1, 0)
     found = []
     for target in (numbers["target"], whole, mixed):
-        _, losses = build(method)(**{**numbers, "target": target}, epoch=1)
+        _, losses = build(method, weights(method, ce=1.0, own=1.0))(**{**numbers, "target": target}, epoch=1)
         found.append(sum(loss.mean() for loss in losses.values()))
     torch.testing.assert_close(found[1], found[0])
     assert torch.isfinite(found[2]) and abs(found[2] - found[0]) > 1e-3
@@ -234,10 +240,16 @@ def test_state_dict_round_trip(method):
 
 
 @each_method
-def test_only_the_student_is_asked_in_eval_mode(method):
+def test_only_the_deployed_network_is_asked_in_eval_mode(method):
+    """The student, or one of its parts and a head."""
     distiller, images = build(method).eval(), make_batch("NONE")["image"]
     with torch.no_grad():
-        torch.testing.assert_close(distiller(image=images), distiller.student(images)[0])
+        found, network = distiller(image=images), distiller.deployed()
+        if network is distiller.student:
+            torch.testing.assert_close(found, distiller.student(images)[0])
+        else:
+            assert network.student is distiller.student
+            torch.testing.assert_close(found, network(images))
 
 
 @each_method

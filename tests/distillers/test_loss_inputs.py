@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from mdistiller.distillers.AT import at_loss
+from mdistiller.distillers.CATKD import cat_loss
 from mdistiller.distillers.CRD import nce_loss
+from mdistiller.distillers.CRLD import crld_losses
 from mdistiller.distillers.DCD import dcd_loss
 from mdistiller.distillers.DIST import (
     acclimation_loss,
@@ -23,6 +25,7 @@ from mdistiller.distillers.ICKD import ickd_loss
 from mdistiller.distillers.ITRD import correlation_loss, mutual_loss
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.KDSVD import kdsvd_loss
+from mdistiller.distillers.LG import lg_loss
 from mdistiller.distillers.MDR import angle_matrix, distance_matrix, length_loss, length_matrix, relation_kl
 from mdistiller.distillers.MGD import mgd_loss
 from mdistiller.distillers.MLKD import bc_loss, cc_loss, mlkd_losses
@@ -33,7 +36,10 @@ from mdistiller.distillers.PEFD import pefd_loss
 from mdistiller.distillers.PKT import pkt_loss
 from mdistiller.distillers.ReviewKD import hcl_loss
 from mdistiller.distillers.RKD import rkd_loss
+from mdistiller.distillers.RRD import rrd_loss
+from mdistiller.distillers.SimKD import simkd_loss
 from mdistiller.distillers.SP import sp_loss
+from mdistiller.distillers.TAKD import takd_loss
 from mdistiller.distillers.TTM import ttm_loss, wttm_loss
 from mdistiller.distillers.VID import vid_loss
 from mdistiller.distillers.VRM import vrm_loss
@@ -69,7 +75,10 @@ OF_LOGITS = {
     "cosine": lambda s, t: cosine_distance(s, t).mean(),
     "vrm": of_views(vrm_loss),
     "dcd": lambda s, t: dcd_loss(s, t, 2.7, 0.0),
+    "crld": lambda s, t: sum(crld_losses((s, s.flip(1)), (t, t.flip(1)), 4.0, 0.0, 0.0)),
     "ega": ega_loss,
+    "rrd": lambda s, t: rrd_loss(s, t, 0.1, 0.1),
+    "takd": lambda s, t: takd_loss(s, t, 4.0),
     "itrd": correlation_loss,
     "pefd": lambda s, t: pefd_loss([s, s.flip(1)], t),
 }
@@ -87,7 +96,10 @@ OF_ANY_MAPS = {
 }
 OF_MAPS = {
     "hint": hint_loss,
+    "cat": cat_loss,
     "ickd": ickd_loss,
+    "lg": lambda s, t: lg_loss([s], [t]),
+    "simkd": simkd_loss,
     "mgd": mgd_loss,
     "hcl": lambda s, t: hcl_loss([s], [t]),
     "ofd": lambda s, t: ofd_loss(s, t, -torch.ones(1, s.shape[1], 1, 1)),

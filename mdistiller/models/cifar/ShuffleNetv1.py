@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._blocks import ResidualStage, shuffle_channels
-from .._features import FeatureNet, Features, make_features
+from .._features import FeatureNet, Features, Stages, make_features
 from .._registration import register_model
 
 _STEM_CHANNELS = 24
@@ -85,6 +85,10 @@ class ShuffleNet(FeatureNet):
 
     def get_feat_modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.conv1, self.bn1, self.layer1, self.layer2, self.layer3])
+
+    def get_stages(self) -> Stages:
+        run = [lambda x, layer=layer: layer(F.relu(x))[1] for layer in (self.layer1, self.layer2, self.layer3)]
+        return Stages(lambda f: f["preact_feats"][1:], run, self.linear, rectified=False)
 
     def get_bn_before_relu(self) -> list[nn.Module]:
         return [stage[-1].bn3 for stage in (self.layer1, self.layer2, self.layer3)]

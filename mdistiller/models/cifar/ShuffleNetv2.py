@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._blocks import ResidualStage, conv1x1, shuffle_channels
-from .._features import FeatureNet, Features, make_features
+from .._features import FeatureNet, Features, Stages, make_features
 from .._registration import register_model
 
 _STEM_CHANNELS = 24
@@ -114,6 +114,12 @@ class ShuffleNetV2(FeatureNet):
     def get_feat_modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.conv1, self.bn1, self.layer1, self.layer2, self.layer3])
 
+    def get_stages(self) -> Stages:
+        """The last stage ends with the last convolution."""
+        run = [lambda x, layer=layer: layer(x)[0] for layer in (self.layer1, self.layer2)]
+        run.append(lambda x: F.relu(self.bn2(self.conv2(self.layer3(x)[0]))))
+        return Stages(lambda f: [*f["feats"][1:3], f["pooled_map"]], run, self.linear, rectified=True)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
         f0 = F.relu(self.bn1(self.conv1(x)))  # 32x32
         f1, f1_pre = self.layer1(f0)  # 16x16
@@ -121,7 +127,8 @@ class ShuffleNetV2(FeatureNet):
         f3, f3_pre = self.layer3(f2)  # 4x4
         last = F.relu(self.bn2(self.conv2(f3)))
         pooled = F.adaptive_avg_pool2d(last, 1).flatten(1)
-        features = make_features([f0, f1, f2, f3], pooled, preact_feats=[f0, f1_pre, f2_pre, f3_pre])
+        preact_feats = [f0, f1_pre, f2_pre, f3_pre]
+        features = make_features([f0, f1, f2, f3], pooled, preact_feats=preact_feats, pooled_map=last)
         return self.linear(pooled), features
 
 

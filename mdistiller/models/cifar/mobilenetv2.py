@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._blocks import conv_bn_relu, init_he_fan_out, init_small_linear
-from .._features import FeatureNet, Features, make_features
+from .._features import FeatureNet, Features, Stages, make_features
 from .._registration import register_model
 
 # Of each group: channels at width 1, blocks, stride of the first block.
@@ -72,6 +72,12 @@ class MobileNetV2(FeatureNet):
     def get_feat_modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.conv1, self.blocks])
 
+    def get_stages(self) -> Stages:
+        """The last stage ends with the last convolution, behind its ReLU."""
+        groups = [self.blocks[start:end] for start, end in ((0, 2), (2, 3), (3, 5), (5, 7))]
+        run = [nn.Sequential(*group) for group in groups[:-1]] + [nn.Sequential(*groups[-1], self.conv2)]
+        return Stages(lambda f: [*f["feats"][1:4], f["pooled_map"]], run, self.classifier, rectified=False)
+
     def get_bn_before_relu(self) -> list[nn.Module]:
         """The last batch norm of each tapped group. No ReLU follows; OFD's margins are still defined."""
         return [self.blocks[i][-1].conv[-1] for i in _TAPPED_GROUPS]
@@ -83,8 +89,9 @@ class MobileNetV2(FeatureNet):
             x = block(x)
             if group in _TAPPED_GROUPS:
                 feats.append(x)
-        pooled = F.adaptive_avg_pool2d(self.conv2(x), 1).flatten(1)
-        return self.classifier(pooled), make_features(feats, pooled)
+        last = self.conv2(x)
+        pooled = F.adaptive_avg_pool2d(last, 1).flatten(1)
+        return self.classifier(pooled), make_features(feats, pooled, pooled_map=last)
 
 
 def mobilenetv2_T_w(T: int, W: float, feature_dim: int = 100) -> MobileNetV2:

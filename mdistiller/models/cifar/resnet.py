@@ -12,8 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._blocks import BasicBlock, Bottleneck, conv3x3, init_he_fan_out, residual_stage
-from .._features import FeatureNet, Features, make_features
+from .._blocks import BasicBlock, Bottleneck, conv3x3, init_he_fan_out, rectified_stages, residual_stage
+from .._features import FeatureNet, Features, Stages, make_features
 from .._registration import register_model
 
 # block, convolutions that one block adds to each of the three stages together
@@ -53,6 +53,9 @@ class ResNet(FeatureNet):
 
     def get_feat_modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.conv1, self.bn1, self.relu, self.layer1, self.layer2, self.layer3])
+
+    def get_stages(self) -> Stages:
+        return rectified_stages([self.layer1, self.layer2, self.layer3], self.fc)
 
     def get_bn_before_relu(self) -> list[nn.Module]:
         return [stage[-1].last_bn for stage in (self.layer1, self.layer2, self.layer3)]
@@ -109,6 +112,11 @@ def resnet110(**kwargs: Any) -> ResNet:
 @register_model("cifar", "resnet8x4")
 def resnet8x4(**kwargs: Any) -> ResNet:
     return ResNet(8, _WIDE, **kwargs)
+
+
+@register_model("cifar", "resnet14x4")
+def resnet14x4(**kwargs: Any) -> ResNet:
+    return ResNet(14, _WIDE, **kwargs)
 
 
 @register_model("cifar", "resnet32x4", checkpoint="resnet32x4_vanilla/ckpt_epoch_240.pth")

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _blocks
-from .._blocks import conv3x3, init_he_fan_out, residual_stage
-from .._features import FeatureNet, Features, make_features
+from .._blocks import conv3x3, init_he_fan_out, rectified_stages, residual_stage
+from .._features import FeatureNet, Features, Stages, make_features
 from .._registration import register_model
 
 
@@ -47,6 +47,9 @@ class ResNet(FeatureNet):
 
     def get_feat_modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.conv1, self.bn1, self.layer1, self.layer2, self.layer3, self.layer4])
+
+    def get_stages(self) -> Stages:
+        return rectified_stages([self.layer1, self.layer2, self.layer3, self.layer4], self.linear)
 
     def get_bn_before_relu(self) -> list[nn.Module]:
         return [stage[-1].last_bn for stage in (self.layer1, self.layer2, self.layer3, self.layer4)]

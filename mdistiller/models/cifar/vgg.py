@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._blocks import init_he_fan_out, init_small_linear
-from .._features import FeatureNet, Features, make_features
+from .._features import FeatureNet, Features, Stages, make_features
 from .._registration import register_model
 
 _WIDTHS = (64, 128, 256, 512, 512)
@@ -76,6 +76,15 @@ class VGG(FeatureNet):
         blocks = (self.block0, self.block1, self.block2, self.block3, self.block4)
         pools = (self.pool0, self.pool1, self.pool2, self.pool3, self.pool4)
         return nn.ModuleList([module for pair in zip(blocks, pools, strict=True) for module in pair])
+
+    def get_stages(self) -> Stages:
+        """Without the first block, which is taken for the stem."""
+        pools = (self.pool0, self.pool1, self.pool2, self.pool3)
+        blocks = (self.block1, self.block2, self.block3, self.block4)
+        run = [
+            lambda x, pool=pool, block=block: block(pool(F.relu(x))) for pool, block in zip(pools, blocks, strict=True)
+        ]
+        return Stages(lambda f: f["preact_feats"][1:], run, self.classifier, rectified=False)
 
     def get_bn_before_relu(self) -> list[nn.Module]:
         return [block[-1] for block in (self.block1, self.block2, self.block3, self.block4)]

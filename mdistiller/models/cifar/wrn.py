@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._blocks import conv1x1, conv3x3, init_he_fan_out
-from .._features import FeatureNet, Features, make_features
+from .._features import FeatureNet, Features, Stages, make_features
 from .._registration import register_model
 
 
@@ -94,6 +94,14 @@ class WideResNet(FeatureNet):
     def get_feat_modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.conv1, self.block1, self.block2, self.block3])
 
+    def get_stages(self) -> Stages:
+        run = [
+            lambda x: self.block1(x)[0],
+            lambda x: self.block2(x)[0],
+            lambda x: self.bn1(self.block3(x)[0]),
+        ]
+        return Stages(lambda f: [*f["feats"][1:3], f["preact_feats"][3]], run, self.fc, rectified=False)
+
     def get_bn_before_relu(self) -> list[nn.Module]:
         return [self.block2.layer[0].bn1, self.block3.layer[0].bn1, self.bn1]
 
@@ -103,8 +111,10 @@ class WideResNet(FeatureNet):
         f2, f1_pre = self.block2(f1)  # 16x16
         f3, f2_pre = self.block3(f2)  # 8x8
         f3_pre = self.bn1(f3)
-        pooled = F.adaptive_avg_pool2d(F.relu(f3_pre), 1).flatten(1)
-        features = make_features([f0, f1, f2, f3], pooled, preact_feats=[f0, f1_pre, f2_pre, f3_pre])
+        last = F.relu(f3_pre)
+        pooled = F.adaptive_avg_pool2d(last, 1).flatten(1)
+        preact_feats = [f0, f1_pre, f2_pre, f3_pre]
+        features = make_features([f0, f1, f2, f3], pooled, preact_feats=preact_feats, pooled_map=last)
         return self.fc(pooled), features
 
 

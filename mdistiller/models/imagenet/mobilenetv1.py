@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mdistiller.registry import InputError
 
 from .._blocks import conv_bn_relu
-from .._features import FeatureNet, Features, make_features
+from .._features import FeatureNet, Features, Stages, make_features
 from .._registration import register_model
 
 # Output channels and stride of the depthwise-separable blocks, model.1 to model.13.
@@ -49,6 +49,12 @@ class MobileNetV1(FeatureNet):
 
     def get_feat_modules(self) -> nn.ModuleList:
         return nn.ModuleList(list(self.model)[:-1])
+
+    def get_stages(self) -> Stages:
+        """Each ends with a block whose map is in ``feats``; the first takes the image."""
+        starts = (0, *(place + 1 for place in _TAPPED_BLOCKS))
+        run = [self.model[start : place + 1] for start, place in zip(starts, _TAPPED_BLOCKS, strict=False)]
+        return Stages(lambda f: f["feats"], run, self.fc, rectified=True)
 
     def get_bn_before_relu(self) -> list[nn.Module]:
         return [self.model[i][-2] for i in _TAPPED_BLOCKS]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mdistiller.registry import InputError
 
-from .._blocks import BasicBlock, Bottleneck, init_he_fan_out, residual_stage
-from .._features import FeatureNet, Features, make_features
+from .._blocks import BasicBlock, Bottleneck, init_he_fan_out, rectified_stages, residual_stage
+from .._features import FeatureNet, Features, Stages, make_features
 from .._registration import register_model
 
 
@@ -46,6 +46,9 @@ class ResNet(FeatureNet):
     def get_feat_modules(self) -> nn.ModuleList:
         stages = [self.layer1, self.layer2, self.layer3, self.layer4]
         return nn.ModuleList([self.conv1, self.bn1, self.relu, self.maxpool, *stages])
+
+    def get_stages(self) -> Stages:
+        return rectified_stages([self.layer1, self.layer2, self.layer3, self.layer4], self.fc)
 
     def get_bn_before_relu(self) -> list[nn.Module]:
         """The batch norms of the last three stages."""

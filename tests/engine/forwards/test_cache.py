@@ -19,7 +19,9 @@ from mdistiller.registry import InputError
 
 HALF = {"SOLVER__AMP": "bf16", "SOLVER__CHANNELS_LAST": True}
 REFUSED = {
+    "CRLD": "CRLD asks for 2 views",
     "DIST_PLUS": "DIST_PLUS trains a part of its teacher",
+    "FCFD": "FCFD runs its teacher on the statistics of the batch",
     "KD_TWO_VIEWS": r"KD_TWO_VIEWS asks for 2 views \(image_weak, image_strong\)",
     "MDR": "MDR makes copies of the images of its own",
     "MLKD": "MLKD asks for 2 views",

@@ -157,38 +157,56 @@ def load_detector(detector: FasterRCNN, path: Path, cfg: Any, role: str) -> None
 def load_start(detector: FasterRCNN, cfg: Any) -> None:
     """The first weights: ``MODEL.WEIGHTS``.
 
+    A file holds a detector of this engine, or a classifier whose layers are the backbone's, such as ``student_last`` of
+    a distilled ResNet-18. A classifier gives the backbone only.
+
     Raises:
-        InputError: weights of another library; ImageNet's weights of torchvision with the channels in another order.
+        InputError: weights of another library; a classifier's weights where the first channel is not red.
     """
     name = cfg.MODEL.WEIGHTS
     if not name:
         return
     if "://" not in name:
-        load_detector(detector, Path(name), cfg, "student")
-        return
-    if not name.startswith(TORCHVISION):
+        state = load_weights(Path(name))
+        if any(key.startswith("backbone.") for key in state):
+            load_detector(detector, Path(name), cfg, "student")
+            return
+    elif name.startswith(TORCHVISION):
+        _check_order(name, cfg)  # before anything is fetched
+        state = _of_torchvision(name)
+    else:
         raise InputError(
             f"MODEL.WEIGHTS {name} is for --engine detectron2; the torchvision engine takes a file of its own, "
             f"{TORCHVISION}resnet18 and the like, or nothing"
         )
+    _check_order(name, cfg)
+    body = detector.backbone.body
+    state = {key.removeprefix("features."): value for key, value in state.items()}
+    own = {key: value for key, value in body.state_dict().items() if not key.endswith("num_batches_tracked")}
+    check_weights(own, {key: value for key, value in state.items() if key in own}, f"MODEL.WEIGHTS {name}")
+    body.load_state_dict(state, strict=False)
+
+
+def _check_order(name: str, cfg: Any) -> None:
     if cfg.INPUT.FORMAT != "RGB":
         raise InputError(
             f"MODEL.WEIGHTS {name} was trained on pictures whose first channel is red, and INPUT.FORMAT is "
             f"{cfg.INPUT.FORMAT}; set INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675,116.28,103.53] and MODEL.PIXEL_STD "
             "[58.395,57.12,57.375]"
         )
+
+
+def _of_torchvision(name: str) -> dict[str, Tensor]:
+    """ImageNet's weights of a classifier, from torchvision's cache or its server."""
     architecture = name.removeprefix(TORCHVISION)
     try:
-        weights = get_model_weights(architecture).DEFAULT.__class__["IMAGENET1K_V1"]
-        state = weights.get_state_dict(progress=False, check_hash=True)
-    except ValueError:
-        raise InputError(f"MODEL.WEIGHTS {name}: torchvision has no network {architecture!r}") from None
+        weights = get_model_weights(architecture)["IMAGENET1K_V1"]
+    except (ValueError, KeyError):
+        raise InputError(f"MODEL.WEIGHTS {name}: torchvision has no ImageNet weights of {architecture!r}") from None
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"MODEL.WEIGHTS {name} cannot be fetched: {error}; download {weights.url} to "
             f"{torch.hub.get_dir()}/checkpoints"
         ) from None
-    body = detector.backbone.body.state_dict()
-    state = {key.removeprefix("features."): value for key, value in state.items()}
-    check_weights(body, {key: value for key, value in state.items() if key in body}, f"MODEL.WEIGHTS {name}")
-    detector.backbone.body.load_state_dict(state, strict=False)

@@ -11,14 +11,16 @@ import pytest
 import torch
 from cli_runner import ROOT, run_script
 from detectors import TINY, pictures
+from torchvision.models import resnet18
 from torchvision.models.detection import FasterRCNN
 
 from mdistiller.dense import dense_dict
 from mdistiller.detection import cfg as config
-from mdistiller.detection.networks import build_detector
+from mdistiller.detection.networks import build_detector, load_start
 from mdistiller.detection.trainer import DetectionTrainer, learning_rate
+from mdistiller.engine.build import build_model
 from mdistiller.engine.folder.checkpoint import load_checkpoint
-from mdistiller.registry import InputError
+from mdistiller.registry import InputError, imagenet_model_dict
 
 SHORT = [*TINY, "SOLVER.MAX_ITER", "4", "SOLVER.IMS_PER_BATCH", "2", "TEST.EVAL_PERIOD", "3"]
 
@@ -218,6 +220,48 @@ def test_weights_that_do_not_fit(teacher, tmp_path):
     broken = tmp_path / "broken"
     broken.write_bytes((teacher / "student_last").read_bytes()[:5000])
     assert "damaged" in train(*SHORT, "MODEL.WEIGHTS", broken, "OUTPUT_DIR", tmp_path / "run", code=2).err
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_a_classifier_gives_the_backbone(tmp_path, norm):
+    """The final student of a classification run, whose layers are torchvision's."""
+    torch.manual_seed(1)
+    classifier = build_model(imagenet_model_dict, "ResNet18", 10)
+    torch.save({"model": classifier.state_dict()}, tmp_path / "student_last")
+    options = ["MODEL.WEIGHTS", str(tmp_path / "student_last"), "MODEL.RESNETS.NORM", norm]
+    cfg = config.load("configs/VOC/VOC-R18.yaml", options)
+    detector = build_detector(cfg)
+    load_start(detector, cfg)
+    state = detector.backbone.body.state_dict()
+    assert all(torch.equal(value, classifier.state_dict()[key]) for key, value in state.items())
+    assert len(state) > 60
+    with pytest.raises(InputError, match="whose first channel is red"):
+        load_start(detector, config.load("configs/VOC/VOC-R18.yaml", [*options, "INPUT.FORMAT", "BGR"]))
+    with pytest.raises(InputError, match="does not fit"):
+        cfg = config.load("configs/NONE/NONE-R50.yaml", options)
+        load_start(build_detector(cfg), cfg)
+
+
+def test_weights_of_torchvision(tmp_path, monkeypatch):
+    cfg = config.load("configs/NONE/NONE-R18.yaml")
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda url, **how: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load_start(build_detector(cfg), cfg)
+    classifier = resnet18()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *a, **how: classifier.state_dict())
+    detector = build_detector(cfg)
+    load_start(detector, cfg)
+    assert torch.equal(detector.backbone.body.conv1.weight, classifier.conv1.weight)
+
+    def offline(*args, **how):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(InputError, match=r"cannot be fetched: no network; download https://.*resnet18"):
+        load_start(build_detector(cfg), cfg)
+    other = config.load("configs/NONE/NONE-R18.yaml", ["MODEL.WEIGHTS", "torchvision://resnet19"])
+    with pytest.raises(InputError, match="torchvision has no ImageNet weights of 'resnet19'"):
+        load_start(detector, other)
 
 
 @pytest.mark.parametrize("step, share", [(0, 0.1), (5, 0.55), (10, 1.0), (19, 1.0), (20, 0.1), (30, 0.01)])

@@ -20,12 +20,22 @@ from mdistiller.registry import InputError, closest
 
 from .data import dataset_names
 
-OTHER_ENGINE = "the torchvision engine does not honour it; see docs/detection.md, or take --engine detectron2"
+UNKNOWN = "the torchvision engine does not honour this key; docs/detection.md lists the keys"
+ADVICE = {  # keys of mdistiller's detection files
+    "KD": "mdistiller's KD.TYPE is DISTILLER.TYPE here; detection/configs has mdistiller's files in this form",
+    "TEACHER.MODEL": "TEACHER.CONFIG names the teacher's own file; detection/configs/teachers has two",
+    "MODEL.MOBILENETV2": "leave the key out; MODEL.BACKBONE.NAME build_mobilenetv2_fpn_backbone is enough",
+    "MODEL.ROI_MASK_HEAD": "leave the key out; there are no masks",
+}
 
 
 def only(default: Any, help: str) -> Option:
     """A key with a single value: what torchvision does."""
-    return Option(default, help, holds=(lambda value: value == default, f"{default!r} (else {OTHER_ENGINE})"))
+    return Option(
+        default,
+        help,
+        holds=(lambda value: value == default, f"{default!r}, the only value that the torchvision engine honours"),
+    )
 
 
 def numbers(count: int) -> tuple[Any, str]:
@@ -48,10 +58,10 @@ OPTIONS: dict[str, Option] = {
     "MODEL.LOAD_PROPOSALS": only(False, "proposals from files"),
     "MODEL.PIXEL_MEAN": Option([103.530, 116.280, 123.675], "subtracted from the pixels 0 to 255, in the order of "
                                "INPUT.FORMAT", holds=numbers(3)),
-    "MODEL.PIXEL_STD": Option([1.0, 1.0, 1.0], "divides what is left", above=0, holds=numbers(3)),
+    "MODEL.PIXEL_STD": Option([1.0, 1.0, 1.0], "divides the result of the subtraction", above=0, holds=numbers(3)),
     "MODEL.BACKBONE.NAME": Option("build_resnet_fpn_backbone", "the backbone",
                                   one_of=("build_resnet_fpn_backbone", "build_mobilenetv2_fpn_backbone")),
-    "MODEL.BACKBONE.FREEZE_AT": Option(2, "freeze so many stages, the stem is the first", at_least=0, at_most=5),
+    "MODEL.BACKBONE.FREEZE_AT": Option(2, "number of frozen stages; the stem is the first", at_least=0, at_most=5),
     "MODEL.RESNETS.DEPTH": Option(50, "number of layers",
                                   holds=(lambda depth: depth in (18, 34, 50, 101, 152), "18, 34, 50, 101 or 152")),
     "MODEL.RESNETS.OUT_FEATURES": only(["res2", "res3", "res4", "res5"], "stages for the pyramid"),
@@ -74,7 +84,7 @@ OPTIONS: dict[str, Option] = {
     "MODEL.RPN.IOU_THRESHOLDS": Option([0.3, 0.7], "below: background, above: object", at_least=0, at_most=1,
                                        holds=numbers(2)),
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": Option(256, "sampled anchors", at_least=1, at_most=MANY),
-    "MODEL.RPN.POSITIVE_FRACTION": Option(0.5, "largest share of objects among them", above=0, at_most=1),
+    "MODEL.RPN.POSITIVE_FRACTION": Option(0.5, "largest share of objects among the samples", above=0, at_most=1),
     "MODEL.RPN.PRE_NMS_TOPK_TRAIN": Option(2000, "proposals of a level before suppression", at_least=1, at_most=MANY),
     "MODEL.RPN.PRE_NMS_TOPK_TEST": Option(1000, "the same in tests", at_least=1, at_most=MANY),
     "MODEL.RPN.POST_NMS_TOPK_TRAIN": Option(1000, "proposals of a picture", at_least=1, at_most=MANY),
@@ -85,13 +95,13 @@ OPTIONS: dict[str, Option] = {
     "MODEL.ROI_HEADS.NUM_CLASSES": Option(80, "number of classes, without background", at_least=1, at_most=WIDEST),
     "MODEL.ROI_HEADS.IOU_THRESHOLDS": Option([0.5], "above: object", at_least=0, at_most=1, holds=numbers(1)),
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": Option(512, "sampled boxes", at_least=1, at_most=MANY),
-    "MODEL.ROI_HEADS.POSITIVE_FRACTION": Option(0.25, "largest share of objects among them", above=0, at_most=1),
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION": Option(0.25, "largest share of objects among the samples", above=0, at_most=1),
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": Option(0.05, "less likely boxes are dropped", at_least=0, below=1),
     "MODEL.ROI_HEADS.NMS_THRESH_TEST": Option(0.5, "IoU above which a box is suppressed", above=0, at_most=1),
     "MODEL.ROI_BOX_HEAD.NAME": only("FastRCNNConvFCHead", "the box head's layers"),
-    "MODEL.ROI_BOX_HEAD.NUM_CONV": only(0, "its convolutions"),
-    "MODEL.ROI_BOX_HEAD.NUM_FC": only(2, "its linear layers"),
-    "MODEL.ROI_BOX_HEAD.FC_DIM": Option(1024, "their width", at_least=1, at_most=WIDEST),
+    "MODEL.ROI_BOX_HEAD.NUM_CONV": only(0, "number of convolutions of the box head"),
+    "MODEL.ROI_BOX_HEAD.NUM_FC": only(2, "number of linear layers of the box head"),
+    "MODEL.ROI_BOX_HEAD.FC_DIM": Option(1024, "width of the linear layers", at_least=1, at_most=WIDEST),
     "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": Option(7, "side of a pooled box", at_least=1, at_most=64),
     "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": Option(0, "points a side of a pooled cell; 0: by size", at_least=0,
                                                        at_most=64),
@@ -101,7 +111,7 @@ OPTIONS: dict[str, Option] = {
     "INPUT.FORMAT": Option("BGR", "order of the channels", one_of=("BGR", "RGB")),
     "INPUT.MIN_SIZE_TRAIN": Option([800], "shorter side in training; of several one is drawn", at_least=8,
                                    at_most=8192, holds=(len, "one number or more")),
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING": only("choice", "how it is drawn"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": only("choice", "how the side is drawn"),
     "INPUT.MAX_SIZE_TRAIN": Option(1333, "longest side in training", at_least=8, at_most=8192),
     "INPUT.MIN_SIZE_TEST": Option(800, "shorter side in tests", at_least=8, at_most=8192),
     "INPUT.MAX_SIZE_TEST": Option(1333, "longest side in tests", at_least=8, at_most=8192),
@@ -162,7 +172,8 @@ class DetectionConfig(ConfigNode):
             InputError: always; a key that is unknown here may be detectron2's.
         """
         near = closest(key, all_options())
-        raise InputError(f"{key}: {OTHER_ENGINE}" + (f"; closest: {', '.join(near)}" if near else ""))
+        advice = ADVICE.get(key) or (f"closest: {', '.join(near)}" if near else "")
+        raise InputError("; ".join(filter(None, [f"{key}: {UNKNOWN}", advice])))
 
 
 def defaults() -> DetectionConfig:
@@ -238,7 +249,7 @@ def _check_together(cfg: DetectionConfig) -> None:
             )
         if factor == 4 and resnet.WIDTH_PER_GROUP != resnet.STEM_OUT_CHANNELS:
             raise InputError(
-                f"MODEL.RESNETS.WIDTH_PER_GROUP is {resnet.WIDTH_PER_GROUP}; {OTHER_ENGINE} where it is not "
+                f"MODEL.RESNETS.WIDTH_PER_GROUP is {resnet.WIDTH_PER_GROUP}; the torchvision engine needs the value of "
                 f"STEM_OUT_CHANNELS, {resnet.STEM_OUT_CHANNELS}"
             )
     for key in ("TRAIN", "TEST"):

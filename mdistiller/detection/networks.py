@@ -32,7 +32,7 @@ INPUT_KEYS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
 
 
 class ScaledResNet(resnet.ResNet):
-    """torchvision's ResNet with another width; at 64 it is torchvision's own.
+    """torchvision's ResNet with another width. With a stem of 64 channels, the network is torchvision's own.
 
     Args:
         depth: a key of :data:`BLOCKS`.

@@ -324,6 +324,19 @@ def test_commands_of_the_page_are_accepted(line, monkeypatch):
     assert done.code == 0 and reached, done.err
 
 
+@pytest.mark.parametrize("tree, advice", [
+    ("KD: {TYPE: DKD}", "KD.TYPE is DISTILLER.TYPE here"),
+    ("TEACHER: {MODEL: {RESNETS: {DEPTH: 101}}}", "TEACHER.CONFIG names the teacher's own file"),
+    ("MODEL: {ROI_MASK_HEAD: {NUM_CONV: 4}}", "there are no masks"),
+    ("MODEL: {META_ARCHITECTURE: RCNNKD}", "must be 'GeneralizedRCNN', the only value"),
+    ("MODEL: {BACKBONE: {NAME: build_resnet_fpn_backbone_kd}}", "closest: build_resnet_fpn_backbone"),
+])  # fmt: skip
+def test_mdistillers_files_are_refused_with_advice(tmp_path, tree, advice):
+    (tmp_path / "theirs.yaml").write_text(f"{tree}\n")
+    with pytest.raises(InputError, match=advice):
+        config.load(tmp_path / "theirs.yaml")
+
+
 def test_a_file_is_found_from_the_root_and_from_inside(monkeypatch):
     monkeypatch.chdir(ROOT)
     first = config.load("detection/configs/minicoco/KD.yaml")

@@ -2,6 +2,7 @@
 
 python tools/list.py                         an overview
 python tools/list.py methods [NAME ...]      what is called so, else what holds all the words: methods relation
+python tools/list.py models "timm:resnet*"   of timm or torchvision
 python tools/list.py configs cifar100 vrm
 python tools/list.py options SOLVER KD       sections of the configuration, or a method file: options my/METHOD.py
 python tools/list.py --page docs/methods.md  or docs/options.md, docs/pictures/inside.svg, README.md: write anew
@@ -27,6 +28,7 @@ from mdistiller.engine.cli import Parser, check_output, user_path
 from mdistiller.engine.config.node import CONFIGS
 from mdistiller.messages import as_typed, command_line
 from mdistiller.models import ModelEntry
+from mdistiller.models.any import is_foreign, names_like
 from mdistiller.registry import MODEL_FAMILIES, InputError, Registry, UnknownName
 from mdistiller.reports.listing import Row, chosen, table
 from mdistiller.reports.methods import write_methods_page
@@ -49,7 +51,10 @@ def methods() -> list[Row]:
     return [("METHOD", "FAMILY", "SUMMARY", "PAPER"), *sorted(rows)]
 
 
-def models() -> list[Row]:
+def models(*patterns: str) -> list[Row]:
+    """Those of the library, or of timm and torchvision by patterns."""
+    if patterns:
+        return [("MODEL", "PUBLIC WEIGHTS"), *(row for pattern in patterns for row in names_like(pattern))]
     rows = [("MODEL", "FOR", "PARAMETERS", "PUBLIC TEACHER")]
     for family, entries in MODEL_FAMILIES.items():
         for name in entries:
@@ -159,6 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             asked[-1][1].append(word)
     for kind, words in asked:
-        rows = options(*words) if kind == "options" else LISTS[kind]()
-        rows = chosen(rows, words, kind) if words and kind != "options" else rows
+        of_others = kind == "models" and any(map(is_foreign, words))
+        rows = LISTS[kind](*words) if kind == "options" or of_others else LISTS[kind]()
+        rows = chosen(rows, words, kind) if words and kind != "options" and not of_others else rows
         print(table([tuple(map(as_typed, row)) for row in rows], terminal), end="\n\n")

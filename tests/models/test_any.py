@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
+from mdistiller.commands.list import main as list_command
 from mdistiller.engine.build import build_student, build_teacher
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.folder.checkpoint import CheckpointError, load_weights
@@ -180,6 +181,13 @@ def test_a_file_of_the_library_is_a_teacher_or_a_start(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters(), strict=True))
 
 
+def test_weights_of_another_network_are_refused(tmp_path):
+    path = tmp_path / "weights"
+    torch.save(timm.create_model("test_vit", num_classes=10).state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"teacher timm:test_resnet does not fit.*name the network that"):
+        build_teacher(options("DISTILLER.TEACHER", "timm:test_resnet", "DISTILLER.TEACHER_CKPT", str(path)), 10)
+
+
 def test_a_safetensors_file_is_read_and_a_damaged_one_refused(tmp_path):
     from safetensors.torch import save_file
 
@@ -292,3 +300,13 @@ def test_a_factory_behind_the_name_of_a_table_is_not_executed(tmp_path, monkeypa
 def test_names_of_other_forms_are_looked_up_as_ever():
     with pytest.raises(UnknownName, match="no CIFAR model named 'resnet9'"):
         cifar_model_dict["resnet9"]
+
+
+def test_networks_of_others_are_listed_by_pattern(capsys):
+    list_command(["models", "timm:test_v*", "torchvision:swin_v2_t"])
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[0].split() == ["MODEL", "PUBLIC", "WEIGHTS"]
+    assert any(line.split() == ["timm:test_vit", "r160_in1k"] for line in lines)
+    assert any(line.split() == ["torchvision:swin_v2_t", "IMAGENET1K_V1"] for line in lines)
+    with pytest.raises(InputError, match="library: no 'tim'; closest: timm"):
+        list_command(["models", "tim:resnet*"])

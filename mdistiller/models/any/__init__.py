@@ -10,9 +10,9 @@
 from .adapter import with_features, with_outputs
 from .classes import output_names, read_outputs
 from .inputs import RESIZE, Input
-from .names import FINDERS, find_network, is_code, is_foreign
+from .names import FINDERS, find_network, is_code, is_foreign, names_like
 
 __all__ = [
-    "FINDERS", "RESIZE", "Input", "find_network", "is_code", "is_foreign", "output_names", "read_outputs",
+    "FINDERS", "RESIZE", "Input", "find_network", "is_code", "is_foreign", "names_like", "output_names", "read_outputs",
     "with_features", "with_outputs",
 ]  # fmt: skip

@@ -5,16 +5,18 @@ Also ``cifar:NAME`` and its like: a network of this library's tables, where the 
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 import inspect
 import os
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from mdistiller.registry import MODEL_FAMILIES, InputError, Registry, UnknownName, suggestion
+from mdistiller.registry import MODEL_FAMILIES, InputError, Registry, UnknownName, check_choice, suggestion
 
 from .._registration import ModelEntry
 
@@ -43,11 +45,16 @@ def find_network(name: str) -> ModelEntry | None:
     return found if isinstance(found, ModelEntry) else ModelEntry(found)
 
 
-def _timm(name: str) -> Callable[..., nn.Module]:
+def _imported_timm(wanted: str) -> ModuleType:
     try:
         import timm
     except ImportError:
-        raise InputError(f'timm:{name} needs timm: pip install -e ".[models]"') from None
+        raise InputError(f'{wanted} needs timm: pip install -e ".[models]"') from None
+    return timm
+
+
+def _timm(name: str) -> Callable[..., nn.Module]:
+    timm = _imported_timm(f"timm:{name}")
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         raise UnknownName(f"timm has no network named {architecture!r}; {suggestion(architecture, timm.list_models())}")
@@ -108,6 +115,35 @@ FINDERS: dict[str, Callable[[str], Callable[..., nn.Module]]] = {
     **{family: _of_table(table) for family, table in MODEL_FAMILIES.items()},
 }
 """By library, before the colon."""
+
+
+def names_like(pattern: str) -> list[tuple[str, str]]:
+    """Networks of timm and torchvision by a pattern, and the names of their public weights.
+
+    Args:
+        pattern: ``"timm:resnet*"``; without ``*`` and ``?``, all names that contain the text behind the colon.
+
+    Raises:
+        InputError: another library, or one that is not installed.
+    """
+    library, _, wanted = pattern.partition(":")
+    wanted = wanted if {*"*?["} & {*wanted} else f"*{wanted}*"
+    check_choice("library", library, LISTED)
+    if library == "timm":
+        timm = _imported_timm(pattern)
+        weights: dict[str, list[str]] = {name: [] for name in timm.list_models(wanted)}
+        for known in timm.list_pretrained(wanted + ".*"):
+            name, _, tag = known.partition(".")
+            weights.setdefault(name, []).append(tag)
+    else:
+        from torchvision import models
+
+        names = fnmatch.filter(models.list_models(module=models), wanted)
+        weights = {name: [each.name for each in models.get_model_weights(name)] for name in names}
+    return [(f"{library}:{name}", ", ".join(tags)) for name, tags in sorted(weights.items())]
+
+
+LISTED = ("timm", "torchvision")
 
 
 def _factory(module: str, name: str) -> Callable[..., nn.Module]:

@@ -98,15 +98,16 @@ class Gate(nn.Module):
 
 
 class Connector(nn.Sequential):
-    """Three 3x3 convolutions with batch norm, a gate behind the first, a resize to ``size`` in front of the last.
+    """Three 3x3 convolutions with batch norm, a gate behind the first, a resize in front of the last.
 
     Args:
         width_s: of the student's map.
         width_t: of the teacher's map.
-        size: ``(H, W)`` of the teacher's map.
     """
 
-    def __init__(self, width_s: int, width_t: int, size: Sequence[int]) -> None:
+    RESIZE = 7  # number of the layer
+
+    def __init__(self, width_s: int, width_t: int) -> None:
         inner = min(MOST_CHANNELS, width_s, width_t)
 
         def convolution(c_in: int, c_out: int) -> list[nn.Module]:
@@ -116,9 +117,15 @@ class Connector(nn.Sequential):
 
         super().__init__(
             *convolution(width_s, inner), nn.ReLU(), Gate(inner),
-            *convolution(inner, inner), nn.ReLU(), nn.Upsample(size=tuple(size)),
+            *convolution(inner, inner), nn.ReLU(), nn.Identity(),
             *convolution(inner, width_t),
         )  # fmt: skip
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """``(B, width_t, *size)`` of ``x`` ``(B, width_s, H, W)``; ``size`` is that of the teacher's map."""
+        for number, layer in enumerate(self):
+            x = F.interpolate(x, tuple(size), mode="nearest") if number == self.RESIZE else layer(x)
+        return x
 
 
 class Process(nn.Module):
@@ -157,10 +164,9 @@ class DistPro(Distiller):
         self.own, self.seed, self.epochs = cfg.DISTPRO, cfg.EXPERIMENT.SEED, cfg.SOLVER.EPOCHS
         of_student, of_teacher = self.network_facts(cfg)
         widths_s, widths_t = of_student.preact_channels, of_teacher.preact_channels
-        sizes = [shape[2:] for shape in of_teacher.preact_shapes or of_teacher.need("shapes")]
         self.paths = [(t, s) for t in range(len(widths_t)) for s in range(t, len(widths_s))]
         with generator_kept():
-            self.connectors = nn.ModuleList(Connector(widths_s[s], widths_t[t], sizes[t]) for t, s in self.paths)
+            self.connectors = nn.ModuleList(Connector(widths_s[s], widths_t[t]) for t, s in self.paths)
         self.process = Process(self.own.SEARCH_EPOCHS, len(self.paths))
 
     def weights_in(self, epoch: int) -> list[float]:
@@ -189,8 +195,9 @@ class DistPro(Distiller):
         kept = [n for n, weight in enumerate(weights) if isinstance(weight, Tensor) or weight]
         if not kept:
             return maps_s[0].new_zeros(())
-        mapped = [connectors[n](maps_s[self.paths[n][1]]) for n in kept]
-        return distpro_loss(mapped, [maps_t[self.paths[n][0]] for n in kept], [weights[n] for n in kept])
+        targets = [maps_t[self.paths[n][0]] for n in kept]
+        mapped = [connectors[n](maps_s[self.paths[n][1]], f_t.shape[2:]) for n, f_t in zip(kept, targets, strict=True)]
+        return distpro_loss(mapped, targets, [weights[n] for n in kept])
 
     # The search
 

@@ -35,9 +35,9 @@ def test_golden_values_and_gradients(case, dtype):
     maps_s, maps_t = listed(given, "preact_s_"), listed(given, "preact_t_")
     alpha, mapped = given["param.alpha"], []
     for number, (t, s) in enumerate(options["connections"]):
-        connector = Connector(maps_s[s].shape[1], maps_t[t].shape[1], maps_t[t].shape[2:])
+        connector = Connector(maps_s[s].shape[1], maps_t[t].shape[1])
         load_case(connector, given, f"param.Connectors.{number}.")
-        mapped.append(connector(maps_s[s]))
+        mapped.append(connector(maps_s[s], maps_t[t].shape[2:]))
     weights = path_weights(alpha, biased=options["alpha_normalization_style"] == 333)
     targets = [maps_t[t] for t, _ in options["connections"]]
     assert_golden(case, given, options["kd_weight"] * distpro_loss(mapped, targets, weights))
@@ -76,8 +76,8 @@ def test_clipped_paths_are_not_computed():
     distiller, batch = build({"SEARCH_EPOCHS": 1}), make_batch("DISTPRO", dtype=torch.float64, size=8)
     distiller.process.put([[9.0] + [0.0] * 9])
     logits, losses = distiller(**batch, epoch=1)
-    first = distiller.connectors[0](distiller.student(batch["image"])[1]["preact_feats"][0])
     target = distiller.teacher(batch["image"])[1]["preact_feats"][0]
+    first = distiller.connectors[0](distiller.student(batch["image"])[1]["preact_feats"][0], target.shape[2:])
     torch.testing.assert_close(losses["loss_kd"], distpro_loss([first], [target], distiller.weights_in(1)[:1]))
     torch.testing.assert_close(losses["loss_ce"], F.cross_entropy(logits, batch["target"]))
     distiller.process.put([[-99.0] * 10])

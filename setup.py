@@ -11,6 +11,8 @@ version = next(
     if line.startswith("__version__")
 )
 
+EXPORT = ["safetensors", "onnx", "onnxscript", "onnxruntime"]
+
 setup(
     name="mdistiller",
     version=version,
@@ -26,6 +28,7 @@ setup(
     extras_require={
         "plots": ["matplotlib"],
         "models": ["timm", "safetensors"],
+        "export": EXPORT,
         "detection": ["pycocotools"],
         "dev": [
             "matplotlib",
@@ -35,8 +38,8 @@ setup(
             "hypothesis",
             "ruff",
             "timm",
-            "safetensors",
             "pycocotools",
+            *EXPORT,
         ],
     },
 )

@@ -242,6 +242,7 @@ def test_commands_are_accepted(line, walk_through_method, walk_through_dataset, 
     monkeypatch.setattr("mdistiller.commands.bench.run_command", reach)
     monkeypatch.setattr("mdistiller.commands.list.write_methods_page", lambda *given: None)  # builds each method
     monkeypatch.setattr("mdistiller.commands.views.load_splits", reach)
+    monkeypatch.setattr("mdistiller.commands.export.export_run", reach)
     script, *arguments = shlex.split(line[line.index("tools/") :])
     name = Path(script).stem
     if name == "list":

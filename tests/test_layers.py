@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "bench": BELOW_ENGINE | {"engine"},
     "fetch": BELOW_ENGINE | {"engine"},
     "hub": BELOW_ENGINE | {"engine", "fetch"},
-    "commands": BELOW_ENGINE | {"engine", "analysis", "reports", "bench"},
+    "export": BELOW_ENGINE | {"engine"},
+    "commands": BELOW_ENGINE | {"engine", "analysis", "reports", "bench", "export"},
     "__main__": {"commands", "engine", "registry"},
     "tools": {"commands", "engine"},
 }

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mdistiller.contract import contract_of, where
-from mdistiller.distillers import distiller_dict
+from mdistiller.distillers import Distiller, distiller_dict
 from mdistiller.messages import say
 from mdistiller.models import ModelEntry
 from mdistiller.models._registration import COLLECTIONS, TEACHER_RELEASE, public_file
@@ -24,6 +24,7 @@ from mdistiller.registry import MODEL_FAMILIES, InputError, Registry, UnknownNam
 from .added_kd import add_kd
 from .cfg import check_values
 from .config.node import CONFIGS, ConfigNode
+from .deployed import deployed_network, deploys_whole
 from .folder.checkpoint import CheckpointError, check_weights, classes_of, load_weights, not_a_folder
 from .folder.run_folder import CLASSES
 from .forwards.precision import hard_coded_cuda_explained, resolve_device
@@ -67,7 +68,7 @@ def build_student(cfg: Any, num_classes: int) -> nn.Module:
     return student
 
 
-def adapted(cfg: Any, role: str, num_classes: int | None, pretrained: bool = False) -> nn.Module:
+def adapted(cfg: Any, role: str, num_classes: int | None, pretrained: bool = False, empty: bool = False) -> nn.Module:
     """A network with ``DISTILLER.<role>_ARGS``, ``_MAPS`` and ``_INPUT``.
 
     See :func:`~mdistiller.models.any.with_features`.
@@ -77,13 +78,14 @@ def adapted(cfg: Any, role: str, num_classes: int | None, pretrained: bool = Fal
         role: ``"STUDENT"`` or ``"TEACHER"``.
         num_classes: K; ``None``: as many as the public weights have.
         pretrained: with public weights.
+        empty: with random weights in place of the public ones, since others will be loaded.
 
     Raises:
         InputError: no such model; arguments or an image size that the network refuses; maps that the network does not
             have.
     """
     name, maps, dataset = cfg.DISTILLER[role], cfg.DISTILLER[f"{role}_MAPS"], open_dataset(cfg)
-    network, facts = _plain_network(cfg, role, num_classes, pretrained)
+    network, facts = _plain_network(cfg, role, num_classes, pretrained, empty)
     fits = _input_of(cfg, role, facts)
     if not (is_foreign(name) or fits is not None or maps):
         return network
@@ -109,14 +111,14 @@ def adapted(cfg: Any, role: str, num_classes: int | None, pretrained: bool = Fal
 
 
 def _plain_network(
-    cfg: Any, role: str, num_classes: int | None, pretrained: bool
+    cfg: Any, role: str, num_classes: int | None, pretrained: bool, empty: bool = False
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """The network of ``DISTILLER.<role>`` as its library builds it, and what is known of its images."""
     name, keys, entry = cfg.DISTILLER[role], f"DISTILLER.{role}", _model_entry(cfg, role)
     arguments = dict(cfg.DISTILLER[f"{role}_ARGS"])
     chosen = {"num_classes": num_classes} if num_classes is not None else {}
     try:
-        network = entry(**chosen, **({"pretrained": True} if pretrained else {}), **arguments)
+        network = entry(**chosen, **({"pretrained": True} if pretrained and not empty else {}), **arguments)
     except InputError:
         raise
     except Exception as error:
@@ -303,7 +305,33 @@ def training_recipe(dataset: str, student: str) -> Path | None:
     return None
 
 
-def build_networks(cfg: Any, num_classes: int) -> dict[str, nn.Module]:
+def build_deployed(cfg: Any, num_data: int = 0) -> nn.Module:
+    """The network that a run deploys, for the weights of its file: no file and no public weights are read.
+
+    A method that deploys more than the student is built whole. The frozen weights, which are not in the student's file,
+    are no numbers then, so that a network that uses them gives no numbers.
+
+    Args:
+        cfg: the configuration.
+        num_data: number of training images.
+
+    Raises:
+        InputError: see :func:`build_student`.
+    """
+    num_classes, method = open_dataset(cfg).num_classes, distiller_dict[cfg.DISTILLER.TYPE]
+    student = adapted(cfg, "STUDENT", num_classes, cfg.DISTILLER.STUDENT_CKPT == PRETRAINED, empty=True)
+    if method.deployed is Distiller.deployed and not deploys_whole(method):
+        return student
+    teacher = adapted(cfg, "TEACHER", num_classes, empty=True) if contract_of(method).teacher else None
+    networks = build_networks(cfg, num_classes, empty=True)
+    distiller = build_distiller(cfg, student, teacher, num_data, networks)
+    for frozen in distiller.frozen_networks().values():
+        for weight in frozen.parameters():
+            weight.data.fill_(float("nan"))
+    return deployed_network(distiller)
+
+
+def build_networks(cfg: Any, num_classes: int, empty: bool = False) -> dict[str, nn.Module]:
     """The further networks that the method declares (:attr:`Distiller.networks`), by their names.
 
     Fresh weights depend on the seed and on the network's name only. So a peer's weights differ from the student's.
@@ -315,7 +343,7 @@ def build_networks(cfg: Any, num_classes: int) -> dict[str, nn.Module]:
     for name, role in distiller_dict[cfg.DISTILLER.TYPE].networks.items():
         key, table = name.upper(), model_table(cfg)
         model, path = cfg.DISTILLER[key] or cfg.DISTILLER[role.upper()], cfg.DISTILLER[f"{key}_CKPT"]
-        if role == "teacher" and not path:
+        if role == "teacher" and not (path or empty):
             raise InputError(f"DISTILLER.{key}_CKPT names no file; {cfg.DISTILLER.TYPE} needs the weights of {name}")
         if is_code(model) and model not in (cfg.DISTILLER.STUDENT, cfg.DISTILLER.TEACHER):
             raise InputError(f"DISTILLER.{key} {model}: a factory can be the student's or the teacher's only")
@@ -326,7 +354,7 @@ def build_networks(cfg: Any, num_classes: int) -> dict[str, nn.Module]:
             networks[name] = build_model(table, model, num_classes)
             if is_foreign(model):
                 networks[name] = with_features(networks[name], open_dataset(cfg).image_size)
-        if path:
+        if path and not empty:
             load_network(networks[name], path, f"{name} {model}", cfg, "it must be trained on the same classes")
         if role == "teacher":
             networks[name].requires_grad_(False).eval()

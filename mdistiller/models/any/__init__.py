@@ -7,12 +7,12 @@
 - ``classes.py``: a teacher's outputs for the classes of another data set
 """
 
-from .adapter import with_features, with_outputs
+from .adapter import with_features, with_outputs, without_features
 from .classes import output_names, read_outputs
 from .inputs import RESIZE, Input
 from .names import FINDERS, find_network, is_code, is_foreign, names_like
 
 __all__ = [
     "FINDERS", "RESIZE", "Input", "find_network", "is_code", "is_foreign", "names_like", "output_names", "read_outputs",
-    "with_features", "with_outputs",
+    "with_features", "with_outputs", "without_features",
 ]  # fmt: skip

@@ -113,6 +113,20 @@ def with_outputs(network: nn.Module, outputs: Sequence[Sequence[int]]) -> nn.Mod
     return _subclassed(network, OfClasses)
 
 
+def without_features(network: nn.Module) -> tuple[nn.Module, Input | None]:
+    """Undo :func:`with_features`: the network itself with its own class, and the transformation of its images."""
+    if not isinstance(network, (Adapted, FitsInput)):
+        return network, None
+    input = network._input
+    for name in ("_input", "_reader", "_num_maps", "_has_stem"):
+        if hasattr(network, name):
+            delattr(network, name)
+    for module in network.modules():
+        probed_maps.remove_taps(module)
+    network.__class__ = type(network).__bases__[1]
+    return network, input
+
+
 def _fitted(network: nn.Module, front: type, input: Input | None) -> nn.Module:
     network._input = input  # a module: its constants move with the network
     return _subclassed(network, front)

@@ -76,13 +76,14 @@ def _torchvision(name: str) -> Callable[..., nn.Module]:
         raise UnknownName(f"torchvision has no classifier named {name!r}; {suggestion(name, known)}")
 
     def build(num_classes: int | None = None, pretrained: bool = False, **arguments: Any) -> nn.Module:
-        if not pretrained:
-            return models.get_model(name, num_classes=num_classes, **arguments)
         weights = models.get_model_weights(name).DEFAULT
-        network = models.get_model(name, weights=weights, **arguments)
-        made_for, known = weights.transforms(), len(weights.meta["categories"])
-        if num_classes not in (None, known):
-            _renew_classifiers(network, known, num_classes)
+        if pretrained:
+            network, known = models.get_model(name, weights=weights, **arguments), len(weights.meta["categories"])
+            if num_classes not in (None, known):
+                _renew_classifiers(network, known, num_classes)
+        else:
+            network = models.get_model(name, num_classes=num_classes, **arguments)
+        made_for = weights.transforms()
         side = made_for.crop_size[0]
         network.pretrained_cfg = {"input_size": (3, side, side), "mean": made_for.mean, "std": made_for.std}
         return network

@@ -27,6 +27,12 @@ class Tap:
         self.store[self.name] = arguments[0] if self.given else output
 
 
+def remove_taps(module: nn.Module) -> None:
+    """Take the taps off a module; other hooks stay."""
+    for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, Tap)]:
+        del module._forward_hooks[key]
+
+
 class ProbedReader:
     """Runs a network and collects the tensors that :class:`Tap` stored.
 

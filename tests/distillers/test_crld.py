@@ -86,7 +86,6 @@ def test_losses_are_the_parts():
         ({"TAU_STRONG": 1.0, "MASK_BY": "view"}, {"loss_within", "loss_across"}),
         ({"CE_WEIGHT": 2.0}, {"loss_ce"}),
     ],
-    ids=str,
 )
 def test_keys_change_what_they_name(values, changed):
     found = []

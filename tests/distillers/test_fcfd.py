@@ -143,7 +143,6 @@ def test_networks_of_other_numbers_of_stages_are_refused():
         ({"KD_WEIGHT": 0.2}, {"loss_kd"}),
         ({"TEACHER_BATCH_STATISTICS": False}, {"loss_kd", "loss_mix", "loss_l2"}),
     ],
-    ids=str,
 )
 def test_keys_change_what_they_name(values, changed):
     found = [build("FCFD", given)(**make_batch("FCFD"), epoch=1)[1]

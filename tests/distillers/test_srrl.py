@@ -64,7 +64,6 @@ def test_the_teacher_itself_has_no_loss():
         ({"LOSS.FEAT_WEIGHT": 2.0}, {"loss_feat"}),
         ({"LOSS.LOGIT_WEIGHT": 5.0}, {"loss_logit"}),
     ],
-    ids=str,
 )
 def test_keys_change_what_they_name(values, changed):
     assert changed_by("SRRL", values) == changed

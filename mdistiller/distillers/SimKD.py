@@ -7,7 +7,7 @@ A projector takes the student's last map to the shape of the teacher's: 1x1, 3x3
 norm and ReLU, ``FACTOR`` times narrower inside than the teacher's map. The loss is the mean squared difference. The
 teacher's classifier predicts from the pooled result, in training and afterwards: the deployed network is student,
 projector and classifier. The labels are not used (``LOSS.CE_WEIGHT`` 0); with a weight the student's own classifier
-learns from them, and no prediction depends on it.
+learns from them, and no prediction depends on it. ``DISTILLER.ADD_KD`` teaches this classifier too.
 
 The teacher's map is the map that its classifier sees, which is our reading: behind the ReLU in WRN, whose stages end
 before it. The paper's table has ``FACTOR`` 8, 4 and 2, the authors' script 2.

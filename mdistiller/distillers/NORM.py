@@ -16,8 +16,8 @@ Settings of the authors' code that the paper does not have, and that gave the pu
 
 Our readings: the convolutions stand behind the student's last layer before the pooling (in WRN, ShuffleV2 and
 MobileNetV2 this layer follows the last stage). The authors searched the cross-entropy's weight over 0.0625, 0.125, 0.25
-and 0.5 and do not say which won; 0.5 is ours. NORM+KD is ``LOSS.KD_WEIGHT``; ``DISTILLER.ADD_KD`` would teach the student without the convolutions. With both own
-weights 0 nothing is added: plain training.
+and 0.5 and do not say which won; 0.5 is ours. NORM+KD is ``LOSS.KD_WEIGHT``; ``DISTILLER.ADD_KD`` would teach the
+student without the convolutions. With both own weights 0 nothing is added: plain training.
 
 ``NORM_CRD`` is NORM with CRD's loss on the pooled features (mdistiller/distillers/CRD.py). In the authors' code one
 option is both its weight and the logits' scale, 2.5; here each has a key.

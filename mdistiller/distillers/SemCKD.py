@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mdistiller.functional import at_least_float32, gradient_in_layout, pool_to_common, require_one_shape, unit
 from mdistiller.options import Option, weight
+from mdistiller.registry import InputError
 
 from ._base import Distiller, register_distiller
 from ._common import feature_losses, generator_kept
@@ -60,18 +61,24 @@ def semckd_loss(attention: Tensor, distances: Tensor) -> Tensor:
 
 
 def similarities(maps: Tensor, images: int) -> Tensor:
-    """Scalar products of the flattened maps ``(B, ...)`` of all pairs, ``(B, images)``; 0 for images that B lacks."""
+    """Scalar products of the flattened maps ``(B, ...)`` of all pairs, ``(B, images)``; 0 for images that B lacks.
+
+    Raises:
+        InputError: B is above ``images``.
+    """
+    if len(maps) > images:
+        raise InputError(f"SEMCKD got a batch of {len(maps)} images, above SOLVER.BATCH_SIZE {images}")
     with torch.autocast(maps.device.type, enabled=False):
         rows = at_least_float32(maps).flatten(1)
         return F.pad(rows @ rows.T, (0, images - len(rows)))
 
 
 class Description(nn.Module):
-    """A stage's query or key ``(B, n // 4)`` of its similarities ``(B, n)``, of length 1."""
+    """A stage's query or key ``(B, n // factor)`` of its similarities ``(B, n)``, of length 1."""
 
-    def __init__(self, images: int) -> None:
+    def __init__(self, images: int, factor: int) -> None:
         super().__init__()
-        width = max(images // 4, 1)
+        width = max(images // factor, 1)
         self.linear1, self.linear2 = nn.Linear(images, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, similarities: Tensor) -> Tensor:
@@ -96,13 +103,14 @@ class Attention(nn.Module):
         widths_s: of the student's maps.
         widths_t: of the teacher's maps.
         soft: divides the products of queries and keys.
+        factor: entries of a description over those of a query or key.
     """
 
-    def __init__(self, images: int, widths_s: list[int], widths_t: list[int], soft: float) -> None:
+    def __init__(self, images: int, widths_s: list[int], widths_t: list[int], soft: float, factor: int = 4) -> None:
         super().__init__()
         self.images, self.soft = images, soft
-        self.query = nn.ModuleList(Description(images) for _ in widths_s)
-        self.key = nn.ModuleList(Description(images) for _ in widths_t)
+        self.query = nn.ModuleList(Description(images, factor) for _ in widths_s)
+        self.key = nn.ModuleList(Description(images, factor) for _ in widths_t)
         self.project = nn.ModuleList(nn.ModuleList(projection(s, t) for t in widths_t) for s in widths_s)
 
     def forward(self, maps_s: list[Tensor], maps_t: list[Tensor]) -> tuple[Tensor, Tensor]:

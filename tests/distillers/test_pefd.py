@@ -10,6 +10,7 @@ from oracles import pefd as oracle
 from oracles.compare import assert_agree
 from torch import nn
 
+from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.PEFD import pefd_loss
 
 
@@ -32,8 +33,8 @@ def test_golden_values_and_gradients(case, dtype):
     loss = pefd_loss(projections, h_t)
     assert loss.item() == pytest.approx(case["outputs"]["loss_pefd"], rel=1e-7 if dtype == torch.float64 else 1e-4)
     ce = F.cross_entropy(given["logits_student"], given["target"])
-    assert options["alpha"] == 0
-    assert_golden(case, given, options["gamma"] * ce + options["beta"] * loss)
+    kd = kd_loss(given["logits_student"], given["logits_teacher"], options.get("T", 4.0))
+    assert_golden(case, given, options["gamma"] * ce + options["alpha"] * kd + options["beta"] * loss)
 
 
 def test_only_the_direction_counts():

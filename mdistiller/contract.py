@@ -48,8 +48,8 @@ class Contract:
         """The method has a teacher."""
         return "teacher" in self.arguments.values()
 
-    def given(self, batch: Mapping[str, Any], epoch: int) -> dict[str, Any]:
-        """The fields of a batch that ``forward_train`` takes, and the number of the epoch."""
+    def inputs(self, batch: Mapping[str, Any], epoch: int) -> dict[str, Any]:
+        """The arguments of ``forward_train``: the fields of a batch that it names, and the number of the epoch."""
         everything = {**batch, "epoch": epoch}
         if self.fields is None:
             return everything

@@ -1,8 +1,8 @@
 """An option of the configuration: default, meaning, range and role, declared once.
 
-``mdistiller/engine/cfg.py`` declares the library's options in :data:`OPTIONS`. Methods and data sets declare theirs in
-their ``defaults``, nested dictionaries from keys to options; a plain value there is an option without bounds.
-Everything that treats one key unlike another asks the option, and holds no list of keys.
+``mdistiller/engine/cfg.py`` declares the library's options in :data:`OPTIONS`. Methods and data sets declare their
+options in ``defaults``, nested dictionaries from keys to options; a plain value there is an option without bounds.
+Code that treats keys differently reads their options; no other file has a list of keys.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from mdistiller.registry import InputError, Registry, dataset_dict, distiller_dict, suggestion
 
 Role = Literal["result", "data", "speed", "place", "ignored"]
-MANY, WIDEST = 10**6, 2**16  # epochs or images, and channels: more is a slip of the pen
+MANY, WIDEST = 10**6, 2**16  # epochs or images, and channels: a larger number is a typing error
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 
 
@@ -24,23 +24,23 @@ class Option:
     """The facts of a key. Bounds hold for a number, or for each number of a list.
 
     Args:
-        default: its type is the key's.
+        default: the default; its type is the key's.
         help: the meaning, for the reader of ``tools/list.py options``.
         above: every value is greater.
         at_least: no value is less.
         below: every value is less.
         at_most: no value is greater.
-        one_of: the allowed values; a table is read when a value is checked, and may grow until then.
-        holds: a further condition, and what it asks for in words: ``(lambda n: n % 2 == 1, "odd")``.
-        role: ``"result"``: what is learned depends on it; ``"data"``: the images and the batches that are seen do;
-            ``"speed"``: how the same is computed; ``"place"``: where things lie and what is written down;
-            ``"ignored"``: mdistiller's key, which nothing here reads.
-        resumable: a run may go on with another value, although the result depends on it.
+        one_of: the allowed values. A table is read at each check, so it may grow until then.
+        holds: a further condition and its text: ``(lambda n: n % 2 == 1, "odd")``.
+        role: ``"result"``: decides the learning; ``"data"``: decides the images and batches; ``"speed"``: decides the
+            way of computing; ``"place"``: folders, files and logs; ``"ignored"``: a key of mdistiller that the library
+            does not read.
+        resumable: a run may continue with another value, although the result depends on the value.
         varies: with any value but 0, an image differs from epoch to epoch.
-        is_weight: it weights a term of the loss.
-        code: which code a value names, if the option names code; see ``mdistiller/consent.py``.
-        settled: a run writes down what it finds in place of ``auto``.
-        when: whether a run of a configuration reads it; without, each run of its section does.
+        is_weight: the option is the weight of a term of the loss.
+        code: returns the code that a value names, if the option names code; see ``mdistiller/consent.py``.
+        settled: a run writes the value that it finds into ``config.yaml`` in place of ``auto``.
+        when: whether a run with a configuration reads the option; ``None``: each run of its section reads it.
     """
 
     default: Any
@@ -74,12 +74,12 @@ class Option:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Those that are given, by name."""
+        """The bounds that are not ``None``, by name."""
         return {name: bound for name in BOUNDS if (bound := getattr(self, name)) is not None}
 
     @property
     def allowed(self) -> str:
-        """The condition on a value, in words; empty where any value of the default's type is allowed."""
+        """The condition on a value, in words; empty if every value of the default's type is allowed."""
         if isinstance(self.one_of, Registry):
             return f"the name of a {self.one_of.kind}"
         if self.one_of is not None:
@@ -88,10 +88,10 @@ class Option:
         return ", ".join(filter(None, [self.holds[1] if self.holds else "", bounds]))
 
     def check(self, key: str, value: Any) -> Any:
-        """``value``, if it is allowed.
+        """``value``, if the value is allowed.
 
         Raises:
-            InputError: it is not; names ``key``, the value and what is allowed.
+            InputError: the value is not allowed; names ``key``, the value and the allowed values.
         """
         if self.one_of is not None:
             if value not in self.one_of:
@@ -114,12 +114,12 @@ def weight(default: float, help: str = "") -> Option:
 
 
 def are_texts(value: Any) -> bool:
-    """A list of texts."""
+    """Whether a value is a list of texts."""
     return isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value)
 
 
 def dead(default: Any, help: str) -> Option:
-    """A key of mdistiller that its users' files give and read, and that has no effect here; ``help`` says why."""
+    """A key of mdistiller that users' files set or read, and that has no effect in this library; ``help`` says why."""
     return Option(default, help, role="ignored")
 
 
@@ -131,43 +131,43 @@ def options_in(tree: Mapping[str, Any], prefix: str = "", **known: Any) -> dict[
 
     Args:
         tree: its leaves are options or plain values.
-        prefix: put before each key, ``"KD."``.
-        known: what holds for plain values, ``role="data"``.
+        prefix: of each key, ``"KD."``.
+        known: further arguments of the plain values' options, ``role="data"``.
     """
-    found: dict[str, Option] = {}
+    options: dict[str, Option] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            found |= options_in(value, f"{prefix}{key}.", **known)
+            options |= options_in(value, f"{prefix}{key}.", **known)
         else:
-            found[f"{prefix}{key}"] = value if isinstance(value, Option) else Option(value, **known)
-    return found
+            options[f"{prefix}{key}"] = value if isinstance(value, Option) else Option(value, **known)
+    return options
 
 
 def options_of_method(method: type) -> dict[str, Option]:
-    """The options that a method's class adds: its section's, and two for each further network."""
-    found = {}
+    """The options that a method's class adds: of its section, and two for each further network."""
+    options = {}
     for network, role in getattr(method, "networks", {}).items():
         key = f"DISTILLER.{network.upper()}"
-        found[key] = Option("", f"architecture of the {network}; empty: the {role}'s")
-        found[f"{key}_CKPT"] = Option("", f"weights of the {network}", resumable=True)
-    return found | options_in(method.defaults or {}, f"{method.section}.")
+        options[key] = Option("", f"architecture of the {network}; empty: the {role}'s")
+        options[f"{key}_CKPT"] = Option("", f"weights of the {network}", resumable=True)
+    return options | options_in(method.defaults or {}, f"{method.section}.")
 
 
 def options_of_dataset(dataset: type) -> dict[str, Option]:
     """The options of a data set's section ``DATASET.<NAME>``; plain values have the role ``data``."""
-    found = options_in(dataset.defaults, f"DATASET.{dataset.name.upper()}.", role="data")
-    return {key: replace(option, when=lambda cfg: dataset.name == cfg.DATASET.TYPE) for key, option in found.items()}
+    options = options_in(dataset.defaults, f"DATASET.{dataset.name.upper()}.", role="data")
+    return {key: replace(option, when=lambda cfg: dataset.name == cfg.DATASET.TYPE) for key, option in options.items()}
 
 
 def options_of(cfg: Any) -> dict[str, Option]:
-    """The options of a run by dotted key: the library's, all data sets' and the method's.
+    """The options of a run by dotted key: of the library, of all data sets and of the method.
 
-    A configuration that is not shaped like ``CFG`` states its options by a method ``own_options``.
+    A configuration with other sections than ``CFG`` has a method ``own_options`` that returns its options.
     """
     if hasattr(cfg, "own_options"):
         return cfg.own_options()
-    found = dict(OPTIONS)
+    options = dict(OPTIONS)
     for dataset in dataset_dict.values():
-        found |= options_of_dataset(dataset)
+        options |= options_of_dataset(dataset)
     method = distiller_dict.get(cfg.DISTILLER.TYPE)
-    return found if method is None else found | options_of_method(method)
+    return options if method is None else options | options_of_method(method)

@@ -390,7 +390,7 @@ def _config_reads(tree: ast.Module, path: Path) -> tuple[tuple[str, ...], dict[s
     everywhere, required = _Reads(["cfg"]), {}
     for _, helper in _helpers(tree, path):
         reads, of_helper = _config_reads(_parse(helper), helper)
-        everywhere.found |= dict.fromkeys(reads)
+        everywhere.keys |= dict.fromkeys(reads)
         required |= of_helper
     for cls in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
         for function in [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]:
@@ -401,7 +401,7 @@ def _config_reads(tree: ast.Module, path: Path) -> tuple[tuple[str, ...], dict[s
             required[cls.name] = tuple(visitor.always)
             everywhere.config_names |= visitor.config_names
     everywhere.visit(tree)
-    return tuple(everywhere.found), required
+    return tuple(everywhere.keys), required
 
 
 BRANCHES = (ast.If, ast.IfExp, ast.While, ast.For, ast.Try, ast.BoolOp, ast.FunctionDef, ast.Lambda)
@@ -412,7 +412,7 @@ class _Reads(ast.NodeVisitor):
 
     def __init__(self, config_names: list[str]) -> None:
         self.config_names = set(config_names)
-        self.found: dict[str, None] = {}
+        self.keys: dict[str, None] = {}
         self.always: dict[str, None] = {}
         self.branches = 0
 
@@ -440,7 +440,7 @@ class _Reads(ast.NodeVisitor):
         elif root.id not in self.config_names:
             return
         if parts and isinstance(node.ctx, ast.Load):
-            self.found[".".join(parts)] = None
+            self.keys[".".join(parts)] = None
             if not self.branches:
                 self.always[".".join(parts)] = None
 

@@ -1,8 +1,8 @@
-"""The tables everything is looked up in by name, and the errors that end a command with a message.
+"""The tables of methods, networks, data sets and tasks by name, and the errors that end a command with a message.
 
-This module imports nothing of the package, so that every other module may import it. The tables are
-dictionaries: ``distiller_dict["KD"]`` is the class, and both ways of adding an entry work, the
-decorators of the packages and plain assignment (``distiller_dict["MINE"] = Mine``).
+This module imports nothing of the package, so that every other module may import it. The tables are dictionaries:
+``distiller_dict["KD"]`` is the class. An entry is added by a decorator of the packages or by plain assignment
+(``distiller_dict["MINE"] = Mine``).
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: configuration, command line, data or files.
+    """A user's mistake in configuration, command line, data or files.
 
-    The commands in ``tools/`` print its message and exit with code 2, without a traceback; any other
-    exception is a fault of ours and keeps its traceback. The message says what was found, what is
-    allowed and what to do.
+    The commands print its message and exit with code 2, without a traceback. Any other exception is a fault of the
+    library and keeps its traceback. The message names the value and the allowed values, and says what to do.
     """
 
 
 class RunError(RuntimeError):
-    """A run that began and could not go on: its numbers, or its disk.
+    """A run that has started and cannot continue, because of its numbers or its disk.
 
     The commands print its message and exit with code 1, without a traceback.
     """
 
 
 class UnknownName(InputError, KeyError):
-    """A name that a table does not hold. Also a ``KeyError``, because tables are dictionaries."""
+    """A name that is not in a table. Also a ``KeyError``, because tables are dictionaries."""
 
     __str__ = Exception.__str__  # KeyError would show the repr of the message
 
 
-SHORT_LIST = 8  # so many names are all shown
+SHORT_LIST = 8  # lists of up to this many names are shown whole
 
 
 def closest(name: str, allowed: Iterable[str], count: int = 3) -> list[str]:
@@ -43,12 +42,12 @@ def closest(name: str, allowed: Iterable[str], count: int = 3) -> list[str]:
     by_lower: dict[str, str] = {}
     for candidate in allowed:
         by_lower.setdefault(candidate.lower(), candidate)
-    found = difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.5)
-    return [by_lower[match] for match in found]
+    matches = difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.5)
+    return [by_lower[match] for match in matches]
 
 
 def suggestion(name: str, allowed: Iterable[str]) -> str:
-    """``"closest: A, B"``, and everything allowed where that is short or nothing is close."""
+    """``"closest: A, B"``; with all allowed names if they are few or none of them is close."""
     allowed = sorted(allowed)
     near = closest(name, allowed)
     between = "; " if any("," in known for known in allowed) else ", "
@@ -59,10 +58,10 @@ def suggestion(name: str, allowed: Iterable[str]) -> str:
 
 
 def check_choice(key: str, value: Any, allowed: Iterable[str]) -> Any:
-    """``value``, if it is one of those allowed for an option.
+    """``value``, if the value is allowed for an option.
 
     Raises:
-        InputError: it is not.
+        InputError: the value is not allowed.
     """
     if value not in allowed:
         raise InputError(f"{key}: no {value!r}; {suggestion(str(value), allowed)}")
@@ -70,18 +69,19 @@ def check_choice(key: str, value: Any, allowed: Iterable[str]) -> Any:
 
 
 def _origin(entry: Any) -> Any:
-    """Module and name of a class or function; a cell of a notebook that is run twice keeps both."""
+    """Module and name of a class or function. They are equal if a notebook's cell is run twice."""
     return getattr(entry, "__module__", None), getattr(entry, "__qualname__", entry)
 
 
 class Registry(dict):
-    """A dictionary from names to things of one kind, whose missing key says what is close.
+    """A dictionary from names to entries of one kind. The error for a missing name has the closest names.
 
     Args:
-        kind: what an entry is, for messages: ``"distiller"``.
+        kind: the kind of the entries, for messages: ``"distiller"``.
 
-    ``finder`` is asked for a name that is missing, and may enter it; it returns the entry or ``None``. ``advice`` ends
-    the refusal of a name.
+    Attributes:
+        finder: called with a missing name; returns the entry or ``None``, and may add the entry.
+        advice: the end of the message for a missing name.
     """
 
     finder: Callable[[str], Any] | None = None
@@ -92,17 +92,17 @@ class Registry(dict):
         self.kind = kind
 
     def __missing__(self, name: str) -> Any:
-        found = self.finder(name) if self.finder is not None else None
-        if found is not None:
-            return found
+        entry = self.finder(name) if self.finder is not None else None
+        if entry is not None:
+            return entry
         raise UnknownName(self.refusal(name))
 
     def refusal(self, name: Any) -> str:
-        """The message for a name that is missing."""
+        """The message for a missing name."""
         return "; ".join(filter(None, [f"no {self.kind} named {name!r}", suggestion(str(name), self), self.advice]))
 
     def add(self, name: str, entry: Any) -> None:
-        """Enter ``entry``; another one of the same name is refused, unless it is the same definition run again."""
+        """Add ``entry``. A second entry of the same name is refused, unless the same definition was run again."""
         if name in self and self[name] is not entry and _origin(self[name]) != _origin(entry):
             raise ValueError(f"{self.kind} {name!r} is registered already, as {self[name]!r}")
         self[name] = entry
@@ -123,16 +123,16 @@ MODEL_FAMILIES = {
 }
 
 
-_opened: list[Any] = [None] * 4  # cfg.DATASET, the class, what cfg.DATASET held then, the data set
+_opened: list[Any] = [None] * 4  # cfg.DATASET, the class, a copy of cfg.DATASET, the data set
 
 
 def open_dataset(cfg: Any) -> Any:
     """The data set of a configuration: its facts, and ``load()``; see :class:`mdistiller.dataset.DataSet`.
 
-    A configuration's data set is opened once, and again where a key below ``DATASET`` has changed.
+    A configuration's data set is opened once, and again after a change of a key below ``DATASET``.
 
     Raises:
-        UnknownName: ``DATASET.TYPE`` names none.
+        UnknownName: there is no data set ``DATASET.TYPE``.
     """
     keys, kind = cfg.DATASET, dataset_dict[cfg.DATASET.TYPE]
     if _opened[0] is not keys or _opened[1:3] != [kind, keys]:
@@ -141,5 +141,5 @@ def open_dataset(cfg: Any) -> Any:
 
 
 def image_side(cfg: Any) -> int:
-    """Side in pixels of the images of a run: ``DATASET.IMAGE_SIZE``, or the data set's own where that is 0."""
+    """Side of a run's images in pixels: ``DATASET.IMAGE_SIZE``, or the data set's own size if the key is 0."""
     return open_dataset(cfg).image_size

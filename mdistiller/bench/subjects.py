@@ -114,11 +114,11 @@ def loss_alone(subject: Subject) -> Callable[[], None]:
     distiller = trainer.distiller.train()
     frozen = distiller.frozen_networks().values()
     outputs: dict[nn.Module, list[Any]] = {network: [] for network in networks_of(distiller)}
-    given = trainer.contract.given(batch, epoch=1)
+    inputs = trainer.contract.inputs(batch, epoch=1)
 
     def step() -> None:
         with trainer.precision.autocast():
-            _, losses = distiller(**given)
+            _, losses = distiller(**inputs)
         sum(loss.mean() for loss in losses.values()).backward()
 
     with ExitStack() as stack:

@@ -126,12 +126,12 @@ def _names_of(distiller: nn.Module) -> dict[int, str]:
 
 
 @contextmanager
-def contract_explained(distiller: nn.Module, given: dict[str, Any]) -> Iterator[None]:
+def contract_explained(distiller: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
     """Context of a method's step: explains errors that a batch without a field or a network's wrong output causes.
 
     Args:
         distiller: the method.
-        given: the arguments of the step.
+        inputs: the arguments of ``forward_train``.
 
     Raises:
         InputError: in place of Python's error.
@@ -140,13 +140,13 @@ def contract_explained(distiller: nn.Module, given: dict[str, Any]) -> Iterator[
         yield
     except (TypeError, ValueError, KeyError) as error:
         method = type(distiller).__name__
-        lacking = [name for name in contract_of(type(distiller)).required if name not in given]
+        lacking = [name for name in contract_of(type(distiller)).required if name not in inputs]
         if lacking:
             raise InputError(
                 f"{method} reads {', '.join(lacking)}, and the training batches hold "
-                f"{', '.join(name for name in given if name != 'epoch')}; see mdistiller/engine/batch.py"
+                f"{', '.join(name for name in inputs if name != 'epoch')}; see mdistiller/engine/batch.py"
             ) from error
-        images = next((value for name, value in given.items() if name.startswith("image")), None)
+        images = next((value for name, value in inputs.items() if name.startswith("image")), None)
         for role in ("student", "teacher"):
             net = getattr(distiller, role, None)
             if net is not None and images is not None:

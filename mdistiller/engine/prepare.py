@@ -148,12 +148,12 @@ def _compute(trainer: BaseTrainer, name: str) -> tuple[float, dict[str, Any]]:
     say(f"{name}'s stage before training: started")
     trainer.distiller.train()
     start = time.perf_counter()
-    said = start
+    said_at = start
 
     def batches(epoch: int) -> Iterator[dict[str, Tensor]]:
-        nonlocal said
-        if time.perf_counter() - said > MESSAGE_EVERY:
-            said = time.perf_counter()
+        nonlocal said_at
+        if time.perf_counter() - said_at > MESSAGE_EVERY:
+            said_at = time.perf_counter()
             say(f"{name}'s stage before training: epoch {epoch}")
         if hasattr(trainer.train_loader, "set_epoch"):
             trainer.train_loader.set_epoch(epoch)

@@ -221,16 +221,16 @@ class BaseTrainer:
         check_logits(self.distiller, logits, batch["target"], self.outputs)
 
     def run_step(self, batch: dict[str, Tensor]) -> StepOutput:
-        given = self.contract.given(batch, self.epoch)
+        inputs = self.contract.inputs(batch, self.epoch)
         begin_step(self.cfg)
         known = nullcontext() if self.teacher_cache is None else self.teacher_cache.of(batch, self.epoch)
         with known, self.precision.autocast(), hard_coded_cuda_explained(self.precision.device):
             if distributed.world_size() == 1:
-                with contract_explained(self.distiller, given):
-                    output = self.distiller(**given)
+                with contract_explained(self.distiller, inputs):
+                    output = self.distiller(**inputs)
                 logits, losses = read_output(self.distiller, output)
             else:
-                logits, losses = self.parallel(given, self.train_loader.images_in(self.step_in_epoch))
+                logits, losses = self.parallel(inputs, self.train_loader.images_in(self.step_in_epoch))
         self.check_output(logits, batch)
         losses = {name: loss.mean() for name, loss in losses.items()}  # some methods return shape (1,)
         if not self.checked:
@@ -364,7 +364,7 @@ class BaseTrainer:
         # Weight decay and other settings come from the configuration, the rate from the state until the next step.
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         pairs = zip(state["optimizer"]["param_groups"], settings, strict=True)
-        groups = [group | own | {"lr": group.get("lr", own["lr"])} for group, own in pairs]
+        groups = [saved | configured | {"lr": saved.get("lr", configured["lr"])} for saved, configured in pairs]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.epoch = state["epoch"] + 1
         self.step_in_epoch = state.get("step_in_epoch", 0)
@@ -381,9 +381,9 @@ class BaseTrainer:
         self.averaged_at = self.step
 
     def _restore_random_state(self, state: dict[str, Any]) -> None:
-        own = self._own_random_state(state)
-        if own is not None:
-            restore_random_state(own)
+        random = self._own_random_state(state)
+        if random is not None:
+            restore_random_state(random)
         else:  # the run has more processes than before
             seed_process(self.cfg.EXPERIMENT.SEED, distributed.rank(), self.step)
 

@@ -53,12 +53,12 @@ _Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|
 
 
 def config_path(path: Path) -> Path:
-    """``path``, or the library's file of that name, ``configs/...``, where the current folder has none."""
-    own = Path(os.path.normpath(path))
-    if not path.exists() and own.parts[:1] == (CONFIGS.name,):
-        own = CONFIGS.parent / own
-        if own.exists() or (own.parent.is_dir() and not path.parent.is_dir()):
-            return own
+    """``path``, or the library's file ``configs/...`` of this name if the current folder has no such file."""
+    of_library = Path(os.path.normpath(path))
+    if not path.exists() and of_library.parts[:1] == (CONFIGS.name,):
+        of_library = CONFIGS.parent / of_library
+        if of_library.exists() or (of_library.parent.is_dir() and not path.parent.is_dir()):
+            return of_library
     return path
 
 
@@ -158,7 +158,7 @@ class ConfigNode(CfgNode):
         files = [str(word) for word in cfg_list[::2] if str(word).endswith((".yaml", ".yml"))]
         if files:
             raise InputError(
-                f"{files[0]} stands where a KEY is expected; a configuration file is named by --cfg {files[0]}"
+                f"{files[0]} is in the place of a KEY; to read a configuration file, write --cfg {files[0]}"
             )
         if len(cfg_list) % 2:
             key, equals, value = str(cfg_list[-1]).partition("=")

@@ -1,13 +1,13 @@
-"""``SOLVER.CACHE_TEACHER``: the frozen teacher's outputs on each training image, computed once and kept in memory.
+"""``SOLVER.CACHE_TEACHER``: the frozen teacher's outputs on all training images, computed once and kept in memory.
 
-``SOLVER.TEACHER_MEMORY memory`` is another name of it.
+``SOLVER.TEACHER_MEMORY memory`` is another name of this option.
 
-That is possible where a method sees an image alike in every epoch: one view, whose recipe has no random operation, and
-nothing mixed in. At the first step, logits and pooled features are computed for all training images; a feature map
-follows, in a pass of its own, when the method first looks at it. Nothing is saved with the run: one that is resumed
-computes the same again, since batches and their order in these passes do not depend on the step.
+The cache needs images that are equal in every epoch: one view without random operations, and no mixing of images. At
+the first step, logits and pooled features are computed for all training images. A feature map is computed in a further
+pass when the method first reads the map. Nothing is saved with the run: a resumed run computes equal outputs again,
+since batches and their order in these passes do not depend on the step.
 
-A method whose code moves its teacher's weights, without naming them by ``teacher_parameters()``, is not seen to do so.
+A method may change its teacher's weights without ``teacher_parameters()``; the cache does not notice such changes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .on_access import read_on_access
 from .precision import Precision
 
 KEY = "SOLVER.CACHE_TEACHER"
-SHARE_OF_MEMORY = 0.5  # of what is free, for one output
+SHARE_OF_MEMORY = 0.5  # of the free memory, for one output
 
 
 def caches_in_memory(cfg: Any) -> bool:
@@ -48,10 +48,10 @@ def caches_in_memory(cfg: Any) -> bool:
 
 
 def check_cacheable(cfg: Any) -> None:
-    """Refuse settings under which a teacher's outputs differ from epoch to epoch.
+    """Refuse settings with which a teacher's outputs differ from epoch to epoch.
 
     Raises:
-        InputError: names the keys, their values and what to set.
+        InputError: names the keys, their values and the values to set.
     """
     name, keys = cfg.DISTILLER.TYPE, cfg.DATASET
     if not contract_of(distiller_dict[name]).teacher:
@@ -67,15 +67,15 @@ def check_cacheable(cfg: Any) -> None:
     ((_, (view, recipe)),) = views.items()
     dataset, chosen = open_dataset(cfg), f"VIEW_{view.upper()}"
     options = options_of(cfg)
-    found = [f"{key} {v}" for key, v in flatten(cfg).items() if v and key in options and options[key].varies]
+    changes = [f"{key} {v}" for key, v in flatten(cfg).items() if v and key in options and options[key].varies]
     if chosen not in keys:
-        found += [f"the view {view!r}, which {name} asks for"] if is_random(recipe) else []
+        changes += [f"the view {view!r}, which {name} asks for"] if is_random(recipe) else []
     elif is_random(dataset.views[keys[chosen]]):
         fixed = [recipe for recipe, operations in dataset.views.items() if not is_random(operations)]
-        found.append(f"DATASET.{chosen} {keys[chosen]} (the same in every epoch: {', '.join(fixed) or 'none'})")
-    if found:
+        changes.append(f"DATASET.{chosen} {keys[chosen]} (the same in every epoch: {', '.join(fixed) or 'none'})")
+    if changes:
         raise InputError(
-            f"{KEY} needs equal images in every epoch, and these change the images: {', '.join(found)}; switch them "
+            f"{KEY} needs equal images in every epoch, and these change the images: {', '.join(changes)}; switch them "
             f"off, or set {KEY} False"
         )
 
@@ -111,13 +111,13 @@ def cache_teacher(distiller: nn.Module, loader: Any, cfg: Any, precision: Precis
 
 
 class TeacherCache:
-    """The link of the teacher within :meth:`of`; outside, the teacher computes as ever.
+    """The teacher's outputs. Within :meth:`of` a link of the teacher returns them; otherwise the teacher computes.
 
     Args:
-        method: for messages.
+        method: its name, for messages.
         teacher: frozen, in eval mode.
         loader: of the training images.
-        precision: in which the teacher computes.
+        precision: of the teacher's computation.
     """
 
     def __init__(self, method: str, teacher: nn.Module, loader: Loader, precision: Precision) -> None:
@@ -125,8 +125,8 @@ class TeacherCache:
         self.dataset, self.batch_size, self.num_workers = loader.dataset, loader.batch_size, loader.num_workers
         self.teacher, self.parts = teacher, [module for module in teacher.modules() if module is not teacher]
         self.kept: dict[int, Tensor] = {}  # (N, ...) by the leaf's number in the output
-        self.channels_last: set[int] = set()  # of these, (N, H, W, C)
-        self.tree: Any = None  # the output, with numbers for its leaves
+        self.channels_last: set[int] = set()  # the leaves that are kept as (N, H, W, C)
+        self.tree: Any = None  # the output, with the number of each leaf in place of the leaf
 
     @contextmanager
     def of(self, batch: dict[str, Tensor], epoch: int) -> Iterator[None]:
@@ -138,8 +138,8 @@ class TeacherCache:
     def _kept_output(
         self, images: Tensor, index: Tensor, following: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        given = (*args, *kwargs.values())
-        if len(given) != 1 or given[0] is not images:
+        inputs = (*args, *kwargs.values())
+        if len(inputs) != 1 or inputs[0] is not images:
             raise InputError(
                 f"{KEY}: {self.method} shows its teacher other images than the batch's, so "
                 "outputs cannot be stored; set it to False"
@@ -160,8 +160,8 @@ class TeacherCache:
         return rows.movedim(-1, 1) if leaf in self.channels_last else rows
 
     @torch.no_grad()
-    def _compute(self, following: Callable[..., Any], wanted: int | None) -> None:
-        """One pass over the training images, for the output ``wanted``; ``None``: for all that are vectors."""
+    def _compute(self, following: Callable[..., Any], leaf: int | None) -> None:
+        """One pass over the training images, for the output's leaf ``leaf``; ``None``: for all leaves ``(B, D)``."""
         start = time.perf_counter()
         new: dict[int, Tensor] = {}
         loader = Loader(self.dataset, self.batch_size, num_workers=self.num_workers)  # its workers end with it
@@ -171,15 +171,15 @@ class TeacherCache:
                 leaves, structure = tree_flatten(following(*images_of(batch)))
             if not new:
                 self.tree = tree_unflatten(range(len(leaves)), structure)
-                numbers = [wanted] if wanted is not None else [n for n, leaf in enumerate(leaves) if leaf.ndim == 2]
+                numbers = [leaf] if leaf is not None else [n for n, value in enumerate(leaves) if value.ndim == 2]
                 new = {number: self._room(number, leaves[number]) for number in numbers}
             for number, room in new.items():
                 values = leaves[number].movedim(1, -1) if number in self.channels_last else leaves[number]
                 room.index_copy_(0, batch["index"], values)
         self.kept |= new
         self.precision.synchronize()
-        size, taken = sum(map(_megabytes, new.values())), time.perf_counter() - start
-        say(f"{KEY}: {size:.1f} MB of the teacher's outputs computed in {taken:.1f} s")
+        size, seconds = sum(map(_megabytes, new.values())), time.perf_counter() - start
+        say(f"{KEY}: {size:.1f} MB of the teacher's outputs computed in {seconds:.1f} s")
 
     def _room(self, number: int, leaf: Tensor) -> Tensor:
         """Memory for an output on all images, in the type and the layout of the output on some.

@@ -17,18 +17,18 @@ from torch import nn
 Link = Callable[..., Any]
 
 ORDER = (
-    "listen",  # hears each call and its output as the method sees them: whole batches, kept outputs too
-    "cache",  # gives kept outputs; the links behind it compute those that are not kept yet
-    "share",  # divides a pass among processes, whichever way each process computes its rows
+    "listen",  # records each call and its output as the method sees them: whole batches, also cached outputs
+    "cache",  # returns cached outputs; the following links compute the other outputs
+    "share",  # divides a pass among processes
     "fold",  # computes by the folded twin
 )
 
 
 class Chain:
-    """A network's links. Within one place of :data:`ORDER`, a later link stands before an earlier one.
+    """A network's links. Within one place of :data:`ORDER`, the last added link is called first.
 
     Args:
-        network: has the chain while there are links.
+        network: its ``forward`` is the chain while there are links.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -46,7 +46,7 @@ class Chain:
 
     def take_off(self, link: Link) -> None:
         self._join([pair for pair in self.links if pair[1] is not link])
-        if not self.links and vars(self.network).get(self.name) is self:  # nobody else's function stands before it
+        if not self.links and vars(self.network).get(self.name) is self:  # no other code has replaced the chain
             delattr(self.network, self.name)
             if self.before is not None:
                 setattr(self.network, self.name, self.before)
@@ -71,7 +71,7 @@ def put(network: nn.Module, place: str, link: Link) -> Callable[[], None]:
         link: see the top of the file.
 
     Returns:
-        Takes the link off again.
+        A function that removes the link.
     """
     chain = vars(network).get(_called(network))
     chain = chain if isinstance(chain, Chain) else Chain(network)

@@ -29,44 +29,44 @@ def accelerate(distiller: nn.Module, cfg: Any) -> dict[str, Folding]:
     a smaller last batch costs a second compilation (``SOLVER.DROP_LAST`` avoids it).
 
     Args:
-        distiller: on the device and in the layout where it stays.
+        distiller: on its final device and in its final layout.
         cfg: the configuration.
 
     Returns:
         The frozen networks' foldings by attribute. A folding may be empty.
 
     Raises:
-        InputError: something is to be compiled and this machine has no compiler.
+        InputError: a network is to be compiled and this machine has no compiler.
     """
     solver, frozen = cfg.SOLVER, distiller.frozen_networks()
     device = next(distiller.student.parameters()).device
     keep_freed_memory(device)
-    wanted = {"off": [], "teacher": [*frozen.values()], "all": networks_of(distiller)}[solver.COMPILE]
-    if caches_in_memory(cfg):  # a kept teacher runs for one epoch
-        wanted = [network for network in wanted if network not in frozen.values()]
-    if wanted:
+    to_compile = {"off": [], "teacher": [*frozen.values()], "all": networks_of(distiller)}[solver.COMPILE]
+    if caches_in_memory(cfg):  # a cached teacher runs for one epoch only
+        to_compile = [network for network in to_compile if network not in frozen.values()]
+    if to_compile:
         check_compiler(device)
     compiled = {"mode": solver.COMPILE_MODE, "dynamic": False}
     folded = {}
     if solver.FAST_TEACHER:
         for name, network in frozen.items():
-            compile_ = partial(torch.compile, **compiled) if network in wanted else None
+            compile_ = partial(torch.compile, **compiled) if network in to_compile else None
             folded[name] = Folding(network, (image_side(cfg),) * 2, compile_)
-    for network in wanted:
+    for network in to_compile:
         if not any(folding.active for folding in folded.values() if folding.network is network):
-            network.compile(**compiled)  # in place: links stand before compiled code, and copies are not compiled
+            network.compile(**compiled)  # in place: links are called before compiled code, and copies are not compiled
     return folded
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-NEVER = 2**31 - 1  # bytes: of what is free at the heap's end, only more than that is given back
+NEVER = 2**31 - 1  # bytes: free memory at the heap's end up to this size is kept
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Have the C library keep freed memory for the next step instead of giving it back to the system.
+    """Let the C library keep freed memory for the next step instead of returning it to the system.
 
-    Without it, each map of more than 32 MB is fetched from the system anew, page by page, and zeroed: a third of the
-    time of a step on the CPU at 256 images of 32x32. For the whole process; does nothing but on Linux with glibc.
+    Otherwise the system maps and zeroes each map of more than 32 MB again, page by page: a third of the time of a step
+    on the CPU at 256 images of 32x32. Acts on the whole process; does nothing except on Linux with glibc.
 
     Args:
         device: where the networks run.

@@ -1,4 +1,4 @@
-"""The link that hears what a network is shown and what it answers."""
+"""The link that reports a network's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def listen(heard: Heard) -> Link:
     """A link for the place ``listen`` of a chain.
 
     Args:
-        heard: is told of each call: arguments, keyword arguments, output.
+        heard: called after each call with its arguments, keyword arguments and output.
     """
     return functools.partial(_listen, heard)
 

@@ -27,36 +27,36 @@ def read_on_access(output: Any, read: Read) -> Any:
 class _Features(Mapping):
     """Features by name."""
 
-    def __init__(self, own: Mapping[str, Any], read: Read) -> None:
-        self.own, self.read = own, read
-        self.found: dict[str, Any] = {}
+    def __init__(self, entries: Mapping[str, Any], read: Read) -> None:
+        self.entries, self.read = entries, read
+        self.results: dict[str, Any] = {}
 
     def __getitem__(self, key: str) -> Any:
-        if key not in self.found:
-            self.found[key] = read_on_access(self.own[key], self.read)
-        return self.found[key]
+        if key not in self.results:
+            self.results[key] = read_on_access(self.entries[key], self.read)
+        return self.results[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.own)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self.own)
+        return len(self.entries)
 
 
 class _Maps(Sequence):
     """A list of feature maps. A slice of it is a plain list."""
 
-    def __init__(self, own: list[Any], read: Read) -> None:
-        self.own, self.read = own, read
-        self.found: dict[int, Any] = {}
+    def __init__(self, entries: list[Any], read: Read) -> None:
+        self.entries, self.read = entries, read
+        self.results: dict[int, Any] = {}
 
     def __getitem__(self, place: int | slice) -> Any:
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
         number = range(len(self))[place]
-        if number not in self.found:
-            self.found[number] = read_on_access(self.own[number], self.read)
-        return self.found[number]
+        if number not in self.results:
+            self.results[number] = read_on_access(self.entries[number], self.read)
+        return self.results[number]
 
     def __len__(self) -> int:
-        return len(self.own)
+        return len(self.entries)

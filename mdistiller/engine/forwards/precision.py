@@ -1,4 +1,4 @@
-"""Where and in which number format the networks run; the same code for CPU and GPU."""
+"""Device, number format and memory layout of the networks; the same code for CPU and GPU."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Precision:
         """Read ``SOLVER.DEVICE``, ``SOLVER.AMP`` and ``SOLVER.CHANNELS_LAST``.
 
         Raises:
-            InputError: a device that this machine lacks; fp16 without a GPU.
+            InputError: the machine lacks the device, or fp16 is set without a GPU.
         """
         device = resolve_device(cfg.SOLVER.DEVICE)
         if cfg.SOLVER.AMP == "fp16" and device.type == "cpu":
             raise InputError("SOLVER.AMP fp16 needs a GPU; on the CPU use SOLVER.AMP bf16")
         layout = cfg.SOLVER.CHANNELS_LAST
-        # On a CPU no network of the library is slower this way (docs/performance.md); on a GPU it was not measured.
+        # On a CPU no network of the library is slower in NHWC (docs/performance.md). A GPU was not measured.
         channels_last = layout == "on" or (layout == "auto" and device.type == "cpu")
         return cls(device, AUTOCAST_DTYPES[cfg.SOLVER.AMP], channels_last)
 
@@ -58,7 +58,7 @@ class Precision:
         return module.to(self.device, memory_format=layout)
 
     def place_tensor(self, tensor: Tensor) -> Tensor:
-        """Move a tensor; images ``(B, C, H, W)`` take the memory layout, other integers keep their type."""
+        """Move a tensor to the device, and ``(B, C, H, W)`` to the memory layout. The type does not change."""
         if tensor.ndim == 4 and self.channels_last:
             return tensor.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         return tensor.to(self.device, non_blocking=True)
@@ -84,7 +84,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()  # meta has no memory
-        if device.type == "cpu" and device.index:  # which torch takes
+        if device.type == "cpu" and device.index:  # torch accepts cpu:1
             raise RuntimeError("there is one CPU device")
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).split("\n")[0].split(". ")[0]

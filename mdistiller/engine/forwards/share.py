@@ -1,4 +1,4 @@
-"""The link by which processes share a pass through a network: each computes the rows of its own images."""
+"""The link that divides a pass through a network among processes: each process computes the rows of its images."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Share:
         self.counts = counts
 
     def __call__(self, following: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
-        count = len(given[0]) if given else 0
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+        count = len(tensors[0]) if tensors else 0
         if not count or count % sum(self.counts):
             return following(*args, **kwargs)
         rows = _Rows(count, self.counts)
@@ -65,7 +65,7 @@ class _Rows:
     def whole(self, tensor: Tensor) -> Tensor:
         if not has_rows(tensor, self.counts[self.rank]):
             return tensor
-        with torch.set_grad_enabled(tensor.requires_grad):  # features may be looked at later, within no_grad
+        with torch.set_grad_enabled(tensor.requires_grad):  # a method may read features later, within no_grad
             gathered = join_rows(tensor, self.counts, same_losses=True)
             return gathered if self.views == 1 else gathered[_by_process(self.count, self.images, tensor.device)[1]]
 

@@ -83,18 +83,18 @@ class Parallel:
         """Let the next step find the parameters that the method uses: terms may start and end with epochs."""
         self.first_step = self.world > 1
 
-    def __call__(self, given: dict[str, Any], images: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The method's ``forward_train`` in one of several processes: logits of its own images, and the losses.
+    def __call__(self, inputs: dict[str, Any], images: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The method's ``forward_train`` in one of several processes: logits of the process's images, and the losses.
 
         Args:
-            given: the fields that the method takes, this process's share of the batch.
+            inputs: the arguments of ``forward_train``, with this process's share of the batch.
             images: number of images in the batch of all processes.
         """
         counts = shares(images, self.world)
         self.weight = 1.0 if self.gather else self.world * counts[distributed.rank()] / images
         self.in_backward = self.overlap and not self.first_step
         with nullcontext() if self.in_backward else self.wrapper.no_sync():
-            return self.wrapper(counts, given)
+            return self.wrapper(counts, inputs)
 
     def weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """The losses times this process's weight: their mean over processes is the loss of the batch."""
@@ -200,19 +200,19 @@ class Replica(nn.Module):
         self.distiller = distiller
         self.gather = gather
 
-    def forward(self, counts: list[int], given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, counts: list[int], inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         with batch_of_processes(counts, gathered=self.gather):
             logits, losses = (
-                self._whole_batch(counts, given)
+                self._whole_batch(counts, inputs)
                 if self.gather
-                else read_output(self.distiller, self.distiller(**given))
+                else read_output(self.distiller, self.distiller(**inputs))
             )
         return logits.detach(), losses  # else the search for unused parameters would count those of the logits alone
 
-    def _whole_batch(self, counts: list[int], given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _whole_batch(self, counts: list[int], inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         rank, share = distributed.rank(), Share(counts)
         whole = {
-            name: join_rows(value, counts) if has_rows(value, counts[rank]) else value for name, value in given.items()
+            name: join_rows(value, counts) if has_rows(value, counts[rank]) else value for name, value in inputs.items()
         }
         with ExitStack() as stack:
             for network in networks_of(self.distiller):

@@ -30,10 +30,10 @@ from .measure import Sample, Spread, interleaved, machine, ratios
 from .profile import parts_of_steps, table_of_parts
 from .subjects import (
     baseline_of,
-    build_networks,
     build_subject,
     calibrate_batch_norms,
     loss_alone,
+    student_and_teacher,
     teacher_variants,
     with_options,
 )
@@ -150,7 +150,7 @@ def data(settings: Settings, folder: Path) -> list[Row]:
 def layout(settings: Settings, folder: Path) -> list[Row]:
     """The student's forward and backward pass with both memory layouts (SOLVER.CHANNELS_LAST off and on)."""
     batch = build_subject(with_options(settings.cfg, DISTILLER__TYPE="NONE"), folder, num_batches=1).batches[0]
-    student, _ = build_networks(settings.cfg)
+    student, _ = student_and_teacher(settings.cfg)
     cases = {}
     for name in ("off", "on"):
         precision = Precision.from_cfg(with_options(settings.cfg, SOLVER__CHANNELS_LAST=name))

@@ -62,7 +62,7 @@ def with_options(cfg: Any, **values: Any) -> Any:
     return cfg
 
 
-def build_networks(cfg: Any) -> tuple[nn.Module, nn.Module | None]:
+def student_and_teacher(cfg: Any) -> tuple[nn.Module, nn.Module | None]:
     """Student and teacher. Without ``DISTILLER.TEACHER_CKPT`` the teacher has fresh weights."""
     classes = open_dataset(cfg).num_classes
     student = build_student(cfg, classes)
@@ -83,7 +83,7 @@ def build_subject(cfg: Any, folder: Path, num_batches: int = 4) -> Subject:
     """
     cfg = with_options(cfg, LOG__PREFIX=str(folder))
     precision = Precision.from_cfg(cfg)
-    student, teacher = build_networks(cfg)
+    student, teacher = student_and_teacher(cfg)
     loaders = build_loaders(cfg, precision.device)
     batches = [to_batch(item, precision) for item in itertools.islice(loaders.train, num_batches)]
     if teacher is not None and not cfg.DISTILLER.TEACHER_CKPT:
@@ -144,7 +144,7 @@ def _replay(outputs: Iterator[Any], with_gradient: bool, *args: Any, **kwargs: A
 
 def teacher_variants(cfg: Any, device: torch.device) -> dict[str, tuple[nn.Module, Precision, bool]]:
     """The plain teacher and its variants with speed-ups: network, precision, and whether the network is folded."""
-    _, teacher = build_networks(cfg)
+    _, teacher = student_and_teacher(cfg)
     plain = Precision(device)
     last, half = Precision(device, None, True), Precision(device, torch.bfloat16, True)
     teacher.eval().requires_grad_(False)

@@ -172,7 +172,7 @@ REFUSED = [
     ("train", "SOLVER.LR 0.1", "nothing says what to train"),
     ("train", "--cfg solver_only.yaml", "solver_only.yaml names neither data nor networks: nothing says"),
     ("train", "--cfg empty_base.yaml", "empty_base.yaml names neither data nor networks: nothing says"),
-    ("train", "configs/digits/kd/res20_res8.yaml", "to read a configuration file, write --cfg configs/digits/kd/res20_re"),
+    ("train", "configs/digits/kd/res20_res8.yaml", "to read a configuration file, write --cfg configs/digits/kd/res"),
     ("train", "--cfg list.yaml --cfg twice.yaml", "--cfg is given twice, list.yaml and twice.yaml; give it once"),
     ("train", "--cfg ''", "'' is no path"),
     ("train", "--cfg loop.yaml", "'loop.yaml' is no path: "),

@@ -107,7 +107,7 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
         """Workers only where there is something to decode: passing a batch on takes longer than normalising it."""
         views = {"image": ("test", dataset.views.get("test", ()))}
         images = BatchedImages(split, views, *dataset.normalisation, **place)
-        return Loader(images, batch_size, num_workers=decoders, share=share, in_turn=True)
+        return Loader(images, batch_size, num_workers=decoders, share=share, in_turn=True, device=device)
 
     try:
         targets = splits.train.targets.to(place["device"])
@@ -129,6 +129,7 @@ def build_loaders(cfg: Any, device: torch.device | str = "cpu") -> Loaders:
             drop_last=cfg.SOLVER.DROP_LAST,
             num_workers=workers or 0,
             share=share,
+            device=device,
         )
         val = None if splits.val is None else test_loader(splits.val)
         test = test_loader(splits.test)

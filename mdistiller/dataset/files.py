@@ -8,23 +8,23 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import functional as torchvision
 
 from mdistiller.registry import InputError
 
+from .decode import REDUCTIONS, Cut, Encoded, cut_views
 from .images import Images, as_images
 from .views import Draws
 
 ATTEMPTS = 10
+LARGER = 8 / 7  # the shorter side of a test image, before its middle is cropped: 256 for 224
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,13 @@ class InFiles:
         paths: of the N images.
         side: pixels a side of the images that views give.
         advice: what to do about an image that cannot be read, for the message.
+        photographs: turn images as their EXIF says, and decode large JPEGs at a reduced size.
     """
 
     paths: Sequence[str]
     side: int
     advice: str = "replace or delete the file"
+    photographs: bool = False
     in_files = True
     device = torch.device("cpu")
 
@@ -61,8 +63,10 @@ class InFiles:
     def to(self, device: torch.device) -> InFiles:
         return self
 
-    def pixels(self) -> Tensor:
-        return _middles(self)
+    def read(self, position: int) -> bytes:
+        """The file's content."""
+        with open(self.paths[position], "rb") as file:
+            return file.read()
 
     def fingerprint(self) -> int:
         """Of names, folders and sizes of the files: reading a million images would take hours."""
@@ -71,18 +75,31 @@ class InFiles:
             checksum = zlib.crc32(os.fsencode(f"{path.parent.name}/{path.name} {path.stat().st_size}"), checksum)
         return checksum
 
+    def pixels(self) -> Tensor:
+        return _middles(self)
+
     def pictures(self) -> Iterator[Image.Image]:
         """Each image in its own size, three channels.
 
         Raises:
             InputError: a file that cannot be read; names it.
         """
-        for path in self.paths:
+        found: list[Tensor] = []
+        for position in range(len(self)):
+            self.take(torch.tensor([position])).use_each(lambda _, picture: found.append(picture.pixels()))
+            yield Image.fromarray(found.pop().permute(1, 2, 0).numpy())
+
+    def use_each(self, use: Callable[[int, Encoded], None]) -> None:
+        """Call ``use(position, picture)`` for each image.
+
+        Raises:
+            InputError: a file that cannot be read; names it.
+        """
+        for position in range(len(self)):
             try:
-                with Image.open(path) as image:
-                    yield image.convert("RGB")
+                use(position, Encoded(self.read(position), self.photographs))
             except Exception as error:  # Pillow's decoders raise what they like
-                raise InputError(f"cannot read the image {path}: {error}; {self.advice}") from None
+                raise InputError(f"cannot read the image {self.names[position]}: {error}; {self.advice}") from None
 
 
 def readable(images: InFiles) -> Tensor:
@@ -90,11 +107,11 @@ def readable(images: InFiles) -> Tensor:
 
     def try_one(position: int) -> bool:
         try:
-            for _ in images.take(torch.tensor([position])).pictures():
-                return True
+            one = replace(images.take(torch.tensor([position])), photographs=True)
+            one.use_each(lambda _, picture: picture.pixels(REDUCTIONS[0]))
         except InputError:
-            pass
-        return False
+            return False
+        return True
 
     with ThreadPoolExecutor() as pool:
         return torch.tensor(list(pool.map(try_one, range(len(images)))), dtype=torch.bool)
@@ -114,16 +131,12 @@ class RandomResizedCrop:
     takes_images = True
 
     def __call__(self, images: Images | Tensor, rng: Draws) -> Tensor:
-        images, found = as_images(images), []
-        height, width = images.size
-        numbers = torch.stack([rng.uniform(slot) for slot in range(self.slots)], 1).tolist()
-        for picture, drawn in zip(images.pictures(), numbers, strict=True):
-            left, top, wide, high = self.window(picture.width, picture.height, drawn)
-            window = picture.crop((left, top, left + wide, top + high))
-            found.append(window.resize((width, height), Image.Resampling.BILINEAR))
-        return _stacked(found, images.device)
+        return cut_views(as_images(images), [(self, rng)])[0]
 
-    def window(self, width: int, height: int, drawn: list[float]) -> tuple[int, int, int, int]:
+    def cut(self, width: int, height: int, size: tuple[int, int], drawn: Sequence[float]) -> Cut:
+        return Cut(*self.window(width, height, drawn), size)
+
+    def window(self, width: int, height: int, drawn: Sequence[float]) -> tuple[int, int, int, int]:
         """Left, top, width and height in an image of that size, from ``slots`` numbers in [0, 1)."""
         low, high = (math.log(ratio) for ratio in self.ratio)
         *_, row, column = drawn
@@ -148,12 +161,12 @@ class ResizeAndCentreCrop:
     def __call__(self, images: Images | Tensor, rng: Draws) -> Tensor:
         return _middles(as_images(images))
 
+    def cut(self, width: int, height: int, size: tuple[int, int], drawn: Sequence[float]) -> Cut:
+        shorter = round(min(size) * LARGER)
+        scaled = tuple(int(shorter * side / min(width, height)) for side in (height, width))
+        offset = tuple(round((side - wanted) / 2) for side, wanted in zip(scaled, size, strict=True))
+        return Cut(0, 0, width, height, scaled, offset)
+
 
 def _middles(images: Images) -> Tensor:
-    scaled = (torchvision.resize(picture, round(min(images.size) * 8 / 7)) for picture in images.pictures())
-    return _stacked([torchvision.center_crop(picture, list(images.size)) for picture in scaled], images.device)
-
-
-def _stacked(pictures: Iterable[Image.Image], device: torch.device) -> Tensor:
-    pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
-    return torch.stack(pixels).to(device)
+    return cut_views(images, [(ResizeAndCentreCrop(), None)])[0]

@@ -71,6 +71,7 @@ class Folder(DataSet):
         "TEST": folder_option("test images, in folders as TRAIN; empty: VAL, or else a fifth of each class of TRAIN"),
         "BAD_IMAGE": BAD_IMAGE,
     }  # fmt: skip
+    photographs = True  # turned as EXIF says; large ones are decoded at a reduced size
     sorting = "move those of each class into a folder of their own"
     advice = "replace or delete the file, or set DATASET.FOLDER.BAD_IMAGE skip"
     test_folders: ClassVar[tuple[str, ...]] = ("test", "val")  # below DATASET.ROOT; the first that is there is used
@@ -156,7 +157,8 @@ class Folder(DataSet):
         if ignored:
             kinds = ", ".join(f"{count} {suffix!r}" for suffix, count in ignored.most_common(LISTED))
             say(f"{folder}: files that are no images by their names are not used: {kinds}")
-        return self.without_bad(Split(InFiles(paths, self.image_size, self.advice), torch.tensor(targets)), folder)
+        images = InFiles(paths, self.image_size, self.advice, self.photographs)
+        return self.without_bad(Split(images, torch.tensor(targets)), folder)
 
     def without_bad(self, split: Split, place: Path) -> Split:
         """The images that can be read, if ``BAD_IMAGE`` is ``skip``; else all.

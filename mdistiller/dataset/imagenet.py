@@ -21,6 +21,7 @@ class ImageNet(Folder):
     """Views as in mdistiller: ``weak`` is a random crop and flip; to test, the middle."""
 
     num_classes = 1000
+    photographs = False  # as torchvision's reader, which published figures are made with
     defaults: ClassVar[dict[str, Any]] = {}
     advice = "download the image again, or delete it if its class has other images"
     sorting = (

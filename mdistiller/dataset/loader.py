@@ -24,7 +24,7 @@ from mdistiller.registry import InputError
 from .base import Split
 from .mixing import LabelMixing
 from .negatives import Negatives
-from .views import Draws, View, apply_view, name_key, normalize
+from .views import Draws, View, apply_views, name_key, normalize
 
 # Epoch and indices. With a third entry, of the batch that they make the images in these places are wanted only.
 Request = tuple[int, Tensor] | tuple[int, Tensor, Tensor]
@@ -82,26 +82,39 @@ class BatchedImages(Dataset):
 
         If wanted, also ``"index"``, ``(B,)`` int64, and ``"contrastive_index"``, ``(B, K + 1)`` int64.
         """
+        return self.normalised(self.unnormalised(request))
+
+    def unnormalised(self, request: Request) -> Batch:
+        """The same with images as bytes, ``(B, 3, H, W)`` uint8, unless they are mixed, which takes numbers."""
         epoch, index, *wanted = request
         if wanted:
             return self._part_of_mixed(epoch, index, *wanted)
         batch = self._unmixed(epoch, index)
-        return batch if self.mixing is None else self.mixing(batch, epoch, index)
+        return batch if self.mixing is None else self.mixing(self.normalised(batch), epoch, index)
+
+    def normalised(self, batch: Batch, device: torch.device | None = None) -> Batch:
+        """``batch`` with normalised images, on ``device`` if that is given."""
+        found = dict(batch)
+        for field in self.views:
+            images = batch[field] if device is None else batch[field].to(device, non_blocking=True)
+            if images.dtype == torch.uint8:
+                mean, std = (value.to(images.device) for value in (self.mean, self.std))
+                images = normalize(images, mean, std, self.layout)
+            found[field] = images
+        return found
 
     def _part_of_mixed(self, epoch: int, index: Tensor, places: Tensor) -> Batch:
         """The mixed images at these places of a batch, computed from them and their partners only."""
         partners, count = self.mixing.partners(epoch, index)[places], len(places)
         index = index[torch.cat([places, partners])]
         partner = torch.arange(count, 2 * count, device=index.device).repeat(2)  # of the partners, nothing is kept
-        mixed = self.mixing(self._unmixed(epoch, index), epoch, index, partner)
+        mixed = self.mixing(self.normalised(self._unmixed(epoch, index)), epoch, index, partner)
         return {name: value[:count] for name, value in mixed.items()}
 
     def _unmixed(self, epoch: int, index: Tensor) -> Batch:
         images = self.split.images.take(index)
-        batch = {}
-        for field, (name, view) in self.views.items():
-            rng = Draws.of_view(name, self.seed, epoch, index)
-            batch[field] = normalize(apply_view(view, images, rng), self.mean, self.std, self.layout)
+        views = [(view, Draws.of_view(name, self.seed, epoch, index)) for name, view in self.views.values()]
+        batch = dict(zip(self.views, apply_views(views, images), strict=True))
         batch["target"] = self.split.targets.index_select(0, index)
         if self.with_index:
             batch["index"] = index
@@ -180,6 +193,7 @@ class Loader:
         share: rank and number of the processes that train together. A batch is divided among them, the first ones
             getting an image more where it does not divide; together they see what one process would see.
         in_turn: the processes take whole batches in turn instead.
+        device: where the batches of workers, which send bytes, are normalised; None: on the CPU.
 
     Raises:
         ValueError: workers for a data set that does not lie on the CPU.
@@ -196,12 +210,14 @@ class Loader:
         num_workers: int = 0,
         share: tuple[int, int] = (0, 1),
         in_turn: bool = False,
+        device: torch.device | str | None = None,
     ) -> None:
         if num_workers and dataset.device.type != "cpu":
             raise ValueError(f"num_workers={num_workers}, but the images lie on {dataset.device}, which takes 0")
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.device = None if device is None else torch.device(device)
         self.num_data = len(dataset)
         mixed = dataset.mixing is not None and dataset.mixing.needs_partners
         self.sampler = EpochSampler(
@@ -248,9 +264,19 @@ class Loader:
         self.sampler.start_step = start_step
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = self._make_here(iter(self.sampler)) if self._batches is None else map(_checked, iter(self._batches))
+        batches = self._make_here(iter(self.sampler)) if self._batches is None else self._finished(iter(self._batches))
         self.set_epoch(self.sampler.epoch + 1)
         return batches
+
+    def _finished(self, answers: Iterator[Batch | InputError]) -> Iterator[Batch]:
+        """
+        Raises:
+            InputError: the answer of a worker process.
+        """
+        for answer in answers:
+            if isinstance(answer, InputError):
+                raise answer
+            yield self.dataset.normalised(answer, self.device)
 
     def _make_here(self, requests: Iterator[Request]) -> Iterator[Batch]:
         dataset = self.dataset
@@ -287,19 +313,9 @@ class _InWorker(Dataset):
 
     def __getitem__(self, request: Request) -> Batch | InputError:
         try:
-            return self.dataset[request]
+            return self.dataset.unnormalised(request)
         except InputError as error:
             return error
-
-
-def _checked(answer: Batch | InputError) -> Batch:
-    """
-    Raises:
-        InputError: the answer of a worker process.
-    """
-    if isinstance(answer, InputError):
-        raise answer
-    return answer
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

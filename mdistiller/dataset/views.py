@@ -15,7 +15,7 @@ asked for alone or beside others.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mdistiller.functional import draws
 
+from .decode import cut_views
 from .images import Images, as_images
 
 Operation = Callable[[Tensor, "Draws"], Tensor]
@@ -73,6 +74,20 @@ def apply_view(view: View, images: Images | Tensor, rng: Draws) -> Tensor:
         images = operation(images, rng)
         rng = rng.skip(operation.slots)
     return images
+
+
+def apply_views(views: Sequence[tuple[View, Draws]], images: Images | Tensor) -> list[Tensor]:
+    """The batches of several views with their draws; what begins by taking a window of each picture, see
+    :class:`~mdistiller.dataset.decode.Cutter`, decodes each picture once for all."""
+    images = as_images(images)
+    cutting = [(view[0], rng) for view, rng in views if view and hasattr(view[0], "cut")]
+    windows = iter(cut_views(images, cutting) if cutting else ())
+    return [
+        apply_view(view[1:], next(windows), rng.skip(view[0].slots))
+        if view and hasattr(view[0], "cut")
+        else apply_view(view, images, rng)
+        for view, rng in views
+    ]
 
 
 def is_random(view: View) -> bool:

@@ -1,8 +1,8 @@
 """From the bytes of a file to the windows that views ask for: a picture is decoded once for all views.
 
 JPEGs are decoded by ``torchvision.io``, other files and what it refuses by Pillow. Windows are scaled by
-``F.interpolate`` on bytes, bilinear and antialiased, which differs from Pillow by a grey level at most. A large JPEG
-may be decoded at a half, a quarter or an eighth of its size, if all windows are to be made smaller by more than that.
+``F.interpolate`` on bytes, bilinear and antialiased, which differs from Pillow by a grey level, rarely by two. A large
+JPEG may be decoded at a half, a quarter or an eighth of its size, if all windows are to be made smaller by more.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def window(pixels: Tensor, cut: Cut, whole: tuple[int, int], size: tuple[int, in
         size: height and width of the result.
     """
     factor = max(1, round(whole[0] / pixels.shape[2]))  # a reduced picture's last pixel may lie partly outside
-    left, right = (round(x / factor) for x in (cut.left, cut.left + cut.width))
-    top, bottom = (round(y / factor) for y in (cut.top, cut.top + cut.height))
+    top, left = (min(x // factor, side - 1) for x, side in zip((cut.top, cut.left), pixels.shape[1:], strict=True))
+    bottom, right = (round(x / factor) for x in (cut.top + cut.height, cut.left + cut.width))
     found = pixels[None, :, top : max(bottom, top + 1), left : max(right, left + 1)]
     if found.shape[2:] != cut.scaled:
         found = found.contiguous(memory_format=torch.channels_last)  # twice as fast

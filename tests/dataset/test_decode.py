@@ -158,7 +158,7 @@ def test_a_window_is_scaled_as_pillow_does(tmp_path):
     whole = smooth(100, 80)
     found = window(official.pil_to_tensor(whole), Cut(10, 20, 60, 45, (24, 24)), whole.size, (24, 24))
     expected = whole.crop((10, 20, 70, 65)).resize((24, 24), Image.Resampling.BILINEAR)
-    assert (found.int() - official.pil_to_tensor(expected).int()).abs().max() <= 1
+    assert (found.int() - official.pil_to_tensor(expected).int()).abs().max() <= 2
     tiny = window(torch.zeros(3, 2, 2, dtype=torch.uint8), Cut(15, 15, 1, 1, (4, 4)), (16, 16), (4, 4))
     assert tiny.shape == (3, 4, 4)
 

@@ -50,7 +50,7 @@ def test_the_middle_is_torchvisions(root):
     found = apply_view(ImageNet.views["test"], files(root, 28), Draws(torch.arange(12)))
     official = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(28), transforms.PILToTensor()])
     for image, path in zip(found, files(root).paths, strict=True):
-        assert (image.int() - official(Image.open(path).convert("RGB")).int()).abs().max() <= 1
+        assert (image.int() - official(Image.open(path).convert("RGB")).int()).abs().max() <= 2
 
 
 def test_a_window_is_cut_and_scaled_as_by_torchvision(root):
@@ -61,7 +61,7 @@ def test_a_window_is_cut_and_scaled_as_by_torchvision(root):
         picture = Image.open(path).convert("RGB")
         left, top, width, height = crop.window(*picture.size, drawn)
         expected = transforms.functional.resized_crop(picture, top, left, height, width, [32, 32])
-        assert (image.int() - transforms.functional.pil_to_tensor(expected).int()).abs().max() <= 1
+        assert (image.int() - transforms.functional.pil_to_tensor(expected).int()).abs().max() <= 2
 
 
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (300, 20)])

@@ -129,28 +129,38 @@ class Connector(nn.Sequential):
 
 
 class Process(nn.Module):
-    """Alpha ``(P,)`` after each epoch of the search. Reading it does not wait for the device."""
+    """Alpha ``(P,)`` after each epoch of the search, and the weights of each epoch of the training.
 
-    def __init__(self, epochs: int, paths: int) -> None:
+    Args:
+        searched: epochs of the search.
+        paths: P.
+        epochs: of the training.
+    """
+
+    def __init__(self, searched: int, paths: int, epochs: int) -> None:
         super().__init__()
-        self.register_buffer("alpha", torch.ones(max(epochs, 1), paths))
-        self.rows = self.alpha.tolist()
+        self.epochs = epochs
+        self.register_buffer("alpha", torch.ones(max(searched, 1), paths))
+        self._stretch()
 
     @torch.no_grad()
     def put(self, rows: list[list[float]]) -> None:
         self.alpha.copy_(torch.tensor(rows))
-        self.rows = rows
+        self._stretch()
 
-    def at(self, share: float) -> Tensor:
-        """Alpha ``(P,)`` on the CPU at a share of the training, from 0 to 1, by linear interpolation."""
-        place = share * (len(self.rows) - 1)
-        before = min(int(place), len(self.rows) - 1)
-        after = min(before + 1, len(self.rows) - 1)
-        return torch.lerp(*(torch.tensor(self.rows[row]) for row in (before, after)), place - before)
+    def _stretch(self) -> None:
+        """Compute the weights as numbers: reading them in a step does not wait for the device."""
+        alpha = self.alpha.detach().cpu().double()
+        self.weights = []
+        for epoch in range(self.epochs):
+            place = epoch / max(self.epochs - 1, 1) * (len(alpha) - 1)
+            before = min(int(place), len(alpha) - 1)
+            between = torch.lerp(alpha[before], alpha[min(before + 1, len(alpha) - 1)], place - before)
+            self.weights.append(path_weights(between, biased=True).tolist())
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.rows = self.alpha.tolist()
+        self._stretch()
 
 
 @register_distiller("DISTPRO", DEFAULTS, paper=PAPER, family="feature")
@@ -161,18 +171,18 @@ class DistPro(Distiller):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
-        self.own, self.seed, self.epochs = cfg.DISTPRO, cfg.EXPERIMENT.SEED, cfg.SOLVER.EPOCHS
+        self.own, self.seed = cfg.DISTPRO, cfg.EXPERIMENT.SEED
         of_student, of_teacher = self.network_facts(cfg)
         widths_s, widths_t = of_student.preact_channels, of_teacher.preact_channels
         self.paths = [(t, s) for t in range(len(widths_t)) for s in range(t, len(widths_s))]
         with generator_kept():
             self.connectors = nn.ModuleList(Connector(widths_s[s], widths_t[t]) for t, s in self.paths)
-        self.process = Process(self.own.SEARCH_EPOCHS, len(self.paths))
+        self.process = Process(self.own.SEARCH_EPOCHS, len(self.paths), cfg.SOLVER.EPOCHS)
 
     def weights_in(self, epoch: int) -> list[float]:
         """Of the paths in an epoch of the training; 0 for clipped ones."""
-        alpha = self.process.at((epoch - 1) / max(self.epochs - 1, 1) if epoch <= self.epochs else 1.0)
-        return [weight if weight >= self.own.CLIP else 0.0 for weight in path_weights(alpha, biased=True).tolist()]
+        weights = self.process.weights[min(epoch, self.process.epochs) - 1]
+        return [weight if weight >= self.own.CLIP else 0.0 for weight in weights]
 
     def forward_train(
         self, image: Tensor, target: Tensor, epoch: int = 1, **kwargs: Any

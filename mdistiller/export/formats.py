@@ -171,7 +171,7 @@ def _name_batch(graph: Any) -> None:
     """Call the free dimension ``batch``; the exporter may have called it ``s0``."""
     given = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*graph.input, *graph.output, *graph.value_info):
-        for size in value.type.tensor_type.shape.dim:
+        for size in (size for size in value.type.tensor_type.shape.dim if size.dim_param):
             size.dim_param = re.sub(rf"\b{given}\b", BATCH, size.dim_param)
 
 

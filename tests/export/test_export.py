@@ -21,6 +21,7 @@ from mdistiller.engine.folder.checkpoint import save_checkpoint
 from mdistiller.export import Request, export_run
 from mdistiller.export.formats import FORMATS, TOLERANCE, Runner
 from mdistiller.export.student import read_student
+from mdistiller.files import file_sha256
 from mdistiller.models import cifar_model_dict
 from mdistiller.models.any import with_features, without_features
 
@@ -113,10 +114,9 @@ def test_every_file_is_the_network_and_is_scored(run_folder):
     assert json.loads(facts["classes"]) == [str(number) for number in range(10)]
     assert json.loads(facts["input_size"]) == [3, 16, 16] and json.loads(facts["mean"]) == [0.3059] * 3
     assert [entry.version for entry in model.opset_import if not entry.domain] == [18]
-    assert [value.type.tensor_type.shape.dim[0].dim_param for value in (*model.graph.input, *model.graph.output)] == [
-        "batch",
-        "batch",
-    ]
+    for value, sizes in ((model.graph.input[0], [3, 16, 16]), (model.graph.output[0], [10])):
+        batch, *others = value.type.tensor_type.shape.dim
+        assert (batch.dim_param, [size.dim_value for size in others]) == ("batch", sizes)
     assert b"site-packages" not in (out / "student.onnx").read_bytes()  # nor any other path of this machine
     assert b"site-packages" not in (out / "student.int8.onnx").read_bytes()
 
@@ -377,6 +377,12 @@ def test_files_of_others_stay(run_folder):
     (out / "student.safetensors").write_bytes(b"other")
     assert "student.safetensors is in the way" in refused(run_folder, shlex.join(quick))
     assert (out / "notes.md").read_text() == "mine"
+    (out / "student.safetensors").unlink()
+    record = json.loads((out / "export.json").read_text())
+    record["files"]["notes.md"] = record["files"]["../config.yaml"] = {"sha256": file_sha256(out / "notes.md")}
+    (out / "export.json").write_text(json.dumps(record))
+    assert run_tool("export", [run_folder, *quick]).code == 0
+    assert (out / "notes.md").read_text() == "mine"  # whatever the record says
 
 
 def test_a_place_that_is_no_folder(run_folder, tmp_path):

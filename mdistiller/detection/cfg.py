@@ -145,7 +145,8 @@ OPTIONS: dict[str, Option] = {
 
     "DISTILLER.TYPE": Option("NONE", "the method; NONE: plain training", one_of=dense_dict),
     "TEACHER.CONFIG": Option("", "the teacher's own configuration, seen from the file that names it"),
-    "TEACHER.WEIGHTS": Option("", "the teacher's weights; empty: student_last in the OUTPUT_DIR of TEACHER.CONFIG",
+    "TEACHER.WEIGHTS": Option("", "the teacher's weights: a file, or torchvision://fasterrcnn_resnet50_fpn (COCO); "
+                              "empty: student_last in the OUTPUT_DIR of TEACHER.CONFIG",
                               **place),
     "TEACHER.OPTS": Option([], "further KEY VALUE for the teacher's configuration"),
 }
@@ -214,8 +215,8 @@ def find(path: str | Path) -> Path:
     return next((place for place in places if place.is_file()), Path(path))
 
 
-def load_teacher(cfg: DetectionConfig) -> tuple[DetectionConfig, Path]:
-    """The configuration of the teacher, and the file of its weights.
+def load_teacher(cfg: DetectionConfig) -> tuple[DetectionConfig, Path | str]:
+    """The configuration of the teacher, and the file or the public name of the weights.
 
     Raises:
         InputError: no configuration or no file; the message says how to train the teacher.
@@ -224,6 +225,8 @@ def load_teacher(cfg: DetectionConfig) -> tuple[DetectionConfig, Path]:
     if not given.CONFIG:
         raise InputError(f"the method {cfg.DISTILLER.TYPE} needs a teacher: TEACHER.CONFIG names its configuration")
     teacher = load(given.CONFIG, given.OPTS)
+    if "://" in given.WEIGHTS:
+        return teacher, given.WEIGHTS
     path = Path(given.WEIGHTS or Path(teacher.OUTPUT_DIR) / "student_last")
     if not path.is_file():
         raise InputError(

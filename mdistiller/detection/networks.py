@@ -28,6 +28,8 @@ BLOCKS = {
     152: (resnet.Bottleneck, [3, 8, 36, 3]),
 }
 TORCHVISION = "torchvision://"
+COCO_DETECTOR = f"{TORCHVISION}fasterrcnn_resnet50_fpn"
+COCO_IDS = [id for id in range(1, 91) if id not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]  # of the 80 classes
 INPUT_KEYS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
 
 
@@ -154,6 +156,40 @@ def load_detector(detector: FasterRCNN, path: Path, cfg: Any, role: str) -> None
     detector.load_state_dict(state)
 
 
+def load_public(detector: FasterRCNN, name: str, cfg: Any) -> None:
+    """torchvision's Faster R-CNN for COCO. Of its 91 outputs, numbered by category, the 80 that exist are taken.
+
+    Raises:
+        InputError: another name; a configuration of another network, or with another input.
+    """
+    model = cfg.MODEL
+    wanted = {
+        "MODEL.RESNETS.DEPTH": (model.RESNETS.DEPTH, 50),
+        "MODEL.ROI_HEADS.NUM_CLASSES": (model.ROI_HEADS.NUM_CLASSES, len(COCO_IDS)),
+        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": (model.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO, 2),
+        "INPUT.FORMAT": (cfg.INPUT.FORMAT, "RGB"),
+    }
+    if name != COCO_DETECTOR:
+        raise InputError(f"no detector {name}; torchvision's is {COCO_DETECTOR}")
+    for key, (given, own) in wanted.items():
+        if given != own:
+            raise InputError(
+                f"{name} needs {key} {own}, got {given}; take detection/configs/teachers/R50-torchvision.yaml"
+            )
+    state = dict(_of_torchvision(name, "COCO_V1"))
+    rows = torch.tensor([0, *COCO_IDS])
+    for part in ("weight", "bias"):
+        scores, boxes = (f"roi_heads.box_predictor.{layer}.{part}" for layer in ("cls_score", "bbox_pred"))
+        state[scores] = state[scores][rows]
+        state[boxes] = state[boxes].unflatten(0, (-1, 4))[rows].flatten(0, 1)
+    state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    check_weights(detector.state_dict(), state, name)
+    detector.load_state_dict(state)
+    for module in detector.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.eps = 0.0  # as torchvision sets it for these weights
+
+
 def load_start(detector: FasterRCNN, cfg: Any) -> None:
     """The first weights: ``MODEL.WEIGHTS``.
 
@@ -196,17 +232,16 @@ def _check_order(name: str, cfg: Any) -> None:
         )
 
 
-def _of_torchvision(name: str) -> dict[str, Tensor]:
-    """ImageNet's weights of a classifier, from torchvision's cache or its server."""
+def _of_torchvision(name: str, version: str = "IMAGENET1K_V1") -> dict[str, Tensor]:
+    """Public weights, from torchvision's cache or its server; by default ImageNet's of a classifier."""
     architecture = name.removeprefix(TORCHVISION)
     try:
-        weights = get_model_weights(architecture)["IMAGENET1K_V1"]
+        weights = get_model_weights(architecture)[version]
     except (ValueError, KeyError):
-        raise InputError(f"MODEL.WEIGHTS {name}: torchvision has no ImageNet weights of {architecture!r}") from None
+        raise InputError(f"MODEL.WEIGHTS {name}: torchvision has no weights {version} of {architecture!r}") from None
     try:
         return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise InputError(
-            f"MODEL.WEIGHTS {name} cannot be fetched: {error}; download {weights.url} to "
-            f"{torch.hub.get_dir()}/checkpoints"
+            f"weights {name} cannot be fetched: {error}; download {weights.url} to {torch.hub.get_dir()}/checkpoints"
         ) from None

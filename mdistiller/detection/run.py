@@ -26,7 +26,7 @@ from .adapter import check_pair, facts_of
 from .cfg import DetectionConfig, load_teacher
 from .data import Batches, Pictures, TestBatches
 from .distiller import DetectionDistiller
-from .networks import build_detector, load_detector, load_start
+from .networks import build_detector, load_detector, load_public, load_start
 from .task import Detection, task_of
 from .trainer import DetectionTrainer, Iterations, PicturesAtTheEnd
 
@@ -209,7 +209,12 @@ def build_run(cfg: DetectionConfig) -> tuple[DetectionTrainer, dict[str, Any]]:
 
 
 def build_teacher(
-    teacher_cfg: DetectionConfig, path: Path, cfg: DetectionConfig, precision: Precision, task: Detection, test: Any
+    teacher_cfg: DetectionConfig,
+    path: Path | str,
+    cfg: DetectionConfig,
+    precision: Precision,
+    task: Detection,
+    test: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The teacher on its device, and its score before the first step: a wrong file shows there."""
     if teacher_cfg.MODEL.ROI_HEADS.NUM_CLASSES != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
@@ -218,12 +223,16 @@ def build_teacher(
             f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}; take a teacher that was trained on the same classes"
         )
     teacher = build_detector(teacher_cfg)
-    load_detector(teacher, path, teacher_cfg, "teacher")
+    if isinstance(path, str):
+        load_public(teacher, path, teacher_cfg)
+    else:
+        load_detector(teacher, path, teacher_cfg, "teacher")
     teacher.requires_grad_(False)
     score = task.evaluate(precision.place(teacher).eval(), test, precision)
     name = description(teacher_cfg)
     say(f"Teacher {name} ({path}): {task.line(score.values)} on {score.count} test pictures")
-    return teacher, {"name": name, "checkpoint": str(path), "sha256": file_sha256(path), **score.values}
+    digest = None if isinstance(path, str) else file_sha256(path)
+    return teacher, {"name": name, "checkpoint": str(path), "sha256": digest, **score.values}
 
 
 def description(cfg: DetectionConfig) -> str:

@@ -9,6 +9,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from mdistiller.dense import dense_dict
 from mdistiller.detection import adapter
+from mdistiller.detection import cfg as config
 from mdistiller.detection.adapter import (
     check_pair,
     facts_of,
@@ -21,6 +22,7 @@ from mdistiller.detection.adapter import (
     teacher_pass,
 )
 from mdistiller.detection.distiller import DetectionDistiller
+from mdistiller.detection.networks import COCO_IDS, build_detector, load_public
 from mdistiller.registry import InputError
 
 METHODS = list(dense_dict)
@@ -168,3 +170,34 @@ def test_a_teacher_of_other_classes_or_strides_is_refused():
     other = type(facts)(6, (8, 16, 32, 64), (16,) * 4, facts.class_head)
     with pytest.raises(InputError, match="have strides"):
         check_pair(facts, other)
+
+
+def test_torchvisions_detector_for_coco(monkeypatch):
+    """Of its 91 outputs the 80 categories are taken, in their order, background last."""
+    torch.manual_seed(0)
+    sizes = {"min_size": 64, "max_size": 64}
+    stock = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91, **sizes).eval()
+    for module in stock.modules():  # as with its public weights
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eps = 0.0
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *args, **how: stock.state_dict())
+    name = "torchvision://fasterrcnn_resnet50_fpn"
+    options = ["INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "64"]
+    cfg = config.load("configs/teachers/R50-torchvision.yaml", options)
+    detector = build_detector(cfg).eval()
+    load_public(detector, name, cfg)
+    boxes = [torch.tensor([[4.0, 4, 40, 50]]), torch.tensor([[10.0, 2, 30, 40]])]
+    with torch.no_grad():
+        batch, _ = stock.transform(pictures()[0])
+        own, _ = detector.transform(pictures()[0])
+        assert torch.allclose(own.tensors, batch.tensors, atol=1e-5)
+        _, logits, deltas = adapter.boxes_pass(stock, batch, boxes)
+        _, taken, taken_deltas = adapter.boxes_pass(detector, batch, boxes)
+    ids = torch.tensor(COCO_IDS)
+    assert torch.allclose(taken, torch.cat([logits[:, ids - 1], logits[:, -1:]], 1), atol=1e-6)
+    assert torch.allclose(taken_deltas, deltas.view(2, 90, 4)[:, ids - 1].flatten(1), atol=1e-6)
+    assert (len(COCO_IDS), COCO_IDS[11], COCO_IDS[-1]) == (80, 13, 90)
+    with pytest.raises(InputError, match=r"needs MODEL\.ROI_HEADS\.NUM_CLASSES 80, got 3"):
+        load_public(detector, name, config.load("configs/_base_/R50.yaml", ["MODEL.ROI_HEADS.NUM_CLASSES", "3"]))
+    with pytest.raises(InputError, match="no detector torchvision://other"):
+        load_public(detector, "torchvision://other", cfg)

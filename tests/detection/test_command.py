@@ -260,7 +260,7 @@ def test_weights_of_torchvision(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"cannot be fetched: no network; download https://.*resnet18"):
         load_start(build_detector(cfg), cfg)
     other = config.load("configs/NONE/NONE-R18.yaml", ["MODEL.WEIGHTS", "torchvision://resnet19"])
-    with pytest.raises(InputError, match="torchvision has no ImageNet weights of 'resnet19'"):
+    with pytest.raises(InputError, match="torchvision has no weights IMAGENET1K_V1 of 'resnet19'"):
         load_start(detector, other)
 
 

@@ -26,12 +26,14 @@ FALLING = {
     "CRD": {"CRD.NCE.TEMPERATURE": 0.2, "CRD.NCE.MOMENTUM": 0.9, "CRD.NCE.K": 64}
     | {"SOLVER.BATCH_SIZE": 10, "SOLVER.EPOCHS": 30, "SOLVER.LR": 0.05},
     "CRLD": {"CRLD.TAU_WEAK": 0.0, "CRLD.TAU_STRONG": 0.0},  # a teacher of random weights is not sure
+    "CRCD": {"CRCD.NCE.TEMPERATURE": 0.2, "CRCD.NCE.MOMENTUM": 0.9, "CRCD.NCE.K": 16, "CRCD.GRADIENT": "off"},
     "DKD": {"DKD.WARMUP": 0},
     "MDR": {"MDR.SM_EPOCHS": 2},  # as many as need be
     "NKD": {"NKD.GAMMA": 0.0},  # the other classes' cross-entropy is mostly the teacher's entropy
     "MGD": {"MGD.LOSS.FEAT_WEIGHT": 1e-3},  # a sum over all entries of a map
     "PKT": {"PKT.LOSS.FEAT_WEIGHT": 30000.0},  # a mean of differences of probabilities, 10^-5 at first
     "REVIEWKD": {"REVIEWKD.WARMUP_EPOCHS": 0},
+    "SDD_NKD": {"SDD_NKD.GAMMA": 0.0, "SDD_NKD.WARMUP": 0},  # as NKD
     "SP": {"SP.LOSS.FEAT_WEIGHT": 300.0},  # a mean of squared differences of cosines, 10^-3 at first
     "WSLD": {"WSLD.T": 0.2},  # at 4 the cross-entropy is mostly the teacher's entropy
     "VID": {"VID.INIT_PRED_VAR": 0.1},  # from 5, most of the loss is the variance's logarithm

@@ -139,22 +139,26 @@ class ContrastMemory(nn.Module):
             contrastive_index: ``(B, K + 1)`` positions of the positive and the negatives, see :func:`nce_loss`.
 
         Returns:
-            Two ``(B, K + 1)``.
+            Two ``(B, K + 1)``, the shape of :meth:`scores`.
         """
         ratios = []
         for place, embedding, other in ((2, embed_s, self.memory_v2), (3, embed_t, self.memory_v1)):
-            scores = similarities(embedding, other, contrastive_index) / self.temperature
-            ratios.append(scores - self._z(place, scores).log())
+            scores = self.scores(embedding, other, index, contrastive_index) / self.temperature
+            ratios.append(scores - self._z(place, scores, len(embedding)).log())
         index = gather_rows(index)
         for memory, embedding in ((self.memory_v1, embed_s), (self.memory_v2, embed_t)):
             mixed = self.momentum * memory[index] + (1 - self.momentum) * gather_rows(embedding)
             memory.index_copy_(0, index, F.normalize(mixed, dim=1))
         return ratios
 
+    def scores(self, embedding: Tensor, bank: Tensor, index: Tensor, contrastive_index: Tensor) -> Tensor:
+        """Similarities ``(B, K + 1)`` of one network's embeddings and the other network's bank, the positive first."""
+        return similarities(embedding, bank, contrastive_index)
+
     @torch.no_grad()
-    def _z(self, place: int, scores: Tensor) -> Tensor:
+    def _z(self, place: int, scores: Tensor, images: int) -> Tensor:
         """The constant Z at ``place``. The first batch's scores set it, without a wait for the device."""
-        z = gather_rows(scores.exp().mean(1)).mean() * len(self.memory_v1)
+        z = gather_rows(scores.exp().mean(1).view(images, -1).mean(1)).mean() * len(self.memory_v1)
         self.params[place] = torch.where(self.params[place] < 0, z, self.params[place])
         return self.params[place].clone()
 

@@ -44,6 +44,7 @@ def dkd_loss(
     beta: float,
     temperature: float | Tensor,
     logit_stand: bool = False,
+    reduce: bool = True,
 ) -> Tensor:
     """``T^2 * (alpha * TCKD + beta * NCKD)``, mean over the batch (Eq. 7; :func:`tckd_loss`, :func:`nckd_loss`).
 
@@ -57,9 +58,10 @@ def dkd_loss(
         beta: weight of NCKD, which is 0 for two classes. The paper: 1 to 8.
         temperature: T > 0.
         logit_stand: standardise both networks' logits first (:func:`~mdistiller.functional.zs_norm`).
+        reduce: mean over the batch; ``False`` returns each image's value.
 
     Returns:
-        Scalar ``()`` in float32 or better; 0 for equal logits.
+        Scalar ``()``, or ``(B,)``, in float32 or better; 0 for equal logits.
 
     Raises:
         InputError: logits of different shapes, or a different number of targets.
@@ -75,11 +77,11 @@ def dkd_loss(
     student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher)
     if logit_stand:
         student, teacher = zs_norm(student), zs_norm(teacher)
-    student, teacher = student / temperature, teacher / temperature
-    return (alpha * tckd_loss(student, teacher, target) + beta * nckd_loss(student, teacher, target)) * temperature**2
+    given = student / temperature, teacher / temperature, target, reduce
+    return (alpha * tckd_loss(*given) + beta * nckd_loss(*given)) * temperature**2
 
 
-def tckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
+def tckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, reduce: bool = True) -> Tensor:
     """``KL(b_t || b_s)`` of ``b = (p_target, 1 - p_target)``, mean over the batch (TCKD of Eq. 5).
 
     With the margin ``m = z_target - logsumexp(z_others)``, ``b = (sigmoid(m), sigmoid(-m))``. Their logarithms are
@@ -89,9 +91,10 @@ def tckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) ->
         logits_student: ``(B, K)``, already divided by the temperature; gradient flows.
         logits_teacher: ``(B, K)``, already divided by the temperature; gradient flows if it requires one.
         target: ``(B,)`` class numbers.
+        reduce: mean over the batch; ``False`` returns each image's value.
 
     Returns:
-        Scalar ``()``.
+        Scalar ``()``, or ``(B,)``.
 
     Example:
         >>> student, teacher = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[2.0, 0.0, 1.0]])
@@ -102,10 +105,10 @@ def tckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) ->
     for logits in (logits_student, logits_teacher):
         margin = logits.gather(1, target[:, None]).squeeze(1) - without_target(logits, target).logsumexp(1)
         two_way.append(F.logsigmoid(torch.stack([margin, -margin], dim=1)))
-    return F.kl_div(*two_way, reduction="batchmean", log_target=True)
+    return _divergence(*two_way, reduce)
 
 
-def nckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
+def nckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, reduce: bool = True) -> Tensor:
     """``KL(q_t || q_s)`` of ``q = softmax(z_others)``, mean over the batch (NCKD of Eq. 5).
 
     With two classes q has one entry, and the loss is 0.
@@ -114,9 +117,10 @@ def nckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) ->
         logits_student: ``(B, K)``, already divided by the temperature; gradient flows.
         logits_teacher: ``(B, K)``, already divided by the temperature; gradient flows if it requires one.
         target: ``(B,)`` class numbers.
+        reduce: mean over the batch; ``False`` returns each image's value.
 
     Returns:
-        Scalar ``()``.
+        Scalar ``()``, or ``(B,)``.
 
     Example:
         >>> student, teacher = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[2.0, 0.0, 1.0]])
@@ -124,7 +128,13 @@ def nckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) ->
         tensor(0.4621)
     """
     others = (without_target(logits, target).log_softmax(1) for logits in (logits_student, logits_teacher))
-    return F.kl_div(*others, reduction="batchmean", log_target=True)
+    return _divergence(*others, reduce)
+
+
+def _divergence(log_p_student: Tensor, log_p_teacher: Tensor, reduce: bool) -> Tensor:
+    if reduce:
+        return F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True)
+    return F.kl_div(log_p_student, log_p_teacher, reduction="none", log_target=True).sum(1)
 
 
 @register_distiller("DKD", DEFAULTS, paper=PAPER, family="logit")

@@ -3,9 +3,11 @@
 from mdistiller.registry import distiller_dict
 
 from ._base import Distiller, Vanilla, register_distiller
+from .AB import AB
 from .AT import AT
 from .CATKD import CATKD
 from .CC import CC
+from .CRCD import CRCD
 from .CRD import CRD
 from .CRLD import CRLD
 from .CTKD import CTKD
@@ -17,6 +19,9 @@ from .DML import DML
 from .EGA import EGA
 from .FCFD import FCFD
 from .FitNet import FitNet
+from .FSP import FSP
+from .FT import FT
+from .HSAKD import HSAKD
 from .ICKD import ICKD
 from .ITRD import ITRD
 from .KD import KD, KDTwoViews
@@ -34,20 +39,25 @@ from .PKT import PKT
 from .ReviewKD import ReviewKD
 from .RKD import RKD
 from .RRD import RRD, RRDMomentum
+from .SDD import SDDDKD, SDDKD, SDDNKD
 from .SemCKD import SemCKD
 from .SimKD import SimKD
 from .SP import SP
 from .SRRL import SRRL
+from .SSKD import SSKD
 from .TAKD import TAKD
+from .TaT import TaT
 from .TTM import TTM, WTTM
 from .VID import VID
 from .VRM import VRM, VRMOneView
 from .WSLD import WSLD
 
 __all__ = [
+    "AB",
     "AT",
     "CATKD",
     "CC",
+    "CRCD",
     "CRD",
     "CRLD",
     "CTKD",
@@ -57,6 +67,9 @@ __all__ = [
     "DML",
     "EGA",
     "FCFD",
+    "FSP",
+    "FT",
+    "HSAKD",
     "ICKD",
     "ITRD",
     "KD",
@@ -74,8 +87,12 @@ __all__ = [
     "PKT",
     "RKD",
     "RRD",
+    "SDDDKD",
+    "SDDKD",
+    "SDDNKD",
     "SP",
     "SRRL",
+    "SSKD",
     "TAKD",
     "TTM",
     "VID",
@@ -91,6 +108,7 @@ __all__ = [
     "ReviewKD",
     "SemCKD",
     "SimKD",
+    "TaT",
     "VRMOneView",
     "Vanilla",
     "distiller_dict",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -146,3 +149,35 @@ def residual_stage(
     first = block(in_channels, width, stride)
     rest = (block(width * block.expansion, width) for _ in range(num_blocks - 1))
     return ResidualStage(first, *rest)
+
+
+class Tail(nn.Sequential):
+    """Stages behind a map of a network, with weights of their own. Returns the last map.
+
+    Args:
+        *stages: are copied and initialised anew. A stage returns its map, or a tuple that begins with the map.
+    """
+
+    def __init__(self, *stages: nn.Module) -> None:
+        super().__init__(*copy.deepcopy(stages))
+        for module in self.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        init_he_fan_out(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self:
+            x = stage(x)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+def tails(stages: Sequence[nn.Module], again: Sequence[nn.Module], end: Sequence[nn.Module] = ()) -> list[Tail]:
+    """A tail behind each stage: the later stages; behind the last stage ``again``; then ``end``."""
+    return [Tail(*(stages[number:] or again), *end) for number in range(1, len(stages) + 1)]
+
+
+def residual_tails(stages: Sequence[ResidualStage], width: int) -> list[Tail]:
+    """:func:`tails` of a ResNet. Behind the last stage is one more stage of its ``width``, without stride."""
+    block = type(stages[-1][-1])
+    return tails(stages, [residual_stage(block, width, width // block.expansion, len(stages[-1]), stride=1)])

@@ -95,6 +95,17 @@ class FeatureNet(nn.Module):
         """The stages as functions, for methods that start a network in the middle (FCFD)."""
         raise NotOfferedError(f"{type(self).__name__} does not say how its stages run one by one")
 
+    def get_tails(self) -> list[tuple[int, nn.Module]]:
+        """New modules from the network's maps to a last map of its own, as HSAKD's auxiliary branches need them.
+
+        A tail repeats the stages behind a map; behind the last map, it adds stages of the last width without stride.
+        The weights are fresh draws from torch's generator.
+
+        Returns:
+            For each tail the map's number in ``feats``, and the module ``(B, C, H, W)`` -> ``(B, D, H', W')``.
+        """
+        raise NotOfferedError(f"{type(self).__name__} does not offer the tails of its stages that HSAKD repeats")
+
     def get_bn_before_relu(self) -> list[nn.Module]:
         """The batch norm whose output is each stage's ``preact_feats`` (for OFD's margins), deepest last.
 

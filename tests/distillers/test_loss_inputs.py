@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from mdistiller.distillers.AB import ab_loss
 from mdistiller.distillers.AT import at_loss
 from mdistiller.distillers.CATKD import cat_loss
 from mdistiller.distillers.CRD import nce_loss
@@ -21,6 +22,8 @@ from mdistiller.distillers.DIST import (
 from mdistiller.distillers.DKD import dkd_loss
 from mdistiller.distillers.EGA import ega_loss
 from mdistiller.distillers.FitNet import hint_loss
+from mdistiller.distillers.FSP import fsp_loss
+from mdistiller.distillers.FT import ft_loss
 from mdistiller.distillers.ICKD import ickd_loss
 from mdistiller.distillers.ITRD import correlation_loss, mutual_loss
 from mdistiller.distillers.KD import kd_loss
@@ -40,6 +43,7 @@ from mdistiller.distillers.RRD import rrd_loss
 from mdistiller.distillers.SimKD import simkd_loss
 from mdistiller.distillers.SP import sp_loss
 from mdistiller.distillers.TAKD import takd_loss
+from mdistiller.distillers.TaT import tat_loss
 from mdistiller.distillers.TTM import ttm_loss, wttm_loss
 from mdistiller.distillers.VID import vid_loss
 from mdistiller.distillers.VRM import vrm_loss
@@ -92,6 +96,8 @@ OF_ANY_MAPS = {
     "at 1": lambda s, t: at_loss([s], [t], 1),
     "nst": lambda s, t: nst_loss([s], [t]),
     "kdsvd": lambda s, t: kdsvd_loss([s, 2 * s.flip(1)], [t, 3 * t.flip(1)], 1),
+    "ft": ft_loss,
+    "fsp": lambda s, t: fsp_loss([s, s.flip(1)], [t, t.flip(1)]),
     "sp maps": lambda s, t: sp_loss([s], [t]),
 }
 OF_MAPS = {
@@ -101,6 +107,8 @@ OF_MAPS = {
     "lg": lambda s, t: lg_loss([s], [t]),
     "simkd": simkd_loss,
     "mgd": mgd_loss,
+    "ab": lambda s, t: ab_loss([s], [t]),
+    "tat": lambda s, t: tat_loss(s, s.flip(1), t),
     "hcl": lambda s, t: hcl_loss([s], [t]),
     "ofd": lambda s, t: ofd_loss(s, t, -torch.ones(1, s.shape[1], 1, 1)),
     "vid": lambda s, t: vid_loss(nn.Identity(), torch.zeros(t.shape[1]), s, t),

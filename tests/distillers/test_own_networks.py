@@ -66,6 +66,8 @@ def train_a_step(method, wrapper):
 LACKING = {  # what methods ask of a network that no wrapped one has
     "FCFD": r"the student WithFeatures does not say by get_stages\(\)",
     "OFD": r"the teacher WithFeatures does not say by get_bn_before_relu\(\)",
+    "HSAKD": r"the student WithFeatures does not offer them by get_tails\(\)",
+    "FSP": r"equal widths; the student WithFeatures has \[64, 64, .*the teacher WithFeatures \[64, 256",
 }
 
 

@@ -7,13 +7,14 @@ and ``get_bn_before_relu()`` exist, and inputs other than 32x32 work.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._blocks import ResidualStage, shuffle_channels
+from .._blocks import ResidualStage, shuffle_channels, tails
 from .._features import FeatureNet, Features, Stages, make_features
 from .._registration import register_model
 
@@ -92,6 +93,10 @@ class ShuffleNet(FeatureNet):
 
     def get_bn_before_relu(self) -> list[nn.Module]:
         return [stage[-1].bn3 for stage in (self.layer1, self.layer2, self.layer3)]
+
+    def get_tails(self) -> list[tuple[int, nn.Module]]:
+        again = ResidualStage(*[copy.deepcopy(self.layer3[-1]) for _ in self.layer3])
+        return list(enumerate(tails([self.layer1, self.layer2, self.layer3], [again]), 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
         f0 = F.relu(self.bn1(self.conv1(x)))  # 32x32

@@ -8,13 +8,14 @@ shuffled (one half is activated already), ``feats`` after: ``relu(preact)`` is a
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._blocks import ResidualStage, conv1x1, shuffle_channels
+from .._blocks import ResidualStage, conv1x1, shuffle_channels, tails
 from .._features import FeatureNet, Features, Stages, make_features
 from .._registration import register_model
 
@@ -119,6 +120,11 @@ class ShuffleNetV2(FeatureNet):
         run = [lambda x, layer=layer: layer(x)[0] for layer in (self.layer1, self.layer2)]
         run.append(lambda x: F.relu(self.bn2(self.conv2(self.layer3(x)[0]))))
         return Stages(lambda f: [*f["feats"][1:3], f["pooled_map"]], run, self.linear, rectified=True)
+
+    def get_tails(self) -> list[tuple[int, nn.Module]]:
+        again = ShuffleStage(*[copy.deepcopy(self.layer3[-1]) for _ in self.layer3])
+        end = [self.conv2, self.bn2, nn.ReLU()]
+        return list(enumerate(tails([self.layer1, self.layer2, self.layer3], [again], end), 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
         f0 = F.relu(self.bn1(self.conv1(x)))  # 32x32

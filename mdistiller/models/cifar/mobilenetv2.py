@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._blocks import conv_bn_relu, init_he_fan_out, init_small_linear
+from .._blocks import Tail, conv_bn_relu, init_he_fan_out, init_small_linear
 from .._features import FeatureNet, Features, Stages, make_features
 from .._registration import register_model
 
@@ -81,6 +81,18 @@ class MobileNetV2(FeatureNet):
     def get_bn_before_relu(self) -> list[nn.Module]:
         """The last batch norm of each tapped group. No ReLU follows; OFD's margins are still defined."""
         return [self.blocks[i][-1].conv[-1] for i in _TAPPED_GROUPS]
+
+    def get_tails(self) -> list[tuple[int, nn.Module]]:
+        groups, again, width = list(self.blocks), [], self.stage_channels[-1]
+        for group in groups[-2:]:
+            expand, project = group[0].conv[0], group[0].conv[-2]
+            expansion = expand.out_channels // expand.in_channels
+            blocks = [InvertedResidual(width, project.out_channels, 1, expansion)]
+            width = project.out_channels
+            blocks += [InvertedResidual(width, width, 1, expansion) for _ in group[1:]]
+            again.append(nn.Sequential(*blocks))
+        behind = [groups[tap + 1 :] or again for tap in _TAPPED_GROUPS]
+        return list(enumerate([Tail(*stages, self.conv2) for stages in behind], 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
         x = self.conv1(x)  # 16x16

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._blocks import BasicBlock, Bottleneck, conv3x3, init_he_fan_out, rectified_stages, residual_stage
+from .._blocks import BasicBlock, Bottleneck, conv3x3, init_he_fan_out, rectified_stages, residual_stage, residual_tails
 from .._features import FeatureNet, Features, Stages, make_features
 from .._registration import register_model
 
@@ -59,6 +59,10 @@ class ResNet(FeatureNet):
 
     def get_bn_before_relu(self) -> list[nn.Module]:
         return [stage[-1].last_bn for stage in (self.layer1, self.layer2, self.layer3)]
+
+    def get_tails(self) -> list[tuple[int, nn.Module]]:
+        stages = [self.layer1, self.layer2, self.layer3]
+        return list(enumerate(residual_tails(stages, self.stage_channels[-1]), 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
         f0 = self.relu(self.bn1(self.conv1(x)))  # 32x32

@@ -15,7 +15,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._blocks import init_he_fan_out, init_small_linear
+from .._blocks import Tail, init_he_fan_out, init_small_linear
 from .._features import FeatureNet, Features, Stages, make_features
 from .._registration import register_model
 
@@ -88,6 +88,13 @@ class VGG(FeatureNet):
 
     def get_bn_before_relu(self) -> list[nn.Module]:
         return [block[-1] for block in (self.block1, self.block2, self.block3, self.block4)]
+
+    def get_tails(self) -> list[tuple[int, nn.Module]]:
+        blocks = [self.block1, self.block2, self.block3, self.block4]
+        pools = [self.pool0, self.pool1, self.pool2, self.pool3]
+        parts = [nn.Sequential(pool, block, nn.ReLU()) for pool, block in zip(pools, blocks, strict=True)]
+        again = [nn.Sequential(self.block4, nn.ReLU()) for _ in range(2)]
+        return [(0, Tail(*parts)), (1, Tail(*parts[1:])), (2, Tail(*parts[2:])), (4, Tail(*again))]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
         f0 = F.relu(self.block0(x))  # 32x32

@@ -14,7 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._blocks import conv1x1, conv3x3, init_he_fan_out
+from .._blocks import conv1x1, conv3x3, init_he_fan_out, tails
 from .._features import FeatureNet, Features, Stages, make_features
 from .._registration import register_model
 
@@ -104,6 +104,11 @@ class WideResNet(FeatureNet):
 
     def get_bn_before_relu(self) -> list[nn.Module]:
         return [self.block2.layer[0].bn1, self.block3.layer[0].bn1, self.bn1]
+
+    def get_tails(self) -> list[tuple[int, nn.Module]]:
+        stages, width = [self.block1, self.block2, self.block3], self.stage_channels[-1]
+        again = NetworkBlock(len(self.block3.layer), width, width, 1, self.block3.layer[0].drop_rate)
+        return list(enumerate(tails(stages, [again], [self.bn1, nn.ReLU()]), 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
         f0 = self.conv1(x)  # 32x32

@@ -242,7 +242,7 @@ def non_finite_at(trainer, step):
 
 @pytest.mark.parametrize(
     ("every", "left", "good"),
-    [(0, r"latest holds the last good state; go on", 4), (1, r"latest_previous holds the last good state; copy", 5)],
+    [(0, r"latest holds the last good state; continue", 4), (1, r"latest_previous holds the last good state; copy", 5)],
 )
 def test_the_message_names_the_last_good_state_after_what_happened(tmp_path, every, left, good):
     """A state that was saved right before the bad step leads to it again."""

@@ -126,7 +126,7 @@ def test_verify_finds_a_truncated_file(mirror: Server, tmp_path: Path, resnet56:
         (lambda good: b"<html>not found</html>", "damaged or no checkpoint"),
         (lambda good: teacher_file("resnet20"), "does not fit"),
         (lambda good: teacher_file("resnet56", 10), "has 10 classes, not the 100 of resnet56 of cifar_teachers"),
-        (lambda good: teacher_file("resnet56", opt=Bomb()), "may execute code, so it is not loaded"),
+        (lambda good: teacher_file("resnet56", opt=Bomb()), "may execute code, so the file is not loaded"),
     ],
     ids=["truncated", "text", "other model", "other classes", "code"],
 )

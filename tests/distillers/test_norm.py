@@ -102,7 +102,6 @@ def test_a_schedule_must_fit_its_epochs():
         ({"SCHEDULE": [1.0], "SCHEDULE_EPOCHS": []}, {"loss_kd"}),
         ({"LOSS.FEAT_WEIGHT": 2.0}, {"loss_kd"}),
     ],
-    ids=str,
 )
 def test_keys_change_what_they_name(values, changed):
     assert changed_by("NORM", values) == changed

@@ -83,25 +83,38 @@ def _download(root: Path) -> None:
         ) from error
 
 
+def read_split(path: Path, key: str = "fine_labels", classes: int = 100) -> Split:
+    """A pickled dictionary with ``data``, ``(N, 3072)`` uint8, and labels.
+
+    Args:
+        path: the file.
+        key: of the labels.
+        classes: number of them.
+
+    Raises:
+        Exception: anything, for a damaged file.
+    """
+    with path.open("rb") as file:
+        entry = _DataUnpickler(file, encoding="latin1").load()
+    data, labels = entry["data"], entry[key]
+    if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and len(data)):
+        raise ValueError("'data' is not a filled table of bytes")
+    if data.shape[1] != 3 * 32 * 32 or len(labels) != len(data):
+        raise ValueError(f"'data' is {data.shape}, with {len(labels)} labels; expected (N, 3072) and N")
+    labels = torch.tensor(labels)
+    if labels.dtype != torch.int64 or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"{key!r} are not integers from 0 to {classes - 1}")
+    return Split(torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), labels)
+
+
 def _read_split(path: Path) -> Split:
-    """One of the two files: a pickled dictionary with ``data``, ``(N, 3072)`` uint8, and ``fine_labels``."""
     try:
-        with path.open("rb") as file:
-            entry = _DataUnpickler(file, encoding="latin1").load()
-        data, labels = entry["data"], entry["fine_labels"]
-        if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and len(data)):
-            raise ValueError("'data' is not a filled table of bytes")
-        if data.shape[1] != 3 * 32 * 32 or len(labels) != len(data):
-            raise ValueError(f"'data' is {data.shape}, with {len(labels)} labels; expected (N, 3072) and N")
-        labels = torch.tensor(labels)
-        if labels.dtype != torch.int64 or labels.min() < 0 or labels.max() > 99:
-            raise ValueError("'fine_labels' are not integers from 0 to 99")
+        return read_split(path)
     except Exception as error:  # a damaged pickle can raise anything
         raise InputError(
             f"CIFAR-100: cannot read {path}: {type(error).__name__}: {error}; delete {path.parent} and "
             f"{_how_to_get(path.parent)}"
         ) from error
-    return Split(torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), labels)
 
 
 class _DataUnpickler(pickle.Unpickler):

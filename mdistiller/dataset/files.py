@@ -168,5 +168,19 @@ class ResizeAndCentreCrop:
         return Cut(0, 0, width, height, scaled, offset)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """The whole image, scaled to the wanted size."""
+
+    slots = 0
+    takes_images = True
+
+    def __call__(self, images: Images | Tensor, rng: Draws) -> Tensor:
+        return cut_views(as_images(images), [(self, rng)])[0]
+
+    def cut(self, width: int, height: int, size: tuple[int, int], drawn: Sequence[float]) -> Cut:
+        return Cut(0, 0, width, height, size)
+
+
 def _middles(images: Images) -> Tensor:
     return cut_views(images, [(ResizeAndCentreCrop(), None)])[0]

@@ -113,6 +113,8 @@ def _input(student: Student, record: Mapping[str, Any]) -> str:
     text = f"RGB images `(batch, 3, {side}, {side})`"
     if record["normalize_inside"]:
         text += f", uint8 from 0 to 255. The files normalise them ({facts}, where white is 1)."
+        if "student.safetensors" in record["files"]:
+            text += " The weights in `student.safetensors` do not: they take float32 images, normalised so."
     else:
         text += f", float32, normalised: `(value / 255 - mean) / std` with {facts}."
     if student.input is not None:

@@ -73,6 +73,8 @@ def export_run(request: Request) -> dict[str, Any]:
         RunError: a format cannot be made of this network, or its file gives other logits than the network.
     """
     check_installed(request.formats)
+    if request.normalize_inside and not any(FORMATS[name].has_input for name in request.formats):
+        raise InputError(f"--normalize-inside does nothing to {', '.join(request.formats)}; leave it out")
     student = read_student(request.folder, request.weights, request.options, request.allow_plugins)
     out = request.out or request.folder / "export"
     earlier = _own_files(out)

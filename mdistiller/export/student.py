@@ -158,6 +158,7 @@ def read_student(
     config = folder / "config.yaml"
     if not config.is_file():
         found = f"{folder} holds no config.yaml" if folder.is_dir() else f"there is no folder {folder}"
+        found = f"{folder} is a file" if folder.is_file() else found
         raise InputError(f"{found}; name the folder of a run: output/PROJECT/NAME")
     file = _weights_file(folder, weights)
     cfg = load_config(config, ["DATASET.DOWNLOAD", "False", *options], allow_plugins=allow_plugins)

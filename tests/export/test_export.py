@@ -303,7 +303,7 @@ def test_no_run(tmp_path, run_folder):
     assert "there is no folder" in refused(tmp_path / "none")
     (tmp_path / "notes").mkdir()
     assert "notes holds no config.yaml; name the folder of a run" in refused(tmp_path / "notes")
-    assert "there is no folder" in refused(run_folder / "student_last" / "x")
+    assert "student_last is a file; name the folder of a run" in refused(run_folder / "student_last")
 
 
 def test_an_unfinished_run_says_what_there_is(run_folder):
@@ -399,6 +399,10 @@ def test_missing_packages_are_named_at_once(run_folder, monkeypatch):
     message = refused(run_folder)
     assert "student.onnx needs onnx, onnxscript, onnxruntime: pip install onnx onnxscript onnxruntime" in message
     assert "--formats" in message and not (run_folder / "export").exists()
+
+
+def test_normalisation_inside_needs_a_file_that_normalises(run_folder):
+    assert "does nothing to safetensors" in refused(run_folder, "--formats safetensors --normalize-inside")
 
 
 def test_settings_that_would_make_another_student(run_folder):

@@ -71,7 +71,7 @@ def check_teacher(path: StrPath, collection: str, file: str) -> str:
     state = load_weights(path)
     with torch.device("meta"):  # shapes without memory
         expected = build_model(MODEL_FAMILIES[teachers.family], name, teachers.num_classes).state_dict()
-    check_weights(expected, state, f"checkpoint {path} for {name}", classes_of=f"{name} of {collection}")
+    check_weights(expected, state, f"checkpoint {path} for {name}", expected=f"{name} of {collection}")
     return f"{name}: {file}, {path.stat().st_size / 1e6:.1f} MB, {teachers.num_classes} classes, {checksum}"
 
 

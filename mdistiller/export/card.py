@@ -144,7 +144,7 @@ def _training(student: Student, record: Mapping[str, Any]) -> str:
     teacher = results.get("teacher")
     if teacher:
         score = task_of(cfg).line({key: value for key, value in teacher.items() if isinstance(value, float)})
-        rows.append(("teacher", f"{teacher['name']}, {score} ({teacher['checkpoint']})"))
+        rows.append(("teacher", f"{teacher['name']}, {score or 'without a score'} ({teacher['checkpoint']})"))
         if teacher.get("sha256"):
             rows.append(("SHA-256 of the teacher's file", f"`{teacher['sha256']}`"))
     rows += [

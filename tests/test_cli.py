@@ -585,7 +585,7 @@ def test_an_overview_fits_a_page_and_says_how_to_see_more():
         ("methods kd", {"KD"}),  # which is called so
         ("methods KD vrm", {"KD", "VRM"}),
         ("methods kd_ours", {"MLKD"}),
-        ("methods contrastive", {"CRD", "DCD"}),
+        ("methods contrastive", {"CRD", "DCD", "NORM_CRD"}),
         ("datasets digits cifar100", {"digits", "cifar100"}),
         (
             "configs digits kd res8",

@@ -21,7 +21,7 @@ networks must say how their stages run (``get_stages()``), and have equally many
 
 from __future__ import annotations
 
-import zlib
+import random
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.functional import at_least_float32, draws, gradient_in_layout, require_one_shape, spatial_mean
+from mdistiller.functional import at_least_float32, gradient_in_layout, require_one_shape, spatial_mean
 from mdistiller.models._features import Stages
 from mdistiller.models.facts import NetworkFacts, asked
 from mdistiller.options import MANY, Option, weight
@@ -50,7 +50,6 @@ DEFAULTS = {
     "L2_WEIGHT": weight(5.0, "of the differences of maps"),
 }
 PAPER = "Liu et al., ICLR 2023, arXiv:2304.11832"
-KEY = zlib.crc32(b"FCFD's paths")
 
 Path = tuple[str, int]  # where it begins, and the stage after which it crosses
 
@@ -147,8 +146,11 @@ class FCFD(Distiller):
         self.steps = StepCounter()
 
     def forward_train(self, image: Tensor, target: Tensor, epoch: int = 1, **kwargs: Any) -> Any:
-        order = draws.permutation(len(self.candidates), self.seed, KEY, self.steps.step()).tolist()
-        logits, parts = self.parts(image, [self.candidates[i] for i in order[: self.own.PATHS]])
+        dice = random.Random(
+            f"FCFD's paths {self.seed} {self.steps.step()}"
+        )  # numbers of the CPU: no step waits for a GPU
+        chosen = dice.sample(self.candidates, min(self.own.PATHS, len(self.candidates)))
+        logits, parts = self.parts(image, chosen)
         own = self.own
         return logits, {
             "loss_ce": own.CE_WEIGHT * F.cross_entropy(logits, target),

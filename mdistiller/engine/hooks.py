@@ -552,7 +552,7 @@ class TrainedTeacher(Hook):
         if self.warned or self.before is None or headline.unit != "%" or headline.gain(self.before, now) <= 1:
             return
         self.warned = True
-        method = type(trainer.distiller).__name__
+        method = trainer.cfg.DISTILLER.TYPE
         warn(
             f"{method} trains the teacher in part; the teacher has {headline.label} {headline.text(now)} after epoch "
             f"{trainer.epoch}, and had {headline.text(self.before)} before: it should learn more slowly "

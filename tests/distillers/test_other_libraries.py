@@ -17,10 +17,17 @@ PAIRS = {
     "ViT to CNN": (VIT, CNN),
     "zoo to ViT": ({"": "resnet8"}, VIT),
 }
+OF_POOLED_MAPS = r"must return \(logits, features\) with the map whose mean is features\['pooled_feat'\]"
+SIZES = r"takes a student's map to a teacher's that is smaller, equal or twice as large, not \dx\d to \d+x\d+"
 REFUSED = {
+    **dict.fromkeys(("CATKD", "NORM", "NORM_CRD", "SDD_DKD", "SDD_KD", "SDD_NKD", "SIMKD"), OF_POOLED_MAPS),
+    "AB": SIZES,
+    "FCFD": r"the student \w+ does not say by get_stages\(\) how its stages run one by one",
+    "FSP": "FSP compares Gram matrices, so both networks need maps of equal widths",
+    "HSAKD": r"HSAKD repeats the stages of its networks, and the student \w+ does not offer them by get_tails\(\)",
     "OFD": r"the teacher \w+ does not say by get_bn_before_relu\(\)",
     "MDR": r"MDR relates stages one to one, but the student \w+ has \d stages and the teacher \w+ \d",
-    "FITNET": r"takes a student's map to a teacher's that is smaller, equal or twice as large, not 4x4 to 16x16",
+    "FITNET": SIZES,
 }
 
 

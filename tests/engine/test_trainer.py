@@ -128,7 +128,7 @@ def test_a_trained_teacher_is_scored_with_the_student_and_its_loss_warned_of_onc
         column = [row[f"{'val' if held_out else 'test'}_acc_teacher"] for row in csv.DictReader(file)]
     assert column == ["", "89.5", "", "88.5", "88.0"]
     output = capsys.readouterr().out
-    assert output.count("WARNING: the teacher") == 1
+    assert output.count("DIST_PLUS trains the teacher in part; the teacher has") == 1
     assert "DISTPlus trains in part, has top-1 88.50 after epoch 4, and had 90.00 before" in output
 
 

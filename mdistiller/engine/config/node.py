@@ -343,19 +343,19 @@ def _bare_list(word: str) -> Any:
 def _keys_nearby(key: str, root: ConfigNode) -> str:
     """Advice for an unknown key, the first that applies:
 
-    - keys that end in ``key`` (``SOLVER.LR`` for ``LR``), or similar keys with the same last word;
-    - similar keys of its section, or all keys of its section;
+    - keys that end in ``key`` (``SOLVER.LR`` for ``LR``);
+    - similar keys of its section, or similar keys with the same last word, or all keys of its section;
     - similar keys of all sections, or all sections.
     """
     keys = _keys(root)
     section, _, word = key.rpartition(".")
     same_word = [known for known in keys if known.lower().rpartition(".")[2] == word.lower()]
-    near = [known for known in keys if known.endswith(f".{key}")] or closest(key, same_word)
     beside = value_at(root, section) if section else None
+    in_section = closest(word, beside) if isinstance(beside, ConfigNode) else []
+    near = [known for known in keys if known.endswith(f".{key}")] or [f"{section}.{name}" for name in in_section]
+    near = near or closest(key, same_word)
     if not near and isinstance(beside, ConfigNode):
-        near = [f"{section}.{name}" for name in closest(word, beside)]
-        if not near:
-            return f"{section} has: {', '.join(beside) or 'no keys'}"
+        return f"{section} has: {', '.join(beside) or 'no keys'}"
     near = near or closest(key, keys)
     return f"closest: {', '.join(near)}" if near else f"sections: {', '.join(root)}"
 

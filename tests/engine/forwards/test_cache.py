@@ -23,9 +23,11 @@ REFUSED = {
     "DIST_PLUS": "DIST_PLUS trains a part of its teacher",
     "FCFD": "FCFD runs its teacher on the statistics of the batch",
     "KD_TWO_VIEWS": r"KD_TWO_VIEWS asks for 2 views \(image_weak, image_strong\)",
+    "HSAKD": "HSAKD makes copies of the images of its own",
     "MDR": "MDR makes copies of the images of its own",
     "MLKD": "MLKD asks for 2 views",
     "OFD": "OFD runs its teacher on the statistics of the batch",
+    "SSKD": "SSKD makes copies of the images of its own",
     "VRM": "VRM asks for 2 views",
 }
 

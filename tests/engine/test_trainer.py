@@ -129,7 +129,7 @@ def test_a_trained_teacher_is_scored_with_the_student_and_its_loss_warned_of_onc
     assert column == ["", "89.5", "", "88.5", "88.0"]
     output = capsys.readouterr().out
     assert output.count("DIST_PLUS trains the teacher in part; the teacher has") == 1
-    assert "DISTPlus trains in part, has top-1 88.50 after epoch 4, and had 90.00 before" in output
+    assert "the teacher has top-1 88.50 after epoch 4, and had 90.00 before" in output
 
 
 def teacher_of(trainer, state):
